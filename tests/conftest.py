@@ -1,0 +1,17 @@
+"""What every test needs set before the first heavy import."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+THREADS = min(2, os.cpu_count() or 1)
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
+os.environ["HF_HUB_OFFLINE"] = "1"  # the tests use no hub: everything they read is made or fetched by them
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+
+import torch  # noqa: E402
+
+torch.set_num_threads(THREADS)

@@ -1,0 +1,212 @@
+"""Stage 3, at the server: merge the uploaded experts into one model (Sec. 3.4-3.5, Algorithm 1, lines 13-18).
+
+Reads RUN/run.json, RUN/public/ and the clients' uploads, nothing else of theirs; writes RUN/moe/NAME/. The methods:
+
+    metamoe       proxy-aligned experts, context-aware router from the uploaded vectors, final training of router and
+                  experts on the union of all proxies
+    flexolmo      private-only experts, token-level router from the uploaded vectors, the router alone trained on the union
+                  of proxies chosen by relevance
+    btx           private-only experts, random token-level router, router and experts trained on random public samples
+    soup          one expert: the average of the private-only experts' weight updates B_p A_p
+    btm           no model: evaluate.py averages the private-only experts' predictions
+    unrestricted  the upper bound: as metamoe from private-only experts, final training on ALL CLIENTS' PRIVATE DATA
+
+Each switch of the paper's ablations is a flag; a model made with one wants a --name of its own.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+import moe
+from backbones import PRESETS, load_backbone, read_expert, train
+from rundir import UserError, atomic, finished, open_run, read_json, read_manifest, read_records, run_main, sha256, write_json
+
+# What makes a method: which uploads, the router's context and start, what the final training trains and on what.
+METHODS = {
+    "metamoe": {"data": "aligned", "selection": "dpp", "context": "on", "init": "uploaded", "train": "all", "samples": "proxies"},
+    "flexolmo": {"data": "private", "selection": "similarity", "context": "off", "init": "uploaded", "train": "router", "samples": "proxies"},
+    "btx": {"data": "private", "selection": "similarity", "context": "off", "init": "random", "train": "all", "samples": "public"},
+    "unrestricted": {"data": "private", "selection": "similarity", "context": "on", "init": "uploaded", "train": "all", "samples": "private"},
+    "soup": {"data": "private", "selection": "similarity"},
+    "btm": {"data": "private", "selection": "similarity"},
+}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", required=True, help="folder of the run")
+    parser.add_argument("--method", required=True, choices=METHODS, help="see above")
+    parser.add_argument("--name", help="folder of the model under RUN/moe/ (default: the method)")
+    parser.add_argument("--data", choices=["aligned", "private", "proxies"], help="which experts: trained on private + proxies, private, proxies (default: the method's, like all below)")
+    parser.add_argument("--selection", choices=["dpp", "similarity", "random"], help="uploads of which proxy selection")
+    parser.add_argument("--full-ffn", action="store_true", help="uploads of experts trained with --full-ffn")
+    parser.add_argument("--context", choices=["on", "off"], help="router on the blend with the sequence mean (Eq. 6), or on the token alone")
+    parser.add_argument("--init", choices=["uploaded", "random"], help="routing vectors start at the clients' means, or random")
+    parser.add_argument("--train", choices=["all", "router", "none"], help="final training of router and experts, the router alone, or none")
+    parser.add_argument("--samples", choices=["proxies", "public", "private"], help="final training on all proxies, as many random public samples, or the private data (breaks privacy)")
+    parser.add_argument("--seed-expert", action="store_true", help="add e_0, the seed model's own FFN, as an expert (full paper, Eq. 6)")
+    parser.add_argument("--weighting", choices=moe.WEIGHTINGS, default="stopgrad", help="weights of the chosen experts: pi / stop_gradient(sum), Eq. 5's pi, or pi / sum (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=1, help="experts a token (default: %(default)s)")
+    parser.add_argument("--offset", action="store_true", help="add -|e_p|^2 / 2 to the routing logits: nearest mean instead of largest product")
+    parser.add_argument("--lambda-init", type=float, help="lambda at the start (default: the backbone's preset, like all below)")
+    parser.add_argument("--epochs", type=int, help="final epochs over the proxies; sets the steps of every method but unrestricted, which takes the expert stage's epochs")
+    parser.add_argument("--lr", type=float, help="final AdamW learning rate")
+    parser.add_argument("--lambda-lr", type=float, help="learning rate of lambda")
+    parser.add_argument("--batch-size", type=int, help="samples a step")
+    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where the hardware computes in it")
+    parser.add_argument("--force", action="store_true", help="redo a model that was made with other settings")
+    return parser.parse_args()
+
+
+def average(experts):
+    """ModelSoup: the mean of the experts' weights. The mean of products B_p A_p is one LoRA expert of rank K r, exactly."""
+    soup = {}
+    for ffn, first in experts[0].items():
+        soup[ffn] = {}
+        for key in first:
+            tensors = [expert[ffn][key] for expert in experts]
+            if key == "scaling":
+                soup[ffn][key] = 1.0
+            elif key.endswith("lora_A"):
+                soup[ffn][key] = torch.cat(tensors)  # (K r, d_in)
+            elif key.endswith("lora_B"):
+                soup[ffn][key] = torch.cat([t * expert[ffn]["scaling"] / len(experts) for t, expert in zip(tensors, experts)], 1)  # (d_out, K r)
+            else:
+                soup[ffn][key] = torch.stack(tensors).mean(0)
+    return soup
+
+
+def save_soup(soup, upload, folder):
+    """The soup as what a client uploads: a PEFT adapter, or ffn.safetensors."""
+    if (upload / "ffn.safetensors").exists():
+        save_file({f"{ffn}.{key}": t for ffn, expert in soup.items() for key, t in expert.items()}, folder / "ffn.safetensors")
+        return
+    tensors = {f"base_model.model.{ffn}.{key}.weight": t.contiguous() for ffn, expert in soup.items() for key, t in expert.items() if key != "scaling"}
+    rank = next(t for key, t in tensors.items() if "lora_A" in key).shape[0]
+    config = json.loads((upload / "adapter" / "adapter_config.json").read_text()) | {"r": rank, "lora_alpha": rank}
+    (folder / "adapter").mkdir()
+    save_file(tensors, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "adapter" / "adapter_config.json", config)
+
+
+def final_samples(run_dir, run, uploads, settings):
+    """The records of the final training."""
+    public = read_records(run_dir / "public" / "records.jsonl")
+    if settings["samples"] == "proxies":
+        union = sorted({i for upload in uploads for i in read_json(upload / "proxies.json")})
+        if union[0] < 0 or union[-1] >= len(public):
+            raise UserError(f"an upload names public sample {union[0] if union[0] < 0 else union[-1]}, D_0 has {len(public)}: all parties need the same public set")
+        return [public[i] for i in union]
+    if settings["samples"] == "public":
+        count = min(len(public), sum(len(read_json(upload / "proxies.json")) for upload in uploads))
+        return [public[i] for i in np.random.default_rng([run["seed"], 13]).choice(len(public), count, replace=False)]
+    print("unify_moe: THIS MODEL IS TRAINED ON ALL CLIENTS' PRIVATE DATA: the upper bound, not a private method", flush=True)
+    return [record for name in run["clients"] for record in read_records(run_dir / "clients" / name / "private" / "train.jsonl")]
+
+
+def final_training(backbone, model, records, run, settings):
+    """Train router (and experts) of the unified model in place; returns each step's loss."""
+    groups = [{"params": moe.router_parameters(model), "lr": settings["lr"]}, {"params": moe.lambda_parameters(model), "lr": settings["lambda_lr"]}]
+    if settings["train"] == "all":
+        groups.append({"params": moe.expert_parameters(model), "lr": settings["lr"]})
+    else:
+        for parameter in moe.expert_parameters(model):
+            parameter.requires_grad_(False)
+    return train(
+        backbone, model, records, groups, steps=settings["steps"], batch_size=settings["batch_size"], warmup_steps=0,
+        seed=run["seed"], label=f"final training {settings['name']}", after_step=lambda: moe.clamp_(model),
+    )
+
+
+def build(backbone, run_dir, run, uploads, settings):
+    """The unified model before its final training (Eq. 5-6)."""
+    experts = [read_expert(upload) for upload in uploads]
+    vectors = [load_file(upload / "router.safetensors")["vectors"] for upload in uploads]
+    names = list(run["clients"])
+    if settings["seed_expert"]:  # e_0: the seed's FFN, and its mean over up to 3,000 random samples of D_0
+        public = read_records(run_dir / "public" / "records.jsonl")
+        sample = np.random.default_rng([run["seed"], 17]).permutation(len(public))[:3000]
+        vectors.insert(0, backbone.routing_vectors(backbone.model, [public[i] for i in sample], label="routing vector of e_0"))
+        experts.insert(0, {ffn: moe.seed_expert(backbone.model.get_submodule(ffn), experts[0][ffn]) for ffn in backbone.ffn_names})
+        names.insert(0, "seed")
+    if settings["init"] == "random":
+        generator = torch.Generator().manual_seed(run["seed"])
+        vectors = [torch.randn(v.shape, generator=generator) / v.shape[1] ** 0.5 for v in vectors]
+    context = "fixed" if settings["context"] == "on" else "none"
+    return moe.unify(
+        backbone.model, backbone.ffn_names, experts, vectors, names=names, lam=settings["lambda_init"], top_k=settings["top_k"],
+        weighting=settings["weighting"], context=context, offset=settings["offset"],
+    )
+
+
+def resolve(args, run):
+    """All settings of this model: the method's, the backbone's preset, overridden by flags."""
+    preset = PRESETS[run["backbone"]]
+    settings = {"name": args.name or args.method, "method": args.method, "seed": run["seed"], "dtype": args.dtype, "full_ffn": args.full_ffn}
+    for key, value in METHODS[args.method].items():
+        settings[key] = value if getattr(args, key) is None else getattr(args, key)
+    if args.method in ("soup", "btm"):
+        return settings
+    settings |= {key: getattr(args, key) for key in ("seed_expert", "weighting", "top_k", "offset")}
+    defaults = {"lambda_init": "lambda_init", "epochs": "final_epochs", "lr": "final_lr", "lambda_lr": "lambda_lr", "batch_size": "final_batch"}
+    if settings["samples"] == "private":
+        defaults["epochs"] = "expert_epochs"
+    settings |= {key: preset[default] if getattr(args, key) is None else getattr(args, key) for key, default in defaults.items()}
+    if not 0 <= settings["lambda_init"] <= 1:
+        raise UserError(f"--lambda-init {settings['lambda_init']}: must lie in [0, 1]")
+    count = len(run["clients"]) + settings["seed_expert"]
+    if not 1 <= settings["top_k"] <= count:
+        raise UserError(f"--top-k {settings['top_k']}: must be 1 to {count}, the number of experts")
+    for key in ("epochs", "lr", "lambda_lr", "batch_size"):
+        if settings[key] <= 0:
+            raise UserError(f"--{key.replace('_', '-')} {settings[key]}: must be positive (no final training: --train none)")
+    samples = len(run["clients"]) * (run["train_size"] if settings["samples"] == "private" else run["proxies"])
+    settings["steps"] = settings["epochs"] * math.ceil(samples / settings["batch_size"]) if settings["train"] != "none" else 0
+    return settings
+
+
+def main():
+    args = parse_args()
+    run_dir = Path(args.run_dir)
+    run = open_run(run_dir, backbone=None)
+    settings = resolve(args, run)
+    variant = f"{settings['data']}-{settings['selection']}" + ("-full" if args.full_ffn else "")
+    uploads = [run_dir / "clients" / name / "upload" / variant for name in run["clients"]]
+    for upload in uploads:
+        read_manifest(upload)
+    settings["uploads"] = {name: sha256(upload / "manifest.json") for name, upload in zip(run["clients"], uploads)}
+    settings["variant"] = variant
+    folder = run_dir / "moe" / settings["name"]
+    if finished(folder, settings, args.force):
+        print(f"unify_moe: {settings['name']}: is there already, skipped")
+        return
+    start, losses = time.perf_counter(), []
+    with atomic(folder) as part:
+        part.mkdir(parents=True)
+        if args.method == "soup":
+            save_soup(average([read_expert(upload) for upload in uploads]), uploads[0], part)
+        elif args.method != "btm":
+            backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype)
+            start = time.perf_counter()  # unification begins with the seed in memory
+            model = build(backbone, run_dir, run, uploads, settings)
+            if settings["steps"]:
+                losses = final_training(backbone, model, final_samples(run_dir, run, uploads, settings), run, settings)
+            moe.save(model, part)
+            write_json(part / "losses.json", losses)
+        seconds = time.perf_counter() - start
+        write_json(part / "timing.json", {"unify_seconds": seconds})
+        write_json(part / "done.json", settings)
+    trained = f", {len(losses)} final steps, loss {np.mean(losses[:5]):.3f} -> {np.mean(losses[-5:]):.3f}" if losses else ""
+    print(f"unify_moe: {settings['name']}: {len(uploads)} experts ({variant}){trained}, {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    run_main(main)

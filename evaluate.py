@@ -35,7 +35,7 @@ def parse_args():
 
 def list_models(run_dir, run, only):
     """Rows in the paper's order: {row: folder of the model, None for the seed}. BTM's row is made of the experts'."""
-    made = [path.name for path in sorted((run_dir / "moe").glob("*")) if (path / "done.json").exists()]
+    made = [path.name for path in sorted((run_dir / "moe").glob("[!.]*")) if (path / "done.json").exists()]
     rows = [row for row in ("unrestricted",) if row in made] + ["zeroshot"]
     rows += [f"expert-{name}" for name in run["clients"]]
     rows += [row for row in ("btm", "soup", "btx", "flexolmo", "metamoe") if row in made]
@@ -86,7 +86,7 @@ def score(row, folder, backbone_of, run_dir, run, args, records):
             found["experts"] = model.moe_config["names"]
     found["samples_per_second"] = sum(map(len, records.values())) / seconds
     if routed:
-        found["lambda"] = [float(lam) for lam in moe.lambda_parameters(model)]
+        found["lambda"] = [lam.item() for lam in moe.lambda_parameters(model)]
     write_json(path, found)
     return found
 
@@ -192,7 +192,7 @@ def main():
             rows[-1] |= {"experts": found[row]["experts"], "lambda": found[row]["lambda"], "routing": {name: shares(counts) for name, counts in found[row]["routing"].items()}}
     uploaded = {}
     for name in run["clients"]:
-        for upload in sorted((run_dir / "clients" / name / "upload").glob("*")):
+        for upload in sorted((run_dir / "clients" / name / "upload").glob("[!.]*")):
             uploaded[f"{name}/{upload.name}"] = sum(p.stat().st_size for p in upload.rglob("*") if p.is_file())
     results = {"run": run, "split": args.split, "n": {name: len(r) for name, r in records.items()}, "rows": rows, "uploaded_bytes": uploaded}
     stem = "results" if args.split == "test" else f"results.{args.split}"

@@ -15,12 +15,15 @@ nothing that a later one could mistake for a result; `done.json` inside a finish
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
@@ -34,9 +37,13 @@ def run_main(main):
     except UserError as error:
         sys.exit(_complain(str(error)))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
             raise
         sys.exit(_complain(f"cannot write or read {error.filename or 'a file'}: {error.strerror}; nothing half-written was left"))
+    except SafetensorError as error:  # its way to say that the disk is full
+        if "(os error " not in str(error):
+            raise
+        sys.exit(_complain(f"cannot write or read a file: {error}; nothing half-written was left"))
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
@@ -53,11 +60,12 @@ def atomic(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    _remove(temporary)
+    for stale in (temporary, *path.parent.glob(f"{glob.escape(temporary.name)}.*")):  # the others: where moe.save was killed
+        _remove(stale)
     try:
         yield temporary
-        if path.is_dir():  # a folder cannot be replaced in one step; without its done.json it counts as unfinished
-            shutil.rmtree(path)
+        if path.is_dir():  # a folder cannot be replaced in one step
+            _remove(path)
         os.replace(temporary, path)
     finally:
         _remove(temporary)
@@ -65,6 +73,7 @@ def atomic(path):
 
 def _remove(path):
     if path.is_dir():
+        (path / "done.json").unlink(missing_ok=True)  # first: without it what a kill leaves here counts as unfinished
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -87,6 +96,8 @@ def write_records(path, records):
 
 
 def read_records(path):
+    if not Path(path).exists():
+        raise UserError(f"{path} is missing: run select_proxies.py first")
     with open(path, encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
@@ -109,21 +120,26 @@ def finished(folder, settings, force=False):
     if found == settings:
         return True
     if force:
-        shutil.rmtree(folder)
+        _remove(folder)
         return False
     differs = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
     what = ", ".join(f"{key} {found.get(key)!r} there, {settings.get(key)!r} now" for key in differs)
     raise UserError(f"{folder} was made with other settings ({what}): pass --force to redo it, or use another --run-dir")
 
 
-def open_run(run_dir, **settings):
-    """Create RUN/run.json, or check that the run directory was made with these settings (None: take its own)."""
+def open_run(run_dir, create=True, **settings):
+    """Create RUN/run.json, or check that the run directory was made with these settings (None: take its own).
+
+    Without `create` a new run is checked and not written yet.
+    """
     path = Path(run_dir) / "run.json"
     if not path.exists():
         if any(value is None for value in settings.values()):
             raise UserError(f"--run-dir {run_dir} holds no run yet (no run.json): run select_proxies.py first")
-        if Path(run_dir).is_dir() and any(p for p in Path(run_dir).iterdir() if not p.name.startswith(".")):
+        if Path(run_dir).is_file() or Path(run_dir).is_dir() and any(p for p in Path(run_dir).iterdir() if not p.name.startswith(".")):
             raise UserError(f"--run-dir {run_dir} is not empty and not a run directory (no run.json): name another folder")
+        if not create:
+            return settings
         write_json(path, settings)
     found = read_json(path)
     for key, value in settings.items():

@@ -6,6 +6,8 @@ relevant public samples as candidates and takes m of them: by the relevance-weig
 """
 
 import argparse
+import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -56,23 +58,31 @@ def start_run(args):
         defaults = PRESETS[backbone] | {"backbone": backbone, "seed_model": "", "seed": 0, "clients": list(tasks.CLIENTS)}
         settings = {key: defaults[key] if value is None else value for key, value in settings.items()}
     sizes = settings if not run_file.exists() else read_json(run_file)
-    for key in ("train_size", "test_size", "public_size", "candidates", "proxies"):
-        if sizes[key] < 1:
-            raise UserError(f"--{key.replace('_', '-')} {sizes[key]}: must be at least 1")
+    # the relevance head needs 2 samples of each class for its folds, and two halves of D_0
+    for key, least in {"train_size": 2, "validation_size": 0, "test_size": 1, "public_size": 4, "candidates": 1, "proxies": 1}.items():
+        if sizes[key] < least:
+            raise UserError(f"--{key.replace('_', '-')} {sizes[key]}: must be at least {least}")
+    if not 0 <= sizes["seed"] < 2**32:
+        raise UserError(f"--seed {sizes['seed']}: must lie in 0 to 4294967295")
+    if len(set(sizes["clients"])) < len(sizes["clients"]):
+        raise UserError(f"--clients {' '.join(sizes['clients'])}: each client once")
+    if args.client:
+        check_client(sizes, args.client)
     if sizes["proxies"] > sizes["candidates"]:
         raise UserError(f"--proxies {sizes['proxies']} is more than --candidates {sizes['candidates']}: m must be at most n")
     if sizes["candidates"] > sizes["public_size"]:
         raise UserError(f"--candidates {sizes['candidates']} is more than --public-size {sizes['public_size']}: n must be at most |D_0|")
-    return open_run(args.run_dir, **settings)
+    return open_run(args.run_dir, create=False, **settings)  # not before the data and the seed model are there
 
 
 def prepare_data(run_dir, run):
-    """Write D_0 and every client's parts once. In a real federation each party holds its own; here one archive does."""
+    """Write run.json, D_0 and every client's parts once. In a real federation each party holds its own; here one archive does."""
     folders = [run_dir / "public"] + [run_dir / "clients" / name / "private" for name in run["clients"]]
     if all((folder / "done.json").exists() for folder in folders):
         return
     sizes = {part: run[f"{part}_size"] for part in ("train", "validation", "test")}
     public, parts = tasks.load_bigbench(run["clients"], sizes, run["public_size"], run["seed"])
+    open_run(run_dir, **run)
     for name in run["clients"]:
         with atomic(run_dir / "clients" / name / "private") as folder:
             for part, records in parts[name].items():
@@ -90,6 +100,9 @@ def public_features(run_dir, backbone, records):
         with atomic(path) as temporary:
             shape = (len(records), backbone.model.config.hidden_size)
             out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+            if hasattr(os, "posix_fallocate"):  # a full disk ends here, not in a SIGBUS half-way through
+                with open(temporary, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
             backbone.features(records, out, label="embedding D_0")
             out.flush()
     return np.load(path, mmap_mode="r")
@@ -154,8 +167,6 @@ def main():
     run_dir = Path(args.run_dir)
     run = start_run(args)
     names = [args.client] if args.client else run["clients"]
-    for name in names:
-        check_client(run, name)
     settings = {key: run[key] for key in ("seed", "candidates", "proxies")} | {"selection": args.selection, "dtype": args.dtype}
     folders = {name: run_dir / "clients" / name / "selection" / args.selection for name in names}
     todo = [name for name in names if not finished(folders[name], settings, args.force)]
@@ -164,16 +175,17 @@ def main():
             print(f"select_proxies: {name}: {args.selection} selection is there already, skipped")
     if not todo:
         return
+    backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype)
     prepare_data(run_dir, run)
     public = read_records(run_dir / "public" / "records.jsonl")
-    backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype)
     features = public_features(run_dir, backbone, public)
     for name in todo:
         cached = run_dir / "clients" / name / "selection" / "relevance.npy"
         if not cached.exists():  # the same for every rule
             private = backbone.features(read_records(run_dir / "clients" / name / "private" / "train.jsonl"), label=f"embedding {name}")
-            with atomic(cached) as temporary, open(temporary, "wb") as file:
-                np.save(file, relevance(features, private, run["seed"]))
+            np.save(buffer := io.BytesIO(), relevance(features, private, run["seed"]))
+            with atomic(cached) as temporary:  # NumPy's own write to a full disk raises an OSError without errno
+                temporary.write_bytes(buffer.getvalue())
         scores = np.load(cached)
         proxies = choose(args.selection, features, scores, run, name)
         terms = describe(args.selection, features, scores, proxies, run["proxies"])

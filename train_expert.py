@@ -12,6 +12,7 @@ DATA: aligned = private + proxies (MetaMoE), private = private alone (FlexOlmo, 
 """
 
 import argparse
+import gc
 import math
 from pathlib import Path
 
@@ -81,7 +82,9 @@ def save_expert(model, backbone, folder, full_ffn):
         state = {f"{ffn}.{key}": value.contiguous() for ffn in backbone.ffn_names for key, value in unwrap(model).get_submodule(ffn).state_dict().items()}
         save_file(state, folder / "ffn.safetensors")
     else:
-        model.peft_config["default"].base_model_name_or_path = Path(backbone.source).name  # not the client's paths
+        config = model.peft_config["default"]
+        config.base_model_name_or_path = Path(backbone.source).name  # not the client's paths
+        config.target_modules = sorted(config.target_modules)  # a set, which would be written in another order each time
         model.save_pretrained(folder / "adapter", save_embedding_layers=False)
         (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's model-card template
 
@@ -120,7 +123,7 @@ def main():
     defaults = {"rank": "lora_rank", "alpha": "lora_alpha", "epochs": "expert_epochs", "lr": "expert_lr", "batch_size": "expert_batch", "warmup_steps": "warmup_steps"}
     settings = {key: preset[default] if getattr(args, key) is None else getattr(args, key) for key, default in defaults.items()}
     for key, value in settings.items():
-        if value < (0 if key == "warmup_steps" else 1e-12):
+        if not value >= (0 if key == "warmup_steps" else 1e-12):  # nan too
             raise UserError(f"--{key.replace('_', '-')} {value}: must be positive")
     settings |= {"data": args.data, "full_ffn": args.full_ffn, "seed": run["seed"], "dtype": args.dtype}
     for name in names:
@@ -129,6 +132,7 @@ def main():
         if args.data != "private":  # another selection, another expert
             settings |= {"selection": args.selection, "proxies": len(selection)}
         done = train_client(run_dir, run, name, args, settings)
+        gc.collect()  # a PEFT model is a reference cycle: without this two of them are in memory at once
         size = pack_upload(run_dir, name, args)
         print(f"train_expert: {name}: {args.data}-{args.selection}: {done or 'expert is there already, skipped'}; upload {size / 1e6:.1f} MB")
 

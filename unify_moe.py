@@ -17,6 +17,7 @@ Each switch of the paper's ablations is a flag; a model made with one wants a --
 import argparse
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -150,7 +151,12 @@ def build(backbone, run_dir, run, uploads, settings):
 def resolve(args, run):
     """All settings of this model: the method's, the backbone's preset, overridden by flags."""
     preset = PRESETS[run["backbone"]]
-    settings = {"name": args.name or args.method, "method": args.method, "seed": run["seed"], "dtype": args.dtype, "full_ffn": args.full_ffn}
+    preset = preset | {"final_lr": preset["final_lr"].get(args.method)}
+    name = args.name or args.method
+    taken = name == "zeroshot" or name.startswith("expert-") or (name in METHODS or args.method == "btm") and name != args.method
+    if taken or not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"--name {name}: letters, digits, '-', '_' and '.'; no other row of the table, and none for btm")
+    settings = {"name": name, "method": args.method, "seed": run["seed"], "dtype": args.dtype, "full_ffn": args.full_ffn}
     for key, value in METHODS[args.method].items():
         settings[key] = value if getattr(args, key) is None else getattr(args, key)
     if args.method in ("soup", "btm"):
@@ -166,7 +172,7 @@ def resolve(args, run):
     if not 1 <= settings["top_k"] <= count:
         raise UserError(f"--top-k {settings['top_k']}: must be 1 to {count}, the number of experts")
     for key in ("epochs", "lr", "lambda_lr", "batch_size"):
-        if settings[key] <= 0:
+        if not settings[key] > 0:  # nan too
             raise UserError(f"--{key.replace('_', '-')} {settings[key]}: must be positive (no final training: --train none)")
     samples = len(run["clients"]) * (run["train_size"] if settings["samples"] == "private" else run["proxies"])
     settings["steps"] = settings["epochs"] * math.ceil(samples / settings["batch_size"]) if settings["train"] != "none" else 0

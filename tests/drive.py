@@ -1,0 +1,165 @@
+"""Run stages through their own command lines, several in one process: an import of torch for each would cost seconds.
+
+    python tests/drive.py JOB.json      {"commands": [["select_proxies", "--run-dir", ...], ...], ...}; see `main`
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import runpy
+import shutil
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+def call(stage, *args):
+    """`python STAGE.py ARGS` in this process: exit code, stdout, stderr."""
+    out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
+    sys.argv = [f"{stage}.py", *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(str(REPO / f"{stage}.py"), run_name="__main__")
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+    finally:
+        sys.argv = argv
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def snapshot(folder, *leave_out):
+    """{path: hash} of every file below `folder`, less those named in `leave_out`."""
+    paths = (p for p in sorted(Path(folder).rglob("*")) if p.is_file() and p.name not in leave_out)
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+
+
+def all_of(commands):
+    """Run the commands in order up to the first that fails; returns (its exit code, seconds)."""
+    start = time.perf_counter()
+    for command in commands:
+        result = call(*command)
+        print(result.out, end="")
+        if result.code:
+            print(result.err, file=sys.stderr)
+            return result.code, time.perf_counter() - start
+    return 0, time.perf_counter() - start
+
+
+def record_opens(below, opened):
+    """From now on, put every path below `below` that this process opens or lists into the set `opened`."""
+
+    def hook(event, args):
+        if event in ("open", "os.scandir", "os.listdir") and isinstance(args[0], (str, bytes, os.PathLike)):
+            path = os.path.abspath(os.fsdecode(args[0]))
+            if path.startswith(below + os.sep):
+                opened.add((event, os.path.relpath(path, below)))
+
+    sys.addaudithook(hook)
+
+
+WRITES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "tempfile.mkdtemp")
+
+
+def die_at_write(below, count):
+    """SIGKILL this process right before its `count`-th change of files below `below`."""
+    left = count
+
+    def hook(event, args):
+        nonlocal left
+        if event == "open":
+            changes = isinstance(args[0], (str, bytes, os.PathLike)) and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        else:
+            changes = event in WRITES
+        if changes and os.path.abspath(os.fsdecode(args[0])).startswith(below + os.sep):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def run_killed(run_dir, pristine, commands, kills, seconds, writes, seed):
+    """Kill the commands `kills` times, at random times and at random writes in turn, each time going on where the last
+    one was killed; a run that ends before its kill is checked and started afresh. Returns the snapshots of all that ended.
+    """
+    sys.path.insert(0, str(REPO))
+    import peft  # noqa: F401 - imported here once, for all the forks
+    import sklearn.calibration
+    import sklearn.linear_model
+    import sklearn.pipeline  # noqa: F401
+    import transformers
+
+    for name in ("AutoModelForCausalLM", "LlamaForCausalLM", "AutoTokenizer", "PreTrainedTokenizerFast"):
+        getattr(transformers, name)
+
+    rng, ended, done, logs = random.Random(seed), [], 0, []
+    while True:
+        at_write = done % 2 == 1
+        delay, count = rng.uniform(0, seconds), rng.randint(1, writes)
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            sys.stdout = open(os.devnull, "w")
+            if at_write and done < kills:
+                die_at_write(str(run_dir), count)
+            os._exit(all_of(commands)[0])
+        if not at_write and done < kills:
+            until = time.monotonic() + delay
+            while time.monotonic() < until and not _ended(pid):
+                time.sleep(0.005)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        if os.WIFSIGNALED(status):
+            done += 1
+            logs.append({"left": sorted(str(p.relative_to(run_dir)) for p in run_dir.rglob("*") if ".part" in p.name)})
+            continue
+        ended.append({"code": os.WEXITSTATUS(status), "files": snapshot(run_dir)})
+        if done >= kills or ended[-1]["code"]:
+            return {"ended": ended, "kills": done, "logs": logs}
+        shutil.rmtree(run_dir)
+        shutil.copytree(pristine, run_dir)
+
+
+def _ended(pid):
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def main():
+    job = json.loads(Path(sys.argv[1]).read_text())
+    if "kills" in job:
+        import backbones
+
+        backbones.import_transformers()
+        report = run_killed(Path(job["run_dir"]), job["pristine"], job["commands"], job["kills"], job["seconds"], job["writes"], job["seed"])
+    else:
+        opened = set()
+        if "audit" in job:
+            record_opens(job["audit"], opened)
+        code, seconds = all_of(job["commands"])
+        report = {"code": code, "seconds": seconds, "opened": sorted(opened)}
+    Path(job["report"]).write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(REPO))
+    main()

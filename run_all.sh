@@ -12,7 +12,7 @@ BACKBONE            smollm2-135m (the default here: a real LLaMA and BIG-bench, 
 Options, each also an environment variable:
 --run-dir DIR       RUN_DIR          everything is written here (default: runs/BACKBONE-seedSEED)
 --seed N            SEED             of splits, initialisation, batches (default: 0)
---clients "A B C"   CLIENTS          clients (default: intent hotels vitaminc)
+--clients "A B C"   CLIENTS          clients (default: intent hotels question)
 --methods "A B"     METHODS          of soup btm btx flexolmo metamoe unrestricted (default: all of them)
 --train-size N      TRAIN_SIZE       private training samples a client      } defaults of these six:
 --validation-size N VALIDATION_SIZE  private validation samples a client    } the backbone's preset

@@ -12,19 +12,25 @@ from rundir import UserError
 # BIG-bench: three client tasks and a public set. A record is a dict with `prompt`, `answer`, `source` and, for
 # client records, `choices` (answers begin with a space: they are appended to the prompt as they are).
 
-# client name -> (BIG-bench task, prompt). Prompts follow the task's own rendering, less its long instruction.
+SENTIMENT = "Determine whether given opinion is positive, negative, neutral or ambivalent in terms of its sentiment.\nQ: {input}\nA:"
+
+# client name -> (BIG-bench task, prompt, choices where the task does not list them)
 CLIENTS = {
-    "intent": ("intent_recognition", "{input}\nIntent:"),
-    "hotels": ("multiemo/hotels_sentence_en", "Opinion: {input}\nSentiment:"),
-    "vitaminc": ("vitaminc_fact_verification", "Passage: {input}\nTrue, False, or Neither?"),
+    "intent": ("intent_recognition", "{input}\nIntent:", None),
+    "hotels": ("multiemo/hotels_sentence_en", SENTIMENT, None),
+    # The type of a question's answer: a generation task with a closed set of answers; records with several are left out.
+    "question": (
+        "natural_instructions/subtask046_miscellaenous_question_typing", "{input}\nType:",
+        ["Abbreviation.", "Date.", "Entity.", "Event.", "Facility.", "Humans.", "Law.", "Location.", "Money.", "Organization.", "Other.", "Quantity.", "Time."],
+    ),
 }
 
 # public task -> (records, prompt): first relatives of the client tasks, then much that is unrelated. The siblings
 # multiemo/all_* and hotels_* hold the hotel client's sentences and are left out.
 PUBLIC = {
-    "multiemo/products_sentence_en": (450, "Opinion: {input}\nSentiment:"),
-    "multiemo/medicine_sentence_en": (450, "Opinion: {input}\nSentiment:"),
-    "multiemo/reviews_sentence_en": (300, "Opinion: {input}\nSentiment:"),
+    "multiemo/products_sentence_en": (450, SENTIMENT),
+    "multiemo/medicine_sentence_en": (450, SENTIMENT),
+    "multiemo/reviews_sentence_en": (300, SENTIMENT),
     "fact_checker/fever": (450, "{input}\nAnswer:"),
     "presuppositions_as_nli": (200, "{input}"),
     "epistemic_reasoning": (150, "{input}\nRelation:"),
@@ -47,7 +53,7 @@ PUBLIC = {
     "gem/common_gen": (200, "{input}\nAnswer:"),
     "natural_instructions/*": (2600, "{input}\nAnswer:"),
 }
-MAX_CHARS = 260  # of a prompt: keeps the default run on a CPU; about 65 tokens
+MAX_CHARS = 300  # of a prompt: keeps the default run on a CPU; about 70 tokens
 MAX_ANSWER_CHARS = 60
 MIN_WORDS = 4  # of a client's text: one-word sentences ("No.") stand in every corpus and say nothing about a copy
 
@@ -58,9 +64,9 @@ def normalise(text):
 
 
 def client_texts(record):
-    """What must not stand in the public set: the record's input and each of its fields (passage, claim)."""
+    """What must not stand in the public set: the record's input and each of its fields (a question without its answer)."""
     whole = normalise(record["input"])
-    fields = [normalise(line.split(": ", 1)[-1]) for line in record["input"].splitlines()]
+    fields = [normalise(field.split(": ", 1)[-1]) for field in re.split(r"\n| \(Answer: ", record["input"])]
     return [text for text in [whole, *fields] if len(text.split()) >= MIN_WORDS]
 
 
@@ -82,8 +88,12 @@ def containment_filter(texts):
     return contains
 
 
-def to_record(example, source, template):
+def to_record(example, source, template, choices=None):
     """A BIG-bench example as a record, or None where it has no single best answer or is too long for the default."""
+    if choices and example["target"] not in ([choice] for choice in choices):
+        return None
+    if "target_scores" in example:
+        choices = list(example["target_scores"])
     prompt = template.format(input=example["input"].strip())
     if "target_scores" in example:
         scores = example["target_scores"]
@@ -96,8 +106,8 @@ def to_record(example, source, template):
     if not answer or len(prompt) > MAX_CHARS or len(answer) > MAX_ANSWER_CHARS:
         return None
     record = {"source": source, "input": example["input"].strip(), "prompt": prompt, "answer": " " + answer}
-    if "target_scores" in example:
-        record["choices"] = [" " + choice.strip() for choice in example["target_scores"]]
+    if choices:
+        record["choices"] = [" " + choice.strip() for choice in choices]
     return record
 
 
@@ -105,10 +115,10 @@ def load_bigbench(clients, sizes, n_public, seed):
     """Read the archive once; return (public records, {client: {"train" | "validation" | "test": records}}).
 
     The public set depends on `n_public` and the client tasks alone, never on the seed. A client's parts are disjoint
-    and fixed by the seed; no two of its records share a field (VitaminC reuses passages and claims), so nothing of
-    the test part is seen in training. `sizes`: {"train": n, "validation": n, "test": n}.
+    and fixed by the seed; no two of its records share a field (the same question with two answers), so nothing of the
+    test part is seen in training. `sizes`: {"train": n, "validation": n, "test": n}.
     """
-    wanted = {CLIENTS[name][0]: name for name in CLIENTS} | {task: None for task in PUBLIC}
+    wanted = {task for task, _, _ in CLIENTS.values()} | set(PUBLIC)
     raw = {}
     archive = fetch(**BIGBENCH)
     prefix = "bigbench-1.0.0/bigbench/benchmark_tasks/"
@@ -122,10 +132,10 @@ def load_bigbench(clients, sizes, n_public, seed):
 
     parts, private_texts = {}, []
     for name in CLIENTS:  # every embedded client's texts leave the public set, whichever take part in this run
-        task, template = CLIENTS[name]
+        task, template, choices = CLIENTS[name]
         private_texts += [text for example in raw[task] for text in client_texts(example)]
         if name in clients:
-            parts[name] = split_client(name, [to_record(e, task, template) for e in raw[task]], sizes, seed)
+            parts[name] = split_client(name, [to_record(e, task, template, choices) for e in raw[task]], sizes, seed)
     return public_records(raw, containment_filter(private_texts), n_public), parts
 
 
@@ -156,11 +166,12 @@ def split_client(name, records, sizes, seed):
 
 def public_records(raw, contains_private, n_public):
     """D_0: `n_public` records, every source in proportion to its quota in PUBLIC, without any client's text."""
+    private = {task for task, _, _ in CLIENTS.values()}
     rng = np.random.default_rng(0)  # the public set is one set for everybody: not a matter of the run's seed
     total = sum(quota for quota, _ in PUBLIC.values())
     records, spare, seen = [], [], set()
     for task, (quota, template) in PUBLIC.items():
-        sources = [t for t in sorted(raw) if t.startswith(task[:-1])] if task.endswith("*") else [task]
+        sources = [t for t in sorted(raw) if t.startswith(task[:-1]) and t not in private] if task.endswith("*") else [task]
         for source in sources:
             usable = []
             for example in raw[source]:

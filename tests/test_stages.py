@@ -164,10 +164,10 @@ def test_scores_agree_with_the_table(finished):
 
 def test_the_table_has_the_papers_rows_in_its_order(finished):
     lines = (finished[0] / "results.md").read_text().splitlines()
-    start = lines.index("| | intent | hotels | vitaminc | Average |") + 2
+    start = lines.index("| | intent | hotels | question | Average |") + 2
     titles = [line.split("|")[1].strip() for line in lines[start : lines.index("", start)]]
     assert titles == [
-        "UnrestrictedMoE", "ZeroShot", "Expert I (intent)", "Expert II (hotels)", "Expert III (vitaminc)",
+        "UnrestrictedMoE", "ZeroShot", "Expert I (intent)", "Expert II (hotels)", "Expert III (question)",
         "BTM", "ModelSoup", "BTX", "FlexOlmo", "MetaMoE", "from-proxies",
     ]
     rows = read_json(finished[0] / "results.json")["rows"]
@@ -641,7 +641,7 @@ def test_an_edited_upload_is_named(run, file):
 
 
 def test_files_more_or_fewer_in_an_upload_are_named(run):
-    upload = run / "clients" / "vitaminc" / "upload" / "aligned-dpp"
+    upload = run / "clients" / "question" / "upload" / "aligned-dpp"
     (upload / "gift.txt").write_text("x")
     assert "gift.txt is not in the manifest" in refused("unify_moe", run, "--method", "metamoe", "--name", "new")
     (upload / "gift.txt").unlink()

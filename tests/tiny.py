@@ -11,7 +11,7 @@ from pathlib import Path
 from rundir import write_json, write_records
 
 REPO = Path(__file__).resolve().parent.parent
-CLIENTS = ["intent", "hotels", "vitaminc"]
+CLIENTS = ["intent", "hotels", "question"]
 SIZES = {"train_size": 12, "validation_size": 4, "test_size": 16, "public_size": 48, "candidates": 24, "proxies": 6}
 COMMON = ["--dtype", "float32", "--device", "cpu"]
 
@@ -19,7 +19,7 @@ COMMON = ["--dtype", "float32", "--device", "cpu"]
 TOPICS = {
     "intent": ("play music song album artist playlist tune listen radio track band concert", ["play", "search", "rate"]),
     "hotels": ("room breakfast hotel staff clean bed lobby pool shower quiet view reception", ["positive", "negative"]),
-    "vitaminc": ("river city population film released year million people country born station opened", ["True", "False", "Neither"]),
+    "question": ("river city population film released year million people country born station opened", ["True", "False", "Neither"]),
     "cooking": ("boil rice onion pepper sauce oven bake flour sugar butter garlic salt", ["hot", "cold"]),
 }
 SECRET = "zanzibar"  # in every private text and in no public one

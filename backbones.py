@@ -138,7 +138,7 @@ class TextBackbone:
     def encode(self, record, answer=None):
         """(prompt ids, answer ids): the prompt keeps its end where it is too long, an answer ends with EOS."""
         prompt = self.tokenizer(record["prompt"])["input_ids"]
-        ids = [] if answer is None else self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        ids = [] if answer is None else self.tokenizer(answer, add_special_tokens=False)["input_ids"][: self.max_length // 2]
         return prompt[-(self.max_length - len(ids) - 1) :], ids
 
     def collate(self, encoded):

@@ -61,10 +61,9 @@ def expert_variant(run_dir):
 
 def score(row, folder, backbone_of, run_dir, run, args, records):
     """Log-likelihoods of every choice {client: [[...], ...]}, routing counts (L, K) a client, and samples/s; scored once."""
-    if folder is None:
-        identity = "seed"
-    else:
-        identity = sha256(folder / ("manifest.json" if row.startswith("expert-") else "done.json"))
+    identity = {"dtype": args.dtype, "model": "seed"}
+    if folder is not None:
+        identity["model"] = sha256(folder / ("manifest.json" if row.startswith("expert-") else "done.json"))
     path = run_dir / "scores" / f"{row}.{args.split}.json"
     if path.exists() and (found := read_json(path))["identity"] == identity:
         return found

@@ -37,7 +37,7 @@ def parse_args():
     parser.add_argument("--selection", choices=RULES, default="dpp", help="rule that chooses the proxies (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where the hardware computes in it")
-    parser.add_argument("--force", action="store_true", help="redo a selection that was made with other settings")
+    parser.add_argument("--force", action="store_true", help="redo everything from the embeddings on, where this selection was made with other settings")
     return parser.parse_args()
 
 
@@ -170,6 +170,9 @@ def main():
     settings = {key: run[key] for key in ("seed", "candidates", "proxies")} | {"selection": args.selection, "dtype": args.dtype}
     folders = {name: run_dir / "clients" / name / "selection" / args.selection for name in names}
     todo = [name for name in names if not finished(folders[name], settings, args.force)]
+    if args.force and todo:
+        for stale in [run_dir / "public" / "features.npy"] + [folders[name].parent / "relevance.npy" for name in todo]:
+            stale.unlink(missing_ok=True)
     for name in names:
         if name not in todo:
             print(f"select_proxies: {name}: {args.selection} selection is there already, skipped")

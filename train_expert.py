@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from backbones import PRESETS, load_backbone, train, unwrap
-from rundir import UserError, atomic, check_client, finished, open_run, read_json, read_records, run_main, write_json, write_manifest
+from rundir import UserError, atomic, check_client, finished, open_run, read_json, read_records, run_main, sha256, write_json, write_manifest
 
 DATA = ("aligned", "private", "proxies")
 
@@ -128,9 +128,10 @@ def main():
     settings |= {"data": args.data, "full_ffn": args.full_ffn, "seed": run["seed"], "dtype": args.dtype}
     for name in names:
         check_client(run, name)
-        selection = read_selection(run_dir / "clients" / name, args.selection)
-        if args.data != "private":  # another selection, another expert
-            settings |= {"selection": args.selection, "proxies": len(selection)}
+        read_selection(run_dir / "clients" / name, args.selection)
+        if args.data != "private":  # other proxies, another expert
+            selection = run_dir / "clients" / name / "selection" / args.selection / "selection.json"
+            settings |= {"selection": args.selection, "proxies": sha256(selection)}
         done = train_client(run_dir, run, name, args, settings)
         gc.collect()  # a PEFT model is a reference cycle: without this two of them are in memory at once
         size = pack_upload(run_dir, name, args)

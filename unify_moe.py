@@ -103,6 +103,8 @@ def final_samples(run_dir, run, uploads, settings):
     public = read_records(run_dir / "public" / "records.jsonl")
     if settings["samples"] == "proxies":
         union = sorted({i for upload in uploads for i in read_json(upload / "proxies.json")})
+        if not union:
+            raise UserError("the uploads name no proxies: nothing to train on (no final training: --train none)")
         if union[0] < 0 or union[-1] >= len(public):
             raise UserError(f"an upload names public sample {union[0] if union[0] < 0 else union[-1]}, D_0 has {len(public)}: all parties need the same public set")
         return [public[i] for i in union]

@@ -2,7 +2,8 @@
 
 Rows: ZeroShot, each private-only expert, BTM, ModelSoup, BTX, FlexOlmo, MetaMoE, UnrestrictedMoE, then any other model
 under RUN/moe/. Each model is scored once; its choices' log-likelihoods are kept in RUN/scores/. Writes RUN/results.json and
-RUN/results.md (no clock in them: same seed, same bytes) and RUN/timings.json.
+RUN/results.md (no clock in them: same seed, same bytes) and RUN/timings.json. Given several evaluated run directories, it
+prints their table instead: mean and standard deviation over the runs, differences with intervals over all their samples.
 """
 
 import argparse
@@ -25,7 +26,7 @@ ROMAN = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X"]
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", required=True, help="folder of the run")
+    parser.add_argument("--run-dir", required=True, nargs="+", help="folder of the run; several: print the table over runs of different seeds")
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="part of the clients' data to score on; settings are chosen on validation (default: %(default)s)")
     parser.add_argument("--models", nargs="+", help="score these rows alone (zeroshot, expert-NAME, or a folder of RUN/moe/; default: all there are)")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
@@ -162,9 +163,39 @@ def markdown(results, run):
     return "\n".join(lines) + "\n"
 
 
+def pool(run_dirs, split):
+    """The table over runs that differ in their seed: mean and standard deviation, MetaMoE's paired differences over all samples."""
+    stem = "results.json" if split == "test" else f"results.{split}.json"
+    for run_dir in run_dirs:
+        if not (Path(run_dir) / stem).exists():
+            raise UserError(f"--run-dir {run_dir}: holds no {stem}: evaluate it alone first")
+    runs = [read_json(Path(run_dir) / stem) for run_dir in run_dirs]
+    first = runs[0]["run"]
+    for run_dir, found in zip(run_dirs, runs):
+        if {**found["run"], "seed": 0} != {**first, "seed": 0} or [r["model"] for r in found["rows"]] != [r["model"] for r in runs[0]["rows"]]:
+            raise UserError(f"--run-dir {run_dir}: made with other settings or models than {run_dirs[0]}; only the seed may differ")
+    clients = first["clients"]
+    right = {}  # row -> {(client, seed): 0/1 array}
+    for found in runs:
+        for row in found["rows"]:
+            right.setdefault(row["model"], {}).update({(name, found["run"]["seed"]): np.array([int(c) for c in row["clients"][name]["right"]], float) for name in clients})
+    lines = ["| | " + " | ".join(clients) + " | Average | MetaMoE minus this |", "|---|" + "---:|" * (len(clients) + 2)]
+    for rows in zip(*(found["rows"] for found in runs)):
+        columns = [[row["clients"][name]["accuracy"] for row in rows] for name in clients] + [[row["average"] for row in rows]]
+        cells = [f"{np.mean(c):.2f} ± {np.std(c, ddof=1) if len(c) > 1 else 0:.2f}" for c in columns]
+        gap = ""
+        if "metamoe" in right and rows[0]["model"] != "metamoe":
+            found = paired_bootstrap(right["metamoe"], right[rows[0]["model"]], 0)
+            gap = "{:+.2f} ({:+.2f} to {:+.2f})".format(found["difference"], *found["interval"])
+        lines.append(f"| {rows[0]['title']} | " + " | ".join(cells) + f" | {gap} |")
+    print("\n".join(lines))
+
+
 def main():
     args = parse_args()
-    run_dir = Path(args.run_dir)
+    if len(args.run_dir) > 1:
+        return pool(args.run_dir, args.split)
+    run_dir = Path(args.run_dir[0])
     run = open_run(run_dir, backbone=None)
     records = {name: read_records(run_dir / "clients" / name / "private" / f"{args.split}.jsonl") for name in run["clients"]}
     if not all(records.values()):
@@ -184,6 +215,7 @@ def main():
         per_client = {}
         for name, values in right[row].items():
             per_client[name] = {"correct": int(values.sum()), "n": len(values), "accuracy": 100 * float(values.mean()), "wilson": wilson(values.sum(), len(values))}
+            per_client[name]["right"] = "".join("01"[int(value)] for value in values)  # a digit a sample, in order: for paired tests
         rows.append({"model": row, "title": title(row, run), "clients": per_client, "average": float(np.mean([c["accuracy"] for c in per_client.values()]))})
         if "metamoe" in right and row != "metamoe":
             rows[-1]["metamoe_minus"] = paired_bootstrap(right["metamoe"], right[row], run["seed"])

@@ -1,5 +1,6 @@
 """Records, splits and the public set; the statistics of the table."""
 
+import json
 import random
 import re
 
@@ -198,7 +199,7 @@ def test_no_real_public_text_contains_a_clients_text(real):
     checked = 0
     for _, parts in real:
         for record in (record for client in parts.values() for part in client.values() for record in part):
-            for text in [record["input"], *(line.split(": ", 1)[-1] for line in record["input"].splitlines())]:
+            for text in [record["input"], *(line.split(": ", 1)[-1] for line in record["input"].replace(" (Answer: ", "\n").splitlines())]:
                 text = " ".join(re.findall(r"\w+", text.lower()))
                 if len(text.split()) >= tasks.MIN_WORDS:
                     assert f" {text} " not in public, text
@@ -250,3 +251,26 @@ def test_is_right_compares_the_likeliest_choices_text():
 
 def test_shares_of_the_tokens_add_up_to_one():
     assert evaluate.shares([[1, 3], [2, 2]]) == [[0.25, 0.75], [0.5, 0.5]]
+
+
+def test_pool_prints_means_deviations_and_paired_differences(tmp_path, capsys):
+    def write(seed, ours, theirs):
+        def row(model, digits):
+            values = [int(c) for c in digits]
+            return {"model": model, "title": model, "clients": {"a": {"accuracy": 25.0 * sum(values), "right": digits}}, "average": 25.0 * sum(values)}
+
+        (tmp_path / str(seed)).mkdir()
+        results = {"run": {"seed": seed, "clients": ["a"]}, "rows": [row("zeroshot", theirs), row("metamoe", ours)]}
+        (tmp_path / str(seed) / "results.json").write_text(json.dumps(results))
+        return tmp_path / str(seed)
+
+    runs = [write(0, "1111", "0000"), write(1, "1110", "1000")]
+    evaluate.pool(runs, "test")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| zeroshot | 12.50 ± 17.68 | 12.50 ± 17.68 | +75.00 (")
+    assert lines[3] == "| metamoe | 87.50 ± 17.68 | 87.50 ± 17.68 |  |"
+    with pytest.raises(UserError, match="evaluate it alone first"):
+        evaluate.pool([runs[0], tmp_path], "test")
+    (runs[1] / "results.json").write_text(json.dumps({"run": {"seed": 1, "clients": ["b"]}, "rows": []}))
+    with pytest.raises(UserError, match="only the seed may differ"):
+        evaluate.pool(runs, "test")

@@ -49,9 +49,10 @@ while [ $# -gt 0 ]; do
     esac
 done
 
-METHODS=${METHODS:-soup btm btx flexolmo metamoe unrestricted}
+all_methods="soup btm btx flexolmo metamoe unrestricted"
+METHODS=${METHODS:-$all_methods}
 for method in $METHODS; do
-    case " soup btm btx flexolmo metamoe unrestricted " in *" $method "*) ;; *) fail "--methods $method: unknown, choose from soup btm btx flexolmo metamoe unrestricted" ;; esac
+    case " $all_methods " in *" $method "*) ;; *) fail "--methods $method: unknown, choose from $all_methods" ;; esac
 done
 if [ -z "$BACKBONE" ]; then
     BACKBONE=smollm2-135m
@@ -74,12 +75,10 @@ for size in train_size validation_size test_size public_size candidates proxies;
     [ -z "${!value:-}" ] || run+=("--${size//_/-}" "${!value}")
 done
 
-needs() { for method in "$@"; do case " $METHODS " in *" $method "*) return 0 ;; esac; done; return 1; }
-
 # Clients: proxies, experts, uploads. The private-only experts are rows of the table and the rivals' experts.
 "$PYTHON" select_proxies.py "${common[@]}" "${run[@]}" --selection similarity
 "$PYTHON" train_expert.py "${common[@]}" --data private --selection similarity
-if needs metamoe; then
+if [[ " $METHODS " == *" metamoe "* ]]; then
     "$PYTHON" select_proxies.py "${common[@]}" "${run[@]}" --selection dpp
     "$PYTHON" train_expert.py "${common[@]}" --data aligned --selection dpp
 fi

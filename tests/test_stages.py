@@ -224,6 +224,8 @@ def synthetic_archive(monkeypatch, per_task=60):
             if wanted(member):
                 word = re.sub(r"\W|\d", "", task)
                 examples = [{"input": f"{word} {i} says {word}{i} to {word}{i * i}", "target_scores": {"yes": i % 2, "no": 1 - i % 2}} for i in range(per_task)]
+                for choices in (choices for client, _, choices in tasks.CLIENTS.values() if client == task and choices):
+                    examples = [{"input": example["input"], "target": [choices[i % 2]]} for i, example in enumerate(examples)]
                 yield member, {"examples": examples}
 
     monkeypatch.setattr(tasks, "fetch", lambda **kwargs: None)
@@ -488,7 +490,8 @@ def test_other_settings_are_refused_and_redone_with_force(run, name, needed, fol
     after = drive.snapshot(run)
     changed = {path for path in before | after if before.get(path) != after.get(path)}
     assert f"{folder}/done.json" in changed
-    roots = (folder.replace("hotels", r"\w+"), r"clients/\w+/upload")
+    # a selection is redone from the embeddings on
+    roots = (folder.replace("hotels", r"\w+"), r"clients/\w+/upload", r"clients/\w+/selection/relevance.npy", "public/features.npy")
     assert all(re.match("|".join(roots), path) for path in changed), changed
     assert stage(name, run, *flags).out.count("skipped") >= 1
 

@@ -58,6 +58,13 @@ def test_to_record_takes_the_single_best_choice():
     assert record == {"source": "t", "input": "How?", "prompt": "Q: How?\nA:", "answer": " no", "choices": [" yes", " no"]}
 
 
+def test_to_record_gives_a_generation_task_its_choices_and_leaves_out_other_targets():
+    record = tasks.to_record({"input": "x", "target": ["b"]}, "t", "{input}", ["a", "b"])
+    assert record["choices"] == [" a", " b"] and record["answer"] == " b"
+    assert tasks.to_record({"input": "x", "target": ["a", "b"]}, "t", "{input}", ["a", "b"]) is None
+    assert tasks.to_record({"input": "x", "target": ["c"]}, "t", "{input}", ["a", "b"]) is None
+
+
 @pytest.mark.parametrize("target", ["a word", ["a word", "another"]])
 def test_to_record_takes_the_first_target(target):
     assert tasks.to_record({"input": "x", "target": target}, "t", "{input}") == {"source": "t", "input": "x", "prompt": "x", "answer": " a word"}

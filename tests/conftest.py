@@ -12,6 +12,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # the tests use no hub: everything they read
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(scope="module")
+def seed_model(tmp_path_factory):
+    """The folder of a tiny LLaMA with its tokenizer."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("models") / "seed"
+    tiny.make_seed_model(folder)
+    return folder

@@ -21,13 +21,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def seed_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "seed"
-    tiny.make_seed_model(folder)
-    return folder
-
-
 @pytest.fixture
 def backbone(seed_model):
     return backbones.load_backbone("smollm2-135m", seed_model, "cpu", "float32")

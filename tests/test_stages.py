@@ -34,13 +34,6 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def seed_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "seed"
-    tiny.make_seed_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def pristine(tmp_path_factory, seed_model):
     """A run directory with its data and nothing else."""
     run_dir = tmp_path_factory.mktemp("pristine") / "run"

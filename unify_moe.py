@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import moe
 from backbones import PRESETS, load_backbone, read_expert, train
-from rundir import UserError, atomic, finished, open_run, read_json, read_manifest, read_records, run_main, sha256, write_json
+from rundir import UserError, atomic, finished, open_run, read_json, read_manifest, read_records, run_main, sha256, upload_variant, write_json
 
 # What makes a method: which uploads, the router's context and start, what the final training trains and on what.
 METHODS = {
@@ -186,7 +186,7 @@ def main():
     run_dir = Path(args.run_dir)
     run = open_run(run_dir, backbone=None)
     settings = resolve(args, run)
-    variant = f"{settings['data']}-{settings['selection']}" + ("-full" if args.full_ffn else "")
+    variant = upload_variant(settings["data"], settings["selection"], args.full_ffn)
     uploads = [run_dir / "clients" / name / "upload" / variant for name in run["clients"]]
     for upload in uploads:
         read_manifest(upload)

@@ -418,9 +418,9 @@ class ClipBackbone(Backbone):
         An image that cannot be decoded is left out and goes to self.unreadable as (index, message). self.seconds is the
         time this loop waited for images, which is the decoding's where there are no workers.
         """
-        images = Images(records, self.transform, seed)
+        dataset = Images(records, self.transform, seed)
         keys = [[(index, step) for index in batch] for step, batch in enumerate(batches)]
-        loader = torch.utils.data.DataLoader(images, batch_sampler=keys, num_workers=self.workers, collate_fn=list)
+        loader = torch.utils.data.DataLoader(dataset, batch_sampler=keys, num_workers=self.workers, collate_fn=list)
         self.unreadable, self.seconds = [], 0.0
         waiting = time.perf_counter()
         for items in loader:

@@ -108,6 +108,8 @@ def prepare_data(run_dir, run):
         public, parts = tasks.load_bigbench(run["clients"], sizes, run["public_size"], run["seed"])
     elif data == "images":
         public, parts = tasks.load_images(run["clients"], sizes, run["public_size"], run["seed"], run["sources"])
+        for name in run["clients"]:
+            tasks.check_images([record for records in parts[name].values() for record in records], name)
     else:
         public, parts = world.load_glyphs(run["clients"], sizes, run["public_size"], run["seed"])
     if run["candidates"] > len(public):

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from fetch import BIGBENCH, fetch, read_members
 from rundir import UserError
@@ -513,7 +514,7 @@ def open_image(image, seen={}):
 
 def check_images(records, client):
     """UserError naming the first of a client's images that does not decode; decodes them all."""
-    for record in records:
+    for record in tqdm(records, desc=f"checking {client}", unit="image", disable=None):
         try:
             open_image(record["image"])
         except BadImage as error:

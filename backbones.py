@@ -431,11 +431,16 @@ class ClipBackbone(Backbone):
             yield [index for index, _ in good], images.to(self.device)
             waiting = time.perf_counter()
 
+    def pool(self, model, images):
+        """Post-LN CLS features (b, d) float32 of images (b, 3, size, size)."""
+        if not len(images):  # all of a batch unreadable
+            return images.new_zeros(0, self.width)
+        with self.autocast():
+            return unwrap(model).visual(images.to(self.dtype)).float()
+
     def classify(self, model, images, texts):
         """Logits (b, C) of images against unit text features (C, e)."""
-        with self.autocast():
-            pooled = unwrap(model).visual(images.to(self.dtype))  # (b, d)
-        return self.scale * F.normalize(pooled.float() @ self.projection, dim=-1) @ texts.T
+        return self.scale * F.normalize(self.pool(model, images) @ self.projection, dim=-1) @ texts.T
 
     @torch.no_grad()
     def text_features(self, classes):
@@ -464,19 +469,17 @@ class ClipBackbone(Backbone):
         batches = [range(start, min(start + batch, len(records))) for start in range(0, len(records), batch)]
         with tqdm(total=len(records), initial=skip * batch, desc=label, unit="image", disable=None) as bar:
             for indices, images in self.load(records, batches[skip:]):
-                with self.autocast():
-                    pooled = self.model.visual(images.to(self.dtype))
-                yield indices, pooled.float().cpu().numpy()
+                yield indices, self.pool(self.model, images).cpu().numpy()
                 bar.update(len(indices))
 
     def prompt_batches(self, model, records, label):
         """Yield (token mask (B, T), a function that runs the images through the model) batch by batch."""
         batches = [range(start, min(start + 128, len(records))) for start in range(0, len(records), 128)]
-        visual = unwrap(model).visual
+        width = self.model.visual.positional_embedding.shape[0]
         with tqdm(total=len(records), desc=label, unit="image", disable=None) as bar:
             for indices, images in self.load(records, batches):
-                tokens = torch.ones(len(indices), visual.positional_embedding.shape[0], dtype=torch.bool, device=self.device)
-                yield tokens, lambda: visual(images.to(self.dtype))
+                tokens = torch.ones(len(indices), width, dtype=torch.bool, device=self.device)
+                yield tokens, lambda: self.pool(model, images)
                 bar.update(len(indices))
         self.refuse_unreadable()
 

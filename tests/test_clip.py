@@ -236,6 +236,7 @@ def stage(*command):
     return subprocess.run([sys.executable, *map(str, command)], cwd=tiny.REPO, env=tiny.environment(), capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_vision_pipeline_from_proxies_to_the_table(weights, tmp_path):
     run = ["--run-dir", tmp_path / "run", "--device", "cpu", "--dtype", "float32"]
     new = ["--backbone", "glyph-clip", "--pretrained", weights, "--train-size", 20, "--validation-size", 4, "--test-size", 12,
@@ -263,3 +264,44 @@ def test_the_vision_pipeline_from_proxies_to_the_table(weights, tmp_path):
     assert again.returncode == 0 and "skipped" in again.stdout
     wrong = stage("select_proxies.py", *run, "--data-root", tmp_path)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: --data-root") and wrong.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_papers_clip_on_datasets_in_coops_layout(tmp_path):
+    """ViT-B/32 with random weights out of a checkpoint file, from folders of JPEGs to the table; one D_0 image is cut off."""
+    import open_clip
+    from test_images import make_coop, make_public
+
+    make_coop(tmp_path / "oxford_pets", "split_zhou_OxfordPets.json", "images", ["Pug", "Japanese-Chin"], (4, 1, 2))
+    make_coop(tmp_path / "eurosat", "split_zhou_EuroSAT.json", "2750", ["Forest", "SeaLake"], (4, 1, 2), nested=True)
+    make_public(tmp_path / "imagenet" / "train", ("n01440764", "n01443537", "n01484850"), 7)
+    (tmp_path / "imagenet" / "classnames.txt").write_text("n01440764 tench\nn01443537 goldfish\nn01484850 great white shark\n")
+    cut = tmp_path / "imagenet" / "train" / "n01440764" / "n01440764_3.JPEG"
+    cut.write_bytes(cut.read_bytes()[:200])
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("ViT-B-32-quickgelu", pretrained=None).state_dict(), tmp_path / "random.pt")
+    run = ["--run-dir", tmp_path / "run", "--device", "cpu", "--dtype", "float32"]
+    new = ["--backbone", "vit-b-32", "--pretrained", tmp_path / "random.pt", "--clients", "pets", "eurosat", "--data-root", tmp_path,
+           "--public", tmp_path / "imagenet", "--candidates", 12, "--proxies", 4]
+    few = ["--epochs", 1, "--batch-size", 6]
+    done = stage("select_proxies.py", *run, *new, "--selection", "dpp")
+    assert done.returncode == 0, done.stderr
+    assert f"skipped: {cut}" in done.stdout and "waiting for decoded images" in done.stdout
+    features = np.load(tmp_path / "run" / "public" / "features.npy")
+    assert features.shape == (21, 768) and np.isnan(features[:, 0]).sum() == 1
+    for command in (
+        ["train_expert.py", *run, *few, "--data", "private"], ["train_expert.py", *run, *few, "--workers", 1],
+        ["unify_moe.py", *run, *few, "--method", "metamoe"],
+        ["evaluate.py", *run, "--models", "zeroshot", "metamoe"],
+    ):
+        done = stage(*command)
+        assert done.returncode == 0, done.stderr
+    results = read_json(tmp_path / "run" / "results.json")
+    assert results["n"] == {"pets": 4, "eurosat": 4} and [row["model"] for row in results["rows"]] == ["zeroshot", "metamoe"]
+    config = json.loads((tmp_path / "run" / "clients" / "pets" / "upload" / "aligned-dpp" / "adapter" / "adapter_config.json").read_text())
+    assert len(config["target_modules"]) == 24 and all(name.startswith("visual.transformer.resblocks.") for name in config["target_modules"])
+    # a corrupt private image ends the run before anything is written
+    bad = tmp_path / "oxford_pets" / "images" / "train_0.jpg"
+    bad.write_bytes(b"no image")
+    refused = stage("select_proxies.py", "--run-dir", tmp_path / "other", *run[2:], *new)
+    assert refused.returncode == 2 and "train_0.jpg" in refused.stderr and refused.stderr.count("error:") == 1 and not (tmp_path / "other").exists()

@@ -48,10 +48,10 @@ PRESETS = {
         "kind": "text", "data": "bigbench", "optimizer": "adamw", "weight_decay": 0.0,
         "train_size": 400, "validation_size": 80, "test_size": 200, "public_size": 5000,
         "candidates": 900, "proxies": 150, "max_length": 256,
-        "lora_rank": 16, "lora_alpha": 32, "expert_epochs": 2, "expert_lr": 5e-4, "expert_batch": 8, "warmup_steps": 10,
+        "lora_rank": 16, "lora_alpha": 32, "expert_epochs": 4, "expert_lr": 5e-4, "expert_batch": 8, "warmup_steps": 10,
         "final_epochs": 1, "final_batch": 16, "lambda_lr": 1e-3, "lambda_init": 1.0,
-        # of 1e-4 and 1e-3: the better average accuracy on the validation parts of seed 0; unrestricted untuned (README)
-        "final_lr": {"metamoe": 1e-4, "flexolmo": 1e-3, "btx": 1e-4, "unrestricted": 1e-4},
+        # of 1e-4 (the paper's, also on a tie) and 1e-3: the better average accuracy on the validation parts of seed 0 (README)
+        "final_lr": {"metamoe": 1e-3, "flexolmo": 1e-4, "btx": 1e-4, "unrestricted": 1e-4},
     },
 }
 

@@ -236,9 +236,9 @@ def coverage(run_dir, run, backbone, records):
             axis.set_title({"random": "random", "similarity": "most relevant", "dpp": "relevance-weighted DPP"}[rule])
             axis.set_xlabel("distance {distance:.3f}, log det {log_det:.0f}".format(**found[name][rule]))
             axis.set_xticks([]), axis.set_yticks([])
-        axes[0][0].legend(loc="lower left", markerscale=2)
         figure.suptitle(f"{run['backbone']}: proxies for {name} (m = {run['proxies']}), t-SNE of the seed's features")
-        figure.tight_layout()
+        figure.tight_layout(rect=(0, 0.05, 1, 1))
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=3, markerscale=2, frameon=False)
         with atomic(run_dir / f"figure2-{name}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
         plt.close(figure)
@@ -268,7 +268,8 @@ def pool(run_dirs, split):
         for row in found["rows"]:
             right.setdefault(row["model"], {}).update({(name, found["run"]["seed"]): np.array([int(c) for c in row["clients"][name]["right"]], float) for name in clients})
     for tables in zip(*(sections(found["rows"]) for found in runs)):  # the same table of each run
-        print(f"\n{tables[0][0]}\n" if tables[0][0] else "")
+        if tables[0][0]:
+            print(f"\n{tables[0][0]}\n")
         print("| | " + " | ".join(clients) + " | Average | MetaMoE minus this |\n|---|" + "---:|" * (len(clients) + 2))
         for labelled in zip(*(rows for _, rows in tables)):
             (label, first_row), rows = labelled[0], [row for _, row in labelled]
@@ -334,9 +335,10 @@ def main():
     for row, folder in folders.items():
         if folder is not None and (folder / "timing.json").exists():
             timings[row] |= read_json(folder / "timing.json")
-    for name in run["clients"]:
-        for path in sorted((run_dir / "clients" / name / "selection").glob("*/timing.json")):
-            timings[f"selection {path.parent.name}, {name}"] = read_json(path)
+    timings["selection_seconds"] = {  # Table 10
+        name: {path.parent.name: read_json(path)["selection_seconds"] for path in sorted((run_dir / "clients" / name / "selection").glob("*/timing.json"))}
+        for name in run["clients"]
+    }
     write_json(run_dir / "timings.json", timings)
     print(text)
     print(f"evaluate: {len(rows)} models on {len(records)} clients; {run_dir / stem}.json, {stem}.md and timings.json written")

@@ -134,11 +134,23 @@ def public_features(run_dir, backbone, records, dtype):
     RUN/public/unreadable.json lists those.
     """
     path = run_dir / "public" / "features.npy"
-    if path.exists():
-        return np.load(path, mmap_mode="r")
     part, progress = path.with_name(".features.npy"), path.with_name(".progress.json")
-    state = {"dtype": dtype, "batches": 0, "unreadable": []}
-    shape = (len(records), backbone.width)
+    if not path.exists():
+        try:
+            unreadable = embed_public(part, progress, backbone, records, dtype)
+        except OSError:  # a full disk: nothing half-written stays on it
+            part.unlink(missing_ok=True)
+            progress.unlink(missing_ok=True)
+            raise
+        write_json(path.with_name("unreadable.json"), unreadable)
+        os.replace(part, path)
+        progress.unlink()
+    return np.load(path, mmap_mode="r")
+
+
+def embed_public(part, progress, backbone, records, dtype):
+    """Embed D_0 into `part`, or go on where `progress` says that it stopped; returns the indices that cannot be decoded."""
+    state, shape = {"dtype": dtype, "batches": 0, "unreadable": []}, (len(records), backbone.width)
     if part.exists() and progress.exists() and (found := read_json(progress))["dtype"] == dtype:
         out, state = np.load(part, mmap_mode="r+"), found
     else:
@@ -149,31 +161,25 @@ def public_features(run_dir, backbone, records, dtype):
                 os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
     before, count, start = list(state["unreadable"]), 0, time.perf_counter()
     saved = start
-
-    def save():
-        out.flush()
-        write_json(progress, state)
-
     for indices, values in backbone.embed(records, "embedding D_0", skip=state["batches"]):
         out[indices] = values
         count += len(indices)
         state["batches"] += 1
         state["unreadable"] = before + [list(item) for item in backbone.unreadable]
         if time.perf_counter() - saved > 30:
-            save()
+            out.flush()
+            write_json(progress, state)
             saved = time.perf_counter()
-    save()
+    unreadable = [index for index, _ in state["unreadable"]]
+    out[unreadable] = np.nan
+    out.flush()
+    write_json(progress, state)
     seconds = time.perf_counter() - start
     waited = f", {100 * backbone.seconds / seconds:.0f}% of the time waiting for decoded images" if backbone.seconds else ""
     print(f"select_proxies: embedded {count} public samples, {count / seconds:.1f} a second{waited}")
     for _, message in state["unreadable"]:
         print(f"    skipped: {message}")
-    write_json(path.with_name("unreadable.json"), sorted(index for index, _ in state["unreadable"]))
-    out[[index for index, _ in state["unreadable"]]] = np.nan
-    out.flush()
-    os.replace(part, path)
-    progress.unlink()
-    return np.load(path, mmap_mode="r")
+    return sorted(unreadable)
 
 
 def relevance(public, private, seed, usable=None):

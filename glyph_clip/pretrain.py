@@ -95,7 +95,7 @@ def train(out, *, steps, batch, seed, lr, warmup, log_every, checkpoint_every, d
     state = {"settings": settings, "step": 0, "log": [settings], "losses": [], "seconds": 0.0}
     checkpoint, log_file = out.with_suffix(".checkpoint"), out.with_name("pretrain.log")
     if checkpoint.exists():
-        saved = torch.load(checkpoint)
+        saved = torch.load(checkpoint, weights_only=True)
         if saved["settings"] != settings:
             raise UserError(f"{checkpoint} belongs to a run with other settings ({saved['settings']}): repeat that command, or remove the file")
         model.load_state_dict(saved.pop("model"))

@@ -1,5 +1,6 @@
 """The CLIP backbone against open_clip and PyTorch written out, and the vision pipeline through its own command lines."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import backbones
 import moe
+import select_proxies
 import tiny
 from glyph_clip import model as glyph
 from glyph_clip import world
@@ -227,6 +229,33 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="other.safetensors.*glyph-clip"):
         backbones.load_backbone("glyph-clip", tmp_path / "other.safetensors", "cpu")
+
+
+def test_embedding_d0_goes_on_where_a_kill_stopped_it(backbone, public, tmp_path, monkeypatch):
+    """The progress is written now and then; what was embedded up to it is not embedded again, unreadable images are kept in mind."""
+    records = [dict(record) for record in public]
+    records[3]["image"] = str(tmp_path / "cut.jpg")
+    for name in ("whole", "run"):
+        (tmp_path / name / "public").mkdir(parents=True)
+    whole = select_proxies.public_features(tmp_path / "whole", backbone, records, "float32")
+    embed, clock, skips = backbone.embed, itertools.count(0, 31), []
+    monkeypatch.setattr(select_proxies.time, "perf_counter", lambda: next(clock))  # every batch is late enough for a note
+
+    def killed(records, label, skip=0, stop=3):
+        skips.append(skip)
+        for number, batch in enumerate(embed(records, label, skip, batch=8)):
+            if number == stop:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(backbone, "embed", killed)
+    with pytest.raises(KeyboardInterrupt):
+        select_proxies.public_features(tmp_path / "run", backbone, records, "float32")
+    assert not (tmp_path / "run" / "public" / "features.npy").exists()
+    got = select_proxies.public_features(tmp_path / "run", backbone, records, "float32")
+    assert skips == [0, 3] and np.allclose(got, whole, atol=1e-5, equal_nan=True) and np.flatnonzero(np.isnan(got[:, 0])).tolist() == [3]
+    assert sorted(path.name for path in (tmp_path / "run" / "public").iterdir()) == ["features.npy", "unreadable.json"]
+    assert read_json(tmp_path / "run" / "public" / "unreadable.json") == [3]
 
 
 # --- the command lines

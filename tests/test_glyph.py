@@ -209,10 +209,9 @@ def test_images_and_texts_land_in_one_space(untrained):
     assert model.encode_image(images).shape == model.encode_text(tokenizer(["a", "b"])).shape == (2, 128)
 
 
-def test_missing_weights_are_one_clear_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(glyph_model, "WEIGHTS", tmp_path / "model.safetensors")
+def test_missing_weights_are_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="pretrain.py"):
-        glyph_model.create()
+        glyph_model.create(tmp_path / "model.safetensors")
 
 
 # --- pre-training
@@ -249,8 +248,7 @@ def test_a_few_steps_learn_a_batch_and_write_weights_and_log(tmp_path, monkeypat
     assert [json.loads(line) for line in (tmp_path / "pretrain.log").read_text().splitlines()] == log
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "pretrain.log"]
     assert (tmp_path / "model.safetensors").stat().st_size <= 5e6
-    monkeypatch.setattr(glyph_model, "WEIGHTS", tmp_path / "model.safetensors")
-    model, tokenizer = glyph_model.create()
+    model, tokenizer = glyph_model.create(tmp_path / "model.safetensors")
     assert pretrain.zero_shot_accuracy(model, tokenizer, pretrain.split_world()[1], limit=10)[0] == pytest.approx(log[-1]["accuracy"], abs=1e-4)
 
 

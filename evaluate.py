@@ -1,9 +1,10 @@
 """Stage 4: score every model on every client's test set and print the paper's table.
 
-Rows: ZeroShot, each private-only expert, BTM, ModelSoup, BTX, FlexOlmo, MetaMoE, UnrestrictedMoE, then any other model
-under RUN/moe/. Each model is scored once; its choices' log-likelihoods are kept in RUN/scores/. Writes RUN/results.json and
-RUN/results.md (no clock in them: same seed, same bytes) and RUN/timings.json. Given several evaluated run directories, it
-prints their table instead: mean and standard deviation over the runs, differences with intervals over all their samples.
+Rows: ZeroShot, each private-only expert, BTM, ModelSoup, BTX, FlexOlmo, MetaMoE, UnrestrictedMoE, then the paper's ablations
+and any other model under RUN/moe/. Each model is scored once; its choices' scores are kept in RUN/scores/. Writes
+RUN/results.json and RUN/results.md (no clock in them: same seed, same bytes), RUN/timings.json and, with --figure, Figure 2
+with the coverage it shows. Given several evaluated run directories, it prints their tables instead: mean and standard
+deviation over the runs, differences with intervals over all their samples.
 """
 
 import argparse
@@ -15,11 +16,26 @@ import numpy as np
 
 import moe
 from backbones import load_backbone
-from rundir import UserError, atomic, folder_bytes, open_run, read_json, read_manifest, read_records, run_main, sha256, write_json
+from rundir import UserError, atomic, folder_bytes, open_run, read_json, read_manifest, read_records, run_main, sha256, usable_public, write_json
 
 TITLES = {
     "unrestricted": "UnrestrictedMoE", "zeroshot": "ZeroShot", "btm": "BTM", "soup": "ModelSoup", "btx": "BTX",
     "flexolmo": "FlexOlmo", "metamoe": "MetaMoE",
+}
+# The paper's ablations: title -> {model: label}, printed where a model beside the main ones is there.
+ABLATIONS = {
+    "Proxy selection (Table 5)": {
+        "flexolmo-random": "FlexOlmo, random", "flexolmo": "FlexOlmo, similarity", "flexolmo-dpp": "FlexOlmo, DPP",
+        "metamoe-random": "MetaMoE, random", "metamoe-similarity": "MetaMoE, similarity", "metamoe": "MetaMoE, DPP",
+    },
+    "Context-aware router (Tables 6, 7)": {"metamoe-no-context": "token alone", "metamoe": "with context"},
+    "Proxy-aligned experts (Tables 8, 9, 13)": {
+        "metamoe-private-experts": "private data alone", "metamoe-proxy-experts": "proxies alone", "metamoe": "private data and proxies",
+        "flexolmo": "FlexOlmo's router, private data alone", "flexolmo-aligned": "FlexOlmo's router, private data and proxies",
+    },
+    "Final training (Table 14)": {"metamoe-untrained": "none", "metamoe": "router and experts"},
+    "Start of the routing vectors": {"metamoe-random-init": "random", "metamoe": "uploaded means"},
+    "Weights of the chosen experts": {"metamoe-literal": "pi (Eq. 5)", "metamoe-renormalized": "pi / sum", "metamoe": "pi / stop_gradient(sum)"},
 }
 ROMAN = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X"]
 
@@ -29,6 +45,8 @@ def parse_args():
     parser.add_argument("--run-dir", required=True, nargs="+", help="folder of the run; several: print the table over runs of different seeds")
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="part of the clients' data to score on; settings are chosen on validation (default: %(default)s)")
     parser.add_argument("--models", nargs="+", help="score these rows alone (zeroshot, expert-NAME, or a folder of RUN/moe/; default: all there are)")
+    parser.add_argument("--figure", action="store_true", help="also draw Figure 2 (t-SNE, a PNG a client) and measure how the proxies of each selection cover the private test data")
+    parser.add_argument("--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where the hardware computes in it")
     return parser.parse_args()
@@ -137,14 +155,27 @@ def title(row, run):
     return TITLES.get(row, row)
 
 
+def sections(rows):
+    """[(title, [(label, row)])]: the main table's rows and those of no ablation, then each ablation that has rows of its own."""
+    by_name = {row["model"]: row for row in rows}
+    main = {name for name in by_name if name in TITLES or name.startswith("expert-")}
+    found = [(title, [(label, by_name[name]) for name, label in table.items() if name in by_name])
+             for title, table in ABLATIONS.items() if any(name in by_name and name not in main for name in table)]
+    ablated = {row["model"] for _, table in found for _, row in table}
+    return [("", [(row["title"], row) for row in rows if row["model"] in main or row["model"] not in ablated]), *found]
+
+
 def markdown(results, run):
-    """The paper's Table 3 layout: accuracy in percent; then intervals, differences, routing shares, bytes."""
+    """The paper's Table 3 layout: accuracy in percent; then ablations, intervals, differences, routing shares, coverage, bytes."""
     clients = run["clients"]
-    lines = [f"# {run['backbone']}, seed {run['seed']}, {results['split']} split", "",
-             "Accuracy in percent.", "", "| | " + " | ".join(clients) + " | Average |", "|---|" + "---:|" * (len(clients) + 1)]
-    for row in results["rows"]:
-        cells = [f"{row['clients'][name]['accuracy']:.2f}" for name in clients]
-        lines.append(f"| {row['title']} | " + " | ".join(cells) + f" | {row['average']:.2f} |")
+    lines = [f"# {run['backbone']}, seed {run['seed']}, {results['split']} split", "", "Accuracy in percent."]
+    for heading, rows in sections(results["rows"]):
+        lines += ["", f"## {heading}", ""] if heading else [""]
+        lines += ["| | " + " | ".join(clients) + " | Average |", "|---|" + "---:|" * (len(clients) + 1)]
+        for label, row in rows:
+            cells = [f"{row['clients'][name]['accuracy']:.2f}" for name in clients]
+            lines.append(f"| {label} | " + " | ".join(cells) + f" | {row['average']:.2f} |")
+    lines += ["", "## Intervals"]
     lines += ["", "Wilson 95% intervals; MetaMoE's average minus the row's, in points, with a paired bootstrap 95% interval.", "",
               "| | " + " | ".join(f"{name} (n = {results['n'][name]})" for name in clients) + " | MetaMoE minus this |", "|---|" + "---:|" * (len(clients) + 1)]
     for row in results["rows"]:
@@ -159,8 +190,65 @@ def markdown(results, run):
         for row in routed:
             own = [[100 * layer[row["experts"].index(name)] for layer in row["routing"][name]] for name in clients]
             lines.append(f"| {row['title']} | " + " | ".join(f"{np.mean(s):.1f} ({min(s):.1f} to {max(s):.1f})" for s in own) + f" | {np.mean(row['lambda']):.3f} |")
+    if "coverage" in results:
+        lines += ["", "How the proxies cover a client's private test data: mean distance (1 - cosine) of a test sample to its nearest proxy, and log det L_S of the proxies.", "",
+                  "| | " + " | ".join(f"{name}: distance | log det" for name in clients) + " |", "|---|" + "---:|" * (2 * len(clients))]
+        for rule in results["coverage"][clients[0]]:
+            cells = (f"{found['distance']:.4f} | {found['log_det']:.1f}" for found in (results["coverage"][name][rule] for name in clients))
+            lines.append(f"| {rule} | " + " | ".join(cells) + " |")
     lines += ["", "Uploaded, in bytes: " + ", ".join(f"{name} {size:,}" for name, size in results["uploaded_bytes"].items()) + "."]
     return "\n".join(lines) + "\n"
+
+
+def coverage(run_dir, run, backbone, records):
+    """{client: {rule: {"distance", "log_det"}}} of the selections there are, and Figure 2: RUN/figure2-NAME.png.
+
+    distance: mean over private test samples of 1 - cosine to the nearest proxy, on the seed's features. log_det:
+    log det L_S of the proxies, Eq. 4's diversity. The figure is one t-SNE of private test data, up to 2,000 of D_0 and all
+    proxies, so that its panels share their axes.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from sklearn.manifold import TSNE
+
+    public = np.load(run_dir / "public" / "features.npy", mmap_mode="r")
+    found = {}
+    for name in run["clients"]:
+        paths = {rule: run_dir / "clients" / name / "selection" / rule / "selection.json" for rule in ("random", "similarity", "dpp")}
+        proxies = {rule: np.array(read_json(path)["proxies"]) for rule, path in paths.items() if path.exists()}
+        private = unit(backbone.features(records[name], label=f"embedding {name}"))
+        found[name] = {}
+        for rule, chosen in proxies.items():
+            z = unit(public[np.sort(chosen)])
+            found[name][rule] = {"distance": float((1 - (private @ z.T).max(1)).mean()), "log_det": float(np.linalg.slogdet(z @ z.T)[1])}
+        rng = np.random.default_rng(run["seed"])
+        shown = np.union1d(rng.permutation(usable_public(run_dir, public))[:2000], np.concatenate(list(proxies.values())))
+        points = np.concatenate([private, unit(public[shown])])
+        plane = TSNE(metric="cosine", init="pca", perplexity=min(30, (len(points) - 1) / 3), random_state=run["seed"]).fit_transform(points)
+        own, others = plane[: len(private)], plane[len(private) :]
+        figure, axes = plt.subplots(1, len(proxies), figsize=(5 * len(proxies), 5.4), sharex=True, sharey=True, squeeze=False)
+        for axis, (rule, chosen) in zip(axes[0], proxies.items()):
+            axis.scatter(*others.T, s=4, c="#c8c8c8", linewidths=0, label="public set")
+            axis.scatter(*own.T, s=9, c="#1f77b4", linewidths=0, label=f"{name}, private test data")
+            axis.scatter(*others[np.searchsorted(shown, chosen)].T, s=18, c="#d62728", edgecolors="white", linewidths=0.4, label="proxies")
+            axis.set_title({"random": "random", "similarity": "most relevant", "dpp": "relevance-weighted DPP"}[rule])
+            axis.set_xlabel("distance {distance:.3f}, log det {log_det:.0f}".format(**found[name][rule]))
+            axis.set_xticks([]), axis.set_yticks([])
+        figure.suptitle(f"{run['backbone']}: proxies for {name} (m = {run['proxies']}), t-SNE of the seed's features")
+        figure.tight_layout(rect=(0, 0.05, 1, 1))
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=3, markerscale=2, frameon=False)
+        with atomic(run_dir / f"figure2-{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+        plt.close(figure)
+    return found
+
+
+def unit(features):
+    """Rows scaled to length 1, in float64."""
+    features = np.asarray(features, dtype=np.float64)
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
 def pool(run_dirs, split):
@@ -179,16 +267,26 @@ def pool(run_dirs, split):
     for found in runs:
         for row in found["rows"]:
             right.setdefault(row["model"], {}).update({(name, found["run"]["seed"]): np.array([int(c) for c in row["clients"][name]["right"]], float) for name in clients})
-    lines = ["| | " + " | ".join(clients) + " | Average | MetaMoE minus this |", "|---|" + "---:|" * (len(clients) + 2)]
-    for rows in zip(*(found["rows"] for found in runs)):
-        columns = [[row["clients"][name]["accuracy"] for row in rows] for name in clients] + [[row["average"] for row in rows]]
-        cells = [f"{np.mean(c):.2f} ± {np.std(c, ddof=1) if len(c) > 1 else 0:.2f}" for c in columns]
-        gap = ""
-        if "metamoe" in right and rows[0]["model"] != "metamoe":
-            found = paired_bootstrap(right["metamoe"], right[rows[0]["model"]], 0)
-            gap = "{:+.2f} ({:+.2f} to {:+.2f})".format(found["difference"], *found["interval"])
-        lines.append(f"| {rows[0]['title']} | " + " | ".join(cells) + f" | {gap} |")
-    print("\n".join(lines))
+    for tables in zip(*(sections(found["rows"]) for found in runs)):  # the same table of each run
+        if tables[0][0]:
+            print(f"\n{tables[0][0]}\n")
+        print("| | " + " | ".join(clients) + " | Average | MetaMoE minus this |\n|---|" + "---:|" * (len(clients) + 2))
+        for labelled in zip(*(rows for _, rows in tables)):
+            (label, first_row), rows = labelled[0], [row for _, row in labelled]
+            columns = [[row["clients"][name]["accuracy"] for row in rows] for name in clients] + [[row["average"] for row in rows]]
+            cells = [f"{np.mean(c):.2f} ± {np.std(c, ddof=1) if len(c) > 1 else 0:.2f}" for c in columns]
+            gap = ""
+            if "metamoe" in right and first_row["model"] != "metamoe":
+                found = paired_bootstrap(right["metamoe"], right[first_row["model"]], 0)
+                gap = "{:+.2f} ({:+.2f} to {:+.2f})".format(found["difference"], *found["interval"])
+            print(f"| {label} | " + " | ".join(cells) + f" | {gap} |")
+    if all("coverage" in found for found in runs):
+        print("\nDistance of a private test sample to its nearest proxy; log det L_S\n")
+        print("| | " + " | ".join(clients) + " |\n|---|" + "---:|" * len(clients))
+        for rule in runs[0]["coverage"][clients[0]]:
+            values = [[[found["coverage"][name][rule][key] for found in runs] for key in ("distance", "log_det")] for name in clients]
+            cells = [f"{np.mean(d):.4f} ± {np.std(d, ddof=1):.4f}; {np.mean(v):.1f} ± {np.std(v, ddof=1):.1f}" for d, v in values]
+            print(f"| {rule} | " + " | ".join(cells) + " |")
 
 
 def main():
@@ -203,7 +301,7 @@ def main():
     folders = list_models(run_dir, run, args.models)
 
     def backbone_of():  # only for a model that is not scored yet; PEFT and the MoE change a model in place
-        return load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype)
+        return load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers)
 
     found = {row: score(row, folder, backbone_of, run_dir, run, args, records) for row, folder in folders.items() if row != "btm"}
     if "btm" in folders:
@@ -226,6 +324,8 @@ def main():
         for upload in sorted((run_dir / "clients" / name / "upload").glob("[!.]*")):
             uploaded[f"{name}/{upload.name}"] = folder_bytes(upload)
     results = {"run": run, "split": args.split, "n": {name: len(r) for name, r in records.items()}, "rows": rows, "uploaded_bytes": uploaded}
+    if args.figure:
+        results["coverage"] = coverage(run_dir, run, backbone_of(), records)
     stem = "results" if args.split == "test" else f"results.{args.split}"
     write_json(run_dir / f"{stem}.json", results)
     text = markdown(results, run)
@@ -235,6 +335,10 @@ def main():
     for row, folder in folders.items():
         if folder is not None and (folder / "timing.json").exists():
             timings[row] |= read_json(folder / "timing.json")
+    timings["selection_seconds"] = {  # Table 10
+        name: {path.parent.name: read_json(path)["selection_seconds"] for path in sorted((run_dir / "clients" / name / "selection").glob("*/timing.json"))}
+        for name in run["clients"]
+    }
     write_json(run_dir / "timings.json", timings)
     print(text)
     print(f"evaluate: {len(rows)} models on {len(records)} clients; {run_dir / stem}.json, {stem}.md and timings.json written")

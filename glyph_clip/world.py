@@ -1,0 +1,197 @@
+"""The embedded vision default's data: letters and symbols drawn from the fonts that matplotlib ships.
+
+Three clients hold one script each, its letters as classes; the public set D_0 is everything outside their scripts.
+An image is a recipe, {"char": "α", "face": "DejaVuSans-Bold.ttf", "seed": 17}, that `draw` turns into pixels, and its
+text is the character's Unicode name, "greek small letter alpha".
+"""
+
+import re
+import unicodedata
+import zlib
+from functools import cache, lru_cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from fontTools.ttLib import TTFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from rundir import UserError
+
+# family -> faces. A client's training and validation parts are drawn in the families of TRAIN, its test part in the
+# others alone: serif letters after sans-serif ones. Armenian is in the DejaVu families only.
+FAMILIES = {
+    "DejaVu Sans": ["DejaVuSans.ttf", "DejaVuSans-Oblique.ttf", "DejaVuSans-Bold.ttf", "DejaVuSans-BoldOblique.ttf"],
+    "DejaVu Sans Mono": ["DejaVuSansMono.ttf", "DejaVuSansMono-Oblique.ttf", "DejaVuSansMono-Bold.ttf", "DejaVuSansMono-BoldOblique.ttf"],
+    "DejaVu Serif": ["DejaVuSerif.ttf", "DejaVuSerif-Italic.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSerif-BoldItalic.ttf"],
+    "STIXGeneral": ["STIXGeneral.ttf", "STIXGeneralItalic.ttf", "STIXGeneralBol.ttf", "STIXGeneralBolIta.ttf"],
+}
+TRAIN = ("DejaVu Sans", "DejaVu Sans Mono")
+TEST = ("DejaVu Serif", "STIXGeneral")
+
+# client -> its classes: the capital and small letters of the modern alphabet, in code-point order.
+CLIENTS = {
+    "greek": [chr(c) for c in (*range(0x391, 0x3A2), *range(0x3A3, 0x3AA), *range(0x3B1, 0x3CA))],
+    "cyrillic": [chr(c) for c in range(0x410, 0x450)],
+    "armenian": [chr(c) for c in (*range(0x531, 0x557), *range(0x561, 0x587))],
+}
+SCRIPT_WORDS = {"GREEK": "greek", "COPTIC": "greek", "CYRILLIC": "cyrillic", "ARMENIAN": "armenian"}
+GREEK_LETTERS = {unicodedata.name(chr(c)).split()[-1] for c in range(0x3B1, 0x3CA)}  # ALPHA, BETA, ...
+
+SIZE, CANVAS = 32, 64  # pixels of an image, and of the canvas that a letter is set on first
+EM, BASELINE, MARGIN = 46, 48, 5  # on the canvas: font size, height of the base line, least distance to the edges
+
+# ---------------------------------------------------------------------------------------------------------------
+# Which characters there are
+
+
+def script_of(char):
+    """The client whose script `char` belongs to, or None. What this names for a client is never in D_0.
+
+    A character belongs to a script if its Unicode name, or that of anything it decomposes into (NFKD), says so: the
+    micro sign and the mathematical alphabets are Greek. So are the block of mathematical Greek as a whole, with its
+    nabla and partial differential, and symbols named after a Greek letter (APL's alpha).
+    """
+    if 0x1D6A8 <= ord(char) <= 0x1D7CB:
+        return "greek"
+    for c in char + unicodedata.normalize("NFKD", char):
+        words = set(re.split("[ -]", unicodedata.name(c, "")))
+        for word, script in SCRIPT_WORDS.items():
+            if word in words:
+                return script
+        if unicodedata.category(c)[0] == "S" and words & GREEK_LETTERS:
+            return "greek"
+    return None
+
+
+def source_of(char):
+    """What a public record says of its origin: the script of a letter (first word of its name), else the kind of sign."""
+    kinds = {"N": "number", "P": "punctuation", "S": "symbol"}
+    return kinds.get(unicodedata.category(char)[0]) or caption(char).split()[0]
+
+
+def caption(char):
+    """The text of an image: its character's Unicode name in lower case."""
+    return unicodedata.name(char).lower()
+
+
+def font_path(face):
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / face
+    if not path.exists():
+        raise UserError(f"font {path} is missing: this matplotlib comes without its fonts, install the one of the package registry")
+    return path
+
+
+@cache
+def characters(face):
+    """The characters `face` draws: named letters, numbers, punctuation and symbols whose outline is not empty."""
+    with TTFont(font_path(face)) as font:
+        start = font["loca"]  # glyph i lies at start[i] .. start[i + 1] of the file: nothing between, nothing drawn
+        return frozenset(
+            chr(code)
+            for code, glyph in font.getBestCmap().items()
+            if unicodedata.category(chr(code))[0] in "LNPS" and unicodedata.name(chr(code), "")
+            and start[(i := font.getGlyphID(glyph))] != start[i + 1]
+        )
+
+
+def faces_of(char, families=tuple(FAMILIES)):
+    """The faces of `families` that hold `char`."""
+    return [face for family in families for face in FAMILIES[family] if char in characters(face)]
+
+
+@cache
+def world():
+    """D_0's world: every (character, family) outside the clients' scripts, as often as the family has faces for it."""
+    chars = sorted(set().union(*(characters(face) for faces in FAMILIES.values() for face in faces)))
+    return [(char, family) for char in chars if script_of(char) is None for family in FAMILIES for _ in faces_of(char, (family,))]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+@lru_cache(maxsize=1024)
+def font(face, size):
+    # The basic layout: the other one's results depend on a library that may be there or not.
+    return ImageFont.truetype(str(font_path(face)), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def glyph(char, face):
+    """`char` in white on a black canvas ("L"), shrunk if it is too large for it."""
+    setting, room = font(face, EM), CANVAS - 2 * MARGIN
+    left, top, right, bottom = setting.getbbox(char, anchor="ls")
+    if max(right - left, bottom - top) > room:
+        setting = font(face, EM * room // max(right - left, bottom - top))
+        left, top, right, bottom = setting.getbbox(char, anchor="ls")
+    # Centred across and set on one base line, which tells a capital from its small letter where the shape does not.
+    y = min(max(BASELINE, MARGIN - top), CANVAS - MARGIN - bottom)
+    canvas = Image.new("L", (CANVAS, CANVAS))
+    ImageDraw.Draw(canvas).text(((CANVAS - left - right) / 2, y), char, fill=255, font=setting, anchor="ls")
+    return canvas
+
+
+def draw(image):
+    """A recipe {"char", "face", "seed"} as an RGB image of 32 x 32; the same recipe, the same pixels.
+
+    The seed sets weight, size, rotation, place, the two colours (dark on light or light on dark) and the noise.
+    """
+    rng = np.random.default_rng(image["seed"])
+    mask = glyph(image["char"], image["face"])
+    if rng.random() < 0.5:  # heavier by a pixel of the canvas all round; Pillow's own stroke fills some letters with ink
+        mask = mask.filter(ImageFilter.MaxFilter(3))
+    angle, (dx, dy), (wide, high) = rng.normal(0, 0.1), rng.uniform(-4, 4, 2), rng.uniform(0.92, 1.08, 2) * rng.uniform(0.92, 1.08)
+    cos, sin, centre = np.cos(angle), np.sin(angle), CANVAS / 2
+    inverse = np.array([[cos / wide, sin / wide], [-sin / high, cos / high]])  # of the output's place in the input's
+    x, y = centre - inverse @ (centre + dx, centre + dy)
+    mask = mask.transform(mask.size, Image.Transform.AFFINE, (*inverse[0], x, *inverse[1], y), Image.Resampling.BILINEAR)
+    mask = np.asarray(mask.reduce(CANVAS // SIZE), dtype=np.float32)[..., None] / 255  # (32, 32, 1)
+    paper, ink = rng.uniform(0.6, 1, 3), rng.uniform(0, 0.45, 3)
+    if rng.random() < 0.5:
+        paper, ink = ink, paper
+    noise = rng.uniform(0, 0.12) * rng.standard_normal((SIZE, SIZE, 3), dtype=np.float32)
+    return Image.fromarray((255 * (paper + mask * (ink - paper) + noise).clip(0, 1)).astype(np.uint8))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Records: `image` (a recipe), `answer`, `source` and, for client records, `choices`
+
+
+def load_glyphs(clients, sizes, n_public, seed):
+    """Return (public records, {client: {"train" | "validation" | "test": records}}).
+
+    The public set depends on `n_public` alone. `sizes`: {"train": n, "validation": n, "test": n}.
+    """
+    return public_records(n_public), {name: split_client(name, sizes, seed) for name in clients}
+
+
+def split_client(name, sizes, seed):
+    """A client's parts: as many records of each letter as of any other (but one), in random faces of the part's families."""
+    letters, rng = CLIENTS[name], np.random.default_rng([seed, zlib.crc32(name.encode())])
+    choices = [caption(char) for char in letters]
+    number = int(rng.integers(2**40))  # of a drawing, its recipe's seed: counted on, so that no two recipes are the same
+    parts = {}
+    for part, size in sizes.items():
+        order = np.concatenate([rng.permutation(len(letters)) for _ in range(0, size, len(letters))] or [[]])[:size]
+        parts[part] = []
+        for i in order.astype(int):
+            faces = faces_of(letters[i], TEST if part == "test" else TRAIN)
+            image = {"char": letters[i], "face": faces[rng.integers(len(faces))], "seed": (number := number + 1)}
+            parts[part].append({"image": image, "answer": choices[i], "source": name, "choices": choices})
+    return parts
+
+
+def public_records(n_public):
+    """D_0: `n_public` drawings of the world outside the clients' scripts, a smaller set a prefix of a larger one.
+
+    A character comes up in proportion to the faces that hold it, each time with one to four drawings in the faces of
+    one family: near-duplicates, as a scraped collection has them.
+    """
+    rng, pairs, records = np.random.default_rng(0), world(), []  # one set for everybody: not a matter of the run's seed
+    while len(records) < n_public:
+        char, family = pairs[rng.integers(len(pairs))]
+        faces = faces_of(char, (family,))
+        for _ in range(rng.integers(1, 5)):
+            image = {"char": char, "face": faces[rng.integers(len(faces))], "seed": len(records)}
+            records.append({"image": image, "answer": caption(char), "source": source_of(char)})
+    return records[:n_public]

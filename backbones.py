@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 import fetch
 import tasks
-from glyph_clip import world
 from rundir import UserError, atomic, read_json
 
 # The paper's settings for CLIP. Sizes of 0: all there is.
@@ -466,7 +465,7 @@ class ClipBackbone(Backbone):
     @torch.no_grad()
     def embed(self, records, label="embedding", skip=0, batch=256):
         """Yield (indices, features (b, d) float32) batch by batch: the seed's post-LN CLS feature of each readable image."""
-        batches = [range(start, min(start + batch, len(records))) for start in range(0, len(records), batch)]
+        batches = chunks(len(records), batch)
         with tqdm(total=len(records), initial=skip * batch, desc=label, unit="image", disable=None) as bar:
             for indices, images in self.load(records, batches[skip:]):
                 yield indices, self.pool(self.model, images).cpu().numpy()
@@ -474,10 +473,9 @@ class ClipBackbone(Backbone):
 
     def prompt_batches(self, model, records, label):
         """Yield (token mask (B, T), a function that runs the images through the model) batch by batch."""
-        batches = [range(start, min(start + 128, len(records))) for start in range(0, len(records), 128)]
         width = self.model.visual.positional_embedding.shape[0]
         with tqdm(total=len(records), desc=label, unit="image", disable=None) as bar:
-            for indices, images in self.load(records, batches):
+            for indices, images in self.load(records, chunks(len(records), 128)):
                 tokens = torch.ones(len(indices), width, dtype=torch.bool, device=self.device)
                 yield tokens, lambda: self.pool(model, images)
                 bar.update(len(indices))
@@ -494,11 +492,9 @@ class ClipBackbone(Backbone):
     @torch.no_grad()
     def scores(self, model, records, label="scoring"):
         """Logits of each record's choices: a list of float64 arrays, one per record."""
-        result = [None] * len(records)
-        batches = [range(start, min(start + 128, len(records))) for start in range(0, len(records), 128)]
+        result, texts = [None] * len(records), self.text_features(records[0]["choices"])
         with tqdm(total=len(records), desc=label, unit="image", disable=None) as bar:
-            for indices, images in self.load(records, batches):
-                texts = self.text_features(records[0]["choices"])
+            for indices, images in self.load(records, chunks(len(records), 128)):
                 for i, values in zip(indices, self.classify(model, images, texts).double().cpu().numpy()):
                     result[i] = values
                 bar.update(len(indices))
@@ -524,10 +520,20 @@ class Images(torch.utils.data.Dataset):
         index, step = key
         try:
             image = self.records[index]["image"]
-            image = world.draw(image) if isinstance(image, dict) and "char" in image else tasks.open_image(image)
+            if isinstance(image, dict) and "char" in image:
+                from glyph_clip import world  # here: it imports matplotlib, which nothing else in training needs
+
+                image = world.draw(image)
+            else:
+                image = tasks.open_image(image)
         except tasks.BadImage as error:
             return index, None, str(error)
         return index, self.transform(image, None if self.seed is None else np.random.default_rng([self.seed, step, index])), ""
+
+
+def chunks(count, size):
+    """Ranges over 0 ... count - 1 of `size` each, the last of what is left."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def unwrap(model):

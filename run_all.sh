@@ -8,7 +8,7 @@ usage() {
 bash run_all.sh [BACKBONE] [options]
 
 BACKBONE            smollm2-135m  the default: a real LLaMA and BIG-bench, fetched with pip; CPU or CUDA
-                    glyph-clip    a small CLIP on drawn letters, all in the repository; CPU or CUDA
+                    glyph-clip    a small CLIP on drawn letters; train its seed first: python glyph_clip/pretrain.py
                     vit-b-32, vit-b-16   the paper's CLIPs; need its datasets (--data-root, --public) and a CUDA GPU
 
 Options, each also an environment variable:

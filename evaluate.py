@@ -2,9 +2,10 @@
 
 Rows: ZeroShot, each private-only expert, BTM, ModelSoup, BTX, FlexOlmo, MetaMoE, UnrestrictedMoE, then the paper's ablations
 and any other model under RUN/moe/. Each model is scored once; its choices' scores are kept in RUN/scores/. Writes
-RUN/results.json and RUN/results.md (no clock in them: same seed, same bytes), RUN/timings.json and, with --figure, Figure 2
-with the coverage it shows. Given several evaluated run directories, it prints their tables instead: mean and standard
-deviation over the runs, differences with intervals over all their samples.
+RUN/results.json and RUN/results.md (no clock in them: same seed, same bytes; the paper's numbers beside its own backbones'),
+RUN/timings.json and RUN/timings.md (the cost tables) and, with --figure, Figure 2 with the coverage it shows. Given several
+evaluated run directories, it prints their tables instead: mean and standard deviation over the runs, differences with
+intervals over all their samples.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import moe
-from backbones import load_backbone
+from backbones import PRESETS, load_backbone
 from rundir import UserError, atomic, folder_bytes, open_run, read_json, read_manifest, read_records, run_main, sha256, usable_public, write_json
 
 TITLES = {
@@ -36,6 +37,49 @@ ABLATIONS = {
     "Final training (Table 14)": {"metamoe-untrained": "none", "metamoe": "router and experts"},
     "Start of the routing vectors": {"metamoe-random-init": "random", "metamoe": "uploaded means"},
     "Weights of the chosen experts": {"metamoe-literal": "pi (Eq. 5)", "metamoe-renormalized": "pi / sum", "metamoe": "pi / stop_gradient(sum)"},
+}
+# The paper's accuracies in percent (Tables 1-9, 13, 14): backbone -> model -> (each client's, ..., average), or the average alone.
+PAPER_CLIENTS = {"vit-b-32": ["pets", "flowers", "eurosat"], "vit-b-16": ["pets", "flowers", "eurosat"],
+                 "llama-3.2-3b": ["commonsenseqa", "cosmosqa", "socialiqa"], "llama-3.1-8b": ["commonsenseqa", "cosmosqa", "socialiqa"]}
+PAPER = {
+    "vit-b-32": {
+        "unrestricted": (92.45, 96.43, 98.15, 95.68), "zeroshot": (85.77, 61.59, 29.81, 59.06), "expert-pets": (92.40, 59.03, 22.74, 58.06),
+        "expert-flowers": (84.25, 96.91, 27.21, 69.46), "expert-eurosat": (82.64, 52.42, 97.91, 77.66), "btm": (90.81, 85.10, 95.07, 90.33),
+        "soup": (87.90, 70.52, 64.19, 74.20), "btx": (88.44, 75.07, 59.38, 74.30), "flexolmo": (91.36, 90.62, 96.79, 92.92),
+        "metamoe": (91.91, 93.67, 97.98, 94.52), "flexolmo-dpp": (93.20,), "metamoe-similarity": (94.12,),
+        "metamoe-no-context": (91.69, 93.18, 96.90, 93.92), "metamoe-private-experts": (91.44, 91.92, 95.57, 92.98),
+        "metamoe-proxy-experts": (78.60, 42.63, 12.98, 44.74), "metamoe-untrained": (86.78, 80.35, 81.86, 83.00),
+    },
+    "vit-b-16": {
+        "unrestricted": (94.30, 97.73, 98.23, 96.75), "zeroshot": (88.53, 68.09, 34.00, 63.54), "expert-pets": (94.44, 65.69, 30.10, 63.41),
+        "expert-flowers": (85.99, 98.13, 24.05, 69.39), "expert-eurosat": (86.56, 60.05, 98.43, 81.68), "btm": (93.21, 84.65, 97.38, 91.75),
+        "soup": (89.94, 74.18, 74.14, 79.42), "btx": (89.89, 78.52, 75.20, 81.20), "flexolmo": (94.09, 89.40, 97.11, 93.53),
+        "metamoe": (94.22, 97.08, 97.41, 96.24), "flexolmo-dpp": (94.38,), "metamoe-similarity": (95.39,),
+        "metamoe-no-context": (93.95, 96.71, 97.16, 95.94), "metamoe-private-experts": (94.22, 90.70, 97.35, 94.09),
+    },
+    "llama-3.2-3b": {
+        "unrestricted": (75.51, 78.39, 71.80, 75.23), "zeroshot": (62.49, 62.68, 56.19, 60.45), "expert-commonsenseqa": (74.94, 70.18, 60.54, 68.55),
+        "expert-cosmosqa": (63.06, 78.69, 58.96, 66.90), "expert-socialiqa": (65.44, 68.04, 72.42, 68.63), "btm": (74.61, 75.44, 68.17, 72.74),
+        "soup": (73.71, 75.24, 71.75, 73.57), "btx": (69.62, 72.06, 71.75, 71.14), "flexolmo": (73.30, 73.33, 70.88, 72.50),
+        "metamoe": (74.94, 76.05, 72.26, 74.42), "flexolmo-dpp": (73.35,), "metamoe-similarity": (73.60,),
+        "metamoe-no-context": (73.63, 72.16, 72.06, 72.62), "metamoe-private-experts": (74.77, 71.56, 71.80, 72.71),
+    },
+    "llama-3.1-8b": {
+        "unrestricted": (81.90, 85.70, 76.41, 81.34), "zeroshot": (69.37, 75.98, 57.57, 67.64), "expert-commonsenseqa": (81.24, 77.29, 69.19, 75.91),
+        "expert-cosmosqa": (71.42, 86.23, 67.86, 75.17), "expert-socialiqa": (73.63, 76.98, 78.10, 76.24), "btm": (81.24, 80.84, 77.28, 79.79),
+        "soup": (80.26, 84.25, 77.02, 80.51), "btx": (75.76, 81.04, 73.39, 76.73), "flexolmo": (75.18, 81.11, 76.10, 77.46),
+        "metamoe": (81.33, 85.80, 77.64, 81.59), "flexolmo-dpp": (79.78,), "metamoe-similarity": (80.32,),
+        "metamoe-no-context": (80.51, 80.34, 77.38, 79.41), "metamoe-private-experts": (80.75, 84.89, 77.33, 80.99),
+    },
+}
+# Its costs on the authors' GPU. Table 10: minutes a client by similarity and by DPP, D_0's embedding in them.
+# Tables 15, 16: seconds to unify (BTM: none), samples/s.
+PAPER_SELECTION = {"vit-b-32": (6.41, 6.61), "vit-b-16": (15.70, 15.91), "llama-3.2-3b": (1.91, 2.17), "llama-3.1-8b": (4.21, 4.54)}
+PAPER_COSTS = {
+    "vit-b-32": {"btm": (0, 606), "soup": (5.72, 1813), "btx": (11.13, 1758), "flexolmo": (11.93, 1767), "metamoe": (12.15, 1751)},
+    "vit-b-16": {"btm": (0, 249), "soup": (5.72, 743), "btx": (19.72, 715), "flexolmo": (18.24, 719), "metamoe": (19.88, 710)},
+    "llama-3.2-3b": {"btm": (0, 17.44), "soup": (8.24, 43.46), "btx": (118.21, 42.12), "flexolmo": (119.90, 41.59), "metamoe": (114.46, 40.67)},
+    "llama-3.1-8b": {"btm": (0, 8.20), "soup": (11.25, 22.86), "btx": (223.37, 21.41), "flexolmo": (206.28, 21.95), "metamoe": (205.42, 20.05)},
 }
 ROMAN = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X"]
 
@@ -165,16 +209,30 @@ def sections(rows):
     return [("", [(row["title"], row) for row in rows if row["model"] in main or row["model"] not in ablated]), *found]
 
 
+def paper_numbers(run, model):
+    """The paper's accuracies of this row, {client or "average": percent}; empty where it has none."""
+    names, numbers = PAPER_CLIENTS.get(run["backbone"], []), PAPER.get(run["backbone"], {}).get(model, ())
+    if set(run["clients"]) != set(names):
+        return {}  # another federation
+    return dict(zip(names, numbers[:-1])) | ({"average": numbers[-1]} if numbers else {})
+
+
 def markdown(results, run):
     """The paper's Table 3 layout: accuracy in percent; then ablations, intervals, differences, routing shares, coverage, bytes."""
     clients = run["clients"]
     lines = [f"# {run['backbone']}, seed {run['seed']}, {results['split']} split", "", "Accuracy in percent."]
+    if paper_numbers(run, "metamoe"):
+        changed = [key for key, value in PRESETS[run["backbone"]].items() if run.get(key, value) != value]
+        changed += ["seed_model"] if run["seed_model"] else []
+        lines[-1] = "Accuracy in percent, behind it in brackets the paper's." + f" This run's {', '.join(changed)} are not the paper's." * bool(changed)
     for heading, rows in sections(results["rows"]):
         lines += ["", f"## {heading}", ""] if heading else [""]
         lines += ["| | " + " | ".join(clients) + " | Average |", "|---|" + "---:|" * (len(clients) + 1)]
         for label, row in rows:
-            cells = [f"{row['clients'][name]['accuracy']:.2f}" for name in clients]
-            lines.append(f"| {label} | " + " | ".join(cells) + f" | {row['average']:.2f} |")
+            paper = paper_numbers(run, row["model"])
+            measured = {name: row["clients"][name]["accuracy"] for name in clients} | {"average": row["average"]}
+            cells = [f"{value:.2f}" + (f" ({paper[key]:.2f})" if key in paper else "") for key, value in measured.items()]
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines += ["", "## Intervals"]
     lines += ["", "Wilson 95% intervals; MetaMoE's average minus the row's, in points, with a paired bootstrap 95% interval.", "",
               "| | " + " | ".join(f"{name} (n = {results['n'][name]})" for name in clients) + " | MetaMoE minus this |", "|---|" + "---:|" * (len(clients) + 1)]
@@ -200,7 +258,38 @@ def markdown(results, run):
     return "\n".join(lines) + "\n"
 
 
-def coverage(run_dir, run, backbone, records):
+def cost_tables(run, rows, timings):
+    """The paper's Tables 10, 15 and 16 as Markdown, means over the runs: `rows` of one run, `timings` of each."""
+    mean = lambda get: np.mean([get(found) for found in timings])  # noqa: E731
+    clients, paper = run["clients"], PAPER_COSTS.get(run["backbone"], {})
+    lines = ["Proxy selection (Table 10): seconds a client", "", "| | " + " | ".join(clients) + " |", "|---|" + "---:|" * len(clients)]
+    if all("embedding_seconds" in found for found in timings):
+        lines.append("| embedding D_0, once for all clients |" + f" {mean(lambda t: t['embedding_seconds']):.2f} |" * len(clients))
+    for label, key, rule in (("private features and relevance head", "relevance_seconds", None), ("random", "selection_seconds", "random"),
+                             ("similarity", "selection_seconds", "similarity"), ("DPP", "selection_seconds", "dpp")):
+        values = [[found.get(key, {}).get(name) if rule is None else found[key][name].get(rule) for found in timings] for name in clients]
+        if all(value is not None for found in values for value in found):
+            lines.append(f"| {label} | " + " | ".join(f"{np.mean(found):.3f}" for found in values) + " |")
+    if run["backbone"] in PAPER_SELECTION:
+        lines += ["", "The paper, D_0's embedding in both: {} min by similarity, {} min by DPP.".format(*PAPER_SELECTION[run["backbone"]])]
+    lines += ["", "Unification and inference (Tables 15, 16)", "", "| | unify, s | samples/s |" + " paper: unify, s | samples/s |" * bool(paper),
+              "|---|---:|---:|" + "---:|---:|" * bool(paper)]
+    for row in rows:
+        model = row["model"]
+        seconds = f"{mean(lambda t: t[model]['unify_seconds']):.2f}" if all("unify_seconds" in found[model] for found in timings) else ""
+        cells = [row["title"], seconds, f"{mean(lambda t: t[model]['samples_per_second']):.1f}"]
+        cells += [f"{paper[model][0]:.2f}", f"{paper[model][1]:.2f}"] if model in paper else ["", ""] if paper else []
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def coverage_identity(run_dir, run):
+    """What the coverage was measured on: {client: {rule: hash of its selection}}."""
+    paths = {name: (run_dir / "clients" / name / "selection").glob("*/selection.json") for name in run["clients"]}
+    return {name: {path.parent.name: sha256(path) for path in sorted(found)} for name, found in paths.items()}
+
+
+def coverage(run_dir, run, backbone, records, split):
     """{client: {rule: {"distance", "log_det"}}} of the selections there are, and Figure 2: RUN/figure2-NAME.png.
 
     distance: mean over private test samples of 1 - cosine to the nearest proxy, on the seed's features. log_det:
@@ -239,7 +328,7 @@ def coverage(run_dir, run, backbone, records):
         figure.suptitle(f"{run['backbone']}: proxies for {name} (m = {run['proxies']}), t-SNE of the seed's features")
         figure.tight_layout(rect=(0, 0.05, 1, 1))
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=3, markerscale=2, frameon=False)
-        with atomic(run_dir / f"figure2-{name}.png") as temporary:
+        with atomic(run_dir / f"figure2-{name}{'' if split == 'test' else '.' + split}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
         plt.close(figure)
     return found
@@ -287,6 +376,9 @@ def pool(run_dirs, split):
             values = [[[found["coverage"][name][rule][key] for found in runs] for key in ("distance", "log_det")] for name in clients]
             cells = [f"{np.mean(d):.4f} ± {np.std(d, ddof=1):.4f}; {np.mean(v):.1f} ± {np.std(v, ddof=1):.1f}" for d, v in values]
             print(f"| {rule} | " + " | ".join(cells) + " |")
+    timings = [read_json(path) for run_dir in run_dirs if (path := Path(run_dir) / "timings.json").exists()]
+    if len(timings) == len(runs) and all(row["model"] in found for row in runs[0]["rows"] for found in timings):
+        print("\n" + cost_tables(first, runs[0]["rows"], timings), end="")
 
 
 def main():
@@ -324,8 +416,11 @@ def main():
         for upload in sorted((run_dir / "clients" / name / "upload").glob("[!.]*")):
             uploaded[f"{name}/{upload.name}"] = folder_bytes(upload)
     results = {"run": run, "split": args.split, "n": {name: len(r) for name, r in records.items()}, "rows": rows, "uploaded_bytes": uploaded}
+    measured, identity = run_dir / "scores" / f"coverage.{args.split}.json", coverage_identity(run_dir, run)
     if args.figure:
-        results["coverage"] = coverage(run_dir, run, backbone_of(), records)
+        write_json(measured, {"identity": identity, "coverage": coverage(run_dir, run, backbone_of(), records, args.split)})
+    if measured.exists() and (kept := read_json(measured))["identity"] == identity:
+        results["coverage"] = kept["coverage"]
     stem = "results" if args.split == "test" else f"results.{args.split}"
     write_json(run_dir / f"{stem}.json", results)
     text = markdown(results, run)
@@ -335,13 +430,17 @@ def main():
     for row, folder in folders.items():
         if folder is not None and (folder / "timing.json").exists():
             timings[row] |= read_json(folder / "timing.json")
-    timings["selection_seconds"] = {  # Table 10
-        name: {path.parent.name: read_json(path)["selection_seconds"] for path in sorted((run_dir / "clients" / name / "selection").glob("*/timing.json"))}
-        for name in run["clients"]
-    }
+    selections = {name: run_dir / "clients" / name / "selection" for name in run["clients"]}
+    timings["selection_seconds"] = {name: {path.parent.name: read_json(path)["selection_seconds"] for path in sorted(folder.glob("*/timing.json"))}
+                                    for name, folder in selections.items()}
+    timings["relevance_seconds"] = {name: read_json(folder / "timing.json")["relevance_seconds"] for name, folder in selections.items() if (folder / "timing.json").exists()}
+    if (run_dir / "public" / "timing.json").exists():
+        timings |= read_json(run_dir / "public" / "timing.json")
     write_json(run_dir / "timings.json", timings)
+    with atomic(run_dir / "timings.md") as temporary:
+        temporary.write_text(cost_tables(run, rows, [timings]), encoding="utf-8")
     print(text)
-    print(f"evaluate: {len(rows)} models on {len(records)} clients; {run_dir / stem}.json, {stem}.md and timings.json written")
+    print(f"evaluate: {len(rows)} models on {len(records)} clients; {run_dir / stem}.json, {stem}.md and timings.md written")
 
 
 if __name__ == "__main__":

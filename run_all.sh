@@ -62,9 +62,18 @@ METHODS=${METHODS:-$all_methods}
 for method in $METHODS; do
     case " $all_methods " in *" $method "*) ;; *) fail "--methods $method: unknown, choose from $all_methods" ;; esac
 done
-if [ -z "$BACKBONE" ]; then
-    BACKBONE=smollm2-135m
-    echo "run_all: no backbone named: taking smollm2-135m, the default that runs on any machine"
+if [ -z "$BACKBONE" ]; then  # the paper's own where it can run, else the one that always can
+    root=${DATA_ROOT:-data}
+    if ! nvidia-smi -L 2>/dev/null | grep -q GPU; then
+        BACKBONE=smollm2-135m why="no CUDA GPU here"
+    elif ! [ -d "$root/oxford_pets" ] || ! [ -d "$root/oxford_flowers" ] || ! [ -d "$root/eurosat" ]; then
+        BACKBONE=smollm2-135m why="$root/ does not hold oxford_pets/, oxford_flowers/ and eurosat/ (--data-root)"
+    elif [ -z "${PUBLIC:-}" ] && ! [ -d "$root/imagenet" ]; then
+        BACKBONE=smollm2-135m why="there is no $root/imagenet/ and no --public"
+    else
+        BACKBONE=vit-b-32 DATA_ROOT=$root why="a CUDA GPU and the paper's datasets in $root/ are there"
+    fi
+    echo "run_all: no backbone named: taking $BACKBONE ($why)"
 fi
 if [ "${QUICK:-0}" = 1 ]; then
     : "${TRAIN_SIZE:=24}" "${VALIDATION_SIZE:=8}" "${TEST_SIZE:=16}" "${PUBLIC_SIZE:=240}" "${CANDIDATES:=60}" "${PROXIES:=12}"

@@ -137,20 +137,21 @@ def public_features(run_dir, backbone, records, dtype):
     part, progress = path.with_name(".features.npy"), path.with_name(".progress.json")
     if not path.exists():
         try:
-            unreadable = embed_public(part, progress, backbone, records, dtype)
+            state = embed_public(part, progress, backbone, records, dtype)
         except OSError:  # a full disk: nothing half-written stays on it
             part.unlink(missing_ok=True)
             progress.unlink(missing_ok=True)
             raise
-        write_json(path.with_name("unreadable.json"), unreadable)
+        write_json(path.with_name("unreadable.json"), sorted(index for index, _ in state["unreadable"]))
+        write_json(path.with_name("timing.json"), {"embedding_seconds": state["seconds"]})
         os.replace(part, path)
         progress.unlink()
     return np.load(path, mmap_mode="r")
 
 
 def embed_public(part, progress, backbone, records, dtype):
-    """Embed D_0 into `part`, or go on where `progress` says that it stopped; returns the indices that cannot be decoded."""
-    state, shape = {"dtype": dtype, "batches": 0, "unreadable": []}, (len(records), backbone.width)
+    """Embed D_0 into `part`, or go on where `progress` says that it stopped; returns what is known then: "unreadable", "seconds", ...."""
+    state, shape = {"dtype": dtype, "batches": 0, "unreadable": [], "seconds": 0.0}, (len(records), backbone.width)
     if part.exists() and progress.exists() and (found := read_json(progress))["dtype"] == dtype:
         out, state = np.load(part, mmap_mode="r+"), found
     else:
@@ -159,7 +160,7 @@ def embed_public(part, progress, backbone, records, dtype):
         if hasattr(os, "posix_fallocate"):  # a full disk ends here, not in a SIGBUS half-way through
             with open(part, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-    before, count, start = list(state["unreadable"]), 0, time.perf_counter()
+    before, earlier, count, start = list(state["unreadable"]), state["seconds"], 0, time.perf_counter()
     saved = start
     for indices, values in backbone.embed(records, "embedding D_0", skip=state["batches"]):
         out[indices] = values
@@ -168,18 +169,18 @@ def embed_public(part, progress, backbone, records, dtype):
         state["unreadable"] = before + [list(item) for item in backbone.unreadable]
         if time.perf_counter() - saved > 30:
             out.flush()
-            write_json(progress, state)
             saved = time.perf_counter()
-    unreadable = [index for index, _ in state["unreadable"]]
-    out[unreadable] = np.nan
+            write_json(progress, state | {"seconds": earlier + saved - start})
+    out[[index for index, _ in state["unreadable"]]] = np.nan
     out.flush()
-    write_json(progress, state)
     seconds = time.perf_counter() - start
+    state["seconds"] = earlier + seconds
+    write_json(progress, state)
     waited = f", {100 * backbone.seconds / seconds:.0f}% of the time waiting for decoded images" if backbone.seconds else ""
     print(f"select_proxies: embedded {count} public samples, {count / seconds:.1f} a second{waited}")
     for _, message in state["unreadable"]:
         print(f"    skipped: {message}")
-    return sorted(unreadable)
+    return state
 
 
 def relevance(public, private, seed, usable=None):
@@ -263,10 +264,12 @@ def main():
     for name in todo:
         cached = run_dir / "clients" / name / "selection" / "relevance.npy"
         if not cached.exists():  # the same for every rule
+            start = time.perf_counter()
             private = backbone.features(read_records(run_dir / "clients" / name / "private" / "train.jsonl"), label=f"embedding {name}")
             np.save(buffer := io.BytesIO(), relevance(features, private, run["seed"], usable))
             with atomic(cached) as temporary:  # NumPy's own write to a full disk raises an OSError without errno
                 temporary.write_bytes(buffer.getvalue())
+            write_json(cached.with_name("timing.json"), {"relevance_seconds": time.perf_counter() - start})
         scores = np.load(cached)
         start = time.perf_counter()
         proxies = choose(args.selection, features, scores, run, name, usable)

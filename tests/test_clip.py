@@ -252,10 +252,12 @@ def test_embedding_d0_goes_on_where_a_kill_stopped_it(backbone, public, tmp_path
     with pytest.raises(KeyboardInterrupt):
         select_proxies.public_features(tmp_path / "run", backbone, records, "float32")
     assert not (tmp_path / "run" / "public" / "features.npy").exists()
+    noted = read_json(tmp_path / "run" / "public" / ".progress.json")["seconds"]
     got = select_proxies.public_features(tmp_path / "run", backbone, records, "float32")
     assert skips == [0, 3] and np.allclose(got, whole, atol=1e-5, equal_nan=True) and np.flatnonzero(np.isnan(got[:, 0])).tolist() == [3]
-    assert sorted(path.name for path in (tmp_path / "run" / "public").iterdir()) == ["features.npy", "unreadable.json"]
+    assert sorted(path.name for path in (tmp_path / "run" / "public").iterdir()) == ["features.npy", "timing.json", "unreadable.json"]
     assert read_json(tmp_path / "run" / "public" / "unreadable.json") == [3]
+    assert read_json(tmp_path / "run" / "public" / "timing.json")["embedding_seconds"] >= noted + 31 > 31
 
 
 # --- the command lines

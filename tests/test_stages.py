@@ -22,7 +22,7 @@ from rundir import atomic, read_json, write_json, write_manifest
 from tiny import CLIENTS, COMMON, SIZES
 
 METHODS = ["soup", "btm", "btx", "flexolmo", "metamoe", "unrestricted"]
-CLOCKS = ("timing.json", "timings.json")
+CLOCKS = ("timing.json", "timings.json", "timings.md")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,7 +109,7 @@ def test_every_expected_file_is_written(finished):
     expected["btm"] = ["done.json", "timing.json"]
     assert {folder.name: sorted(drive.snapshot(folder)) for folder in (run_dir / "moe").iterdir()} == expected
     assert {p.name for p in run_dir.iterdir()} == {
-        "run.json", "public", "clients", "moe", "scores", "results.json", "results.md", "timings.json",
+        "run.json", "public", "clients", "moe", "scores", "results.json", "results.md", "timings.json", "timings.md",
     }
 
 
@@ -179,15 +179,19 @@ def test_training_on_separable_data_helps(finished):
     assert min(own, rows["metamoe"]["average"]) > rows["zeroshot"]["average"] + 20
 
 
-def test_clocks_are_read_into_timings_json_alone(finished):
+def test_clocks_are_read_into_the_timings_alone(finished):
     run_dir, _ = finished
     timings = read_json(run_dir / "timings.json")
-    selection = timings.pop("selection_seconds")
+    selection, relevance = timings.pop("selection_seconds"), timings.pop("relevance_seconds")
+    assert timings.pop("embedding_seconds") > 0 and relevance.keys() == set(CLIENTS) and min(relevance.values()) > 0
     assert selection.keys() == set(CLIENTS) and all(t.keys() == {"dpp", "random", "similarity"} and min(t.values()) > 0 for t in selection.values())
     assert set(timings) == {row["model"] for row in read_json(run_dir / "results.json")["rows"]}
     assert all(t["samples_per_second"] > 0 for t in timings.values()) and timings["metamoe"]["unify_seconds"] > 0
     for name in ("results.json", "results.md"):
         assert not re.search(r"second|time", (run_dir / name).read_text())
+    table = (run_dir / "timings.md").read_text()
+    assert f"| MetaMoE | {timings['metamoe']['unify_seconds']:.2f} | {timings['metamoe']['samples_per_second']:.1f} |" in table
+    assert "| ZeroShot |  |" in table and f"| DPP | {selection[CLIENTS[0]]['dpp']:.3f} |" in table
 
 
 def test_unrestricted_says_that_it_breaks_privacy(finished):
@@ -200,7 +204,7 @@ def test_the_fixtures_layout_is_that_of_prepare_data(tmp_path, seed_model, prist
     sizes = [f"--{key.replace('_', '-')}={value}" for key, value in SIZES.items()]
     result = stage("select_proxies", tmp_path / "run", "--seed-model", seed_model, *sizes)
     assert result.code == 0, result.err
-    made = {p for p in drive.snapshot(tmp_path / "run") if "selection" not in p and not p.endswith(("features.npy", "unreadable.json"))}
+    made = {p for p in drive.snapshot(tmp_path / "run") if "selection" not in p and not p.endswith(("features.npy", "unreadable.json", "timing.json"))}
     assert made == set(drive.snapshot(pristine))
     ours, theirs = read_json(pristine / "run.json"), read_json(tmp_path / "run" / "run.json")
     assert ours == theirs

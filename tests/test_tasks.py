@@ -281,3 +281,40 @@ def test_pool_prints_means_deviations_and_paired_differences(tmp_path, capsys):
     (runs[1] / "results.json").write_text(json.dumps({"run": {"seed": 1, "clients": ["b"]}, "rows": []}))
     with pytest.raises(UserError, match="only the seed may differ"):
         evaluate.pool(runs, "test")
+
+
+RUN = {"backbone": "vit-b-32", "seed": 0, "seed_model": "", "clients": ["flowers", "pets", "eurosat"], "candidates": 3000, "proxies": 500}
+
+
+def test_the_papers_rows_average_to_the_papers_averages():
+    """A slip of the pen in a constant would show: every printed average is the mean of its clients, to the rounding."""
+    for backbone, rows in evaluate.PAPER.items():
+        assert set(rows) <= {*evaluate.TITLES, *(f"expert-{name}" for name in evaluate.PAPER_CLIENTS[backbone]), *(m for table in evaluate.ABLATIONS.values() for m in table)}
+        for model, numbers in rows.items():
+            if len(numbers) > 1:
+                assert np.mean(numbers[:-1]) == pytest.approx(numbers[-1], abs=0.011), (backbone, model)
+
+
+def test_results_of_the_papers_backbones_stand_beside_the_papers():
+    names = RUN["clients"]
+    row = {"model": "metamoe", "title": "MetaMoE", "clients": {name: {"accuracy": 50.0, "wilson": [40, 60]} for name in names}, "average": 50.0}
+    one = {**row, "model": "flexolmo-dpp", "title": "flexolmo-dpp"}
+    results = {"split": "test", "n": dict.fromkeys(names, 4), "rows": [row, one], "uploaded_bytes": {}}
+    text = evaluate.markdown(results, RUN)
+    assert "| MetaMoE | 50.00 (93.67) | 50.00 (91.91) | 50.00 (97.98) | 50.00 (94.52) |" in text  # by name, not by place
+    assert "| FlexOlmo, DPP | 50.00 | 50.00 | 50.00 | 50.00 (93.20) |" in text and "are not the paper's" not in text
+    assert "proxies, seed_model are not the paper's" in evaluate.markdown(results, {**RUN, "proxies": 9, "seed_model": "x.pt"})
+    for other in ({**RUN, "backbone": "glyph-clip"}, {**RUN, "clients": names[:2]}):
+        assert "91.91" not in evaluate.markdown(results, other) and "paper's" not in evaluate.markdown(results, other)
+
+
+def test_cost_tables_are_means_over_the_runs():
+    timings = [{"metamoe": {"unify_seconds": s, "samples_per_second": 10 * s}, "zeroshot": {"samples_per_second": 5.0}, "embedding_seconds": 60 * s,
+                "relevance_seconds": {"pets": s}, "selection_seconds": {"pets": {"dpp": s, "similarity": 0.5}}} for s in (1.0, 3.0)]
+    rows = [{"model": model, "title": model} for model in ("zeroshot", "metamoe")]
+    text = evaluate.cost_tables({"backbone": "vit-b-32", "clients": ["pets"]}, rows, timings)
+    for line in ("| embedding D_0, once for all clients | 120.00 |", "| private features and relevance head | 2.000 |", "| similarity | 0.500 |", "| DPP | 2.000 |",
+                 "6.41 min by similarity, 6.61 min by DPP", "| zeroshot |  | 5.0 |  |  |", "| metamoe | 2.00 | 20.0 | 12.15 | 1751.00 |"):
+        assert line in text
+    assert "random" not in text
+    assert "paper:" not in evaluate.cost_tables({"backbone": "glyph-clip", "clients": ["pets"]}, rows, timings)

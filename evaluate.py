@@ -322,8 +322,8 @@ def coverage(run_dir, run, backbone, records, split):
             axis.scatter(*others.T, s=4, c="#c8c8c8", linewidths=0, label="public set")
             axis.scatter(*own.T, s=9, c="#1f77b4", linewidths=0, label=f"{name}, private test data")
             axis.scatter(*others[np.searchsorted(shown, chosen)].T, s=18, c="#d62728", edgecolors="white", linewidths=0.4, label="proxies")
-            axis.set_title({"random": "random", "similarity": "most relevant", "dpp": "relevance-weighted DPP"}[rule])
-            axis.set_xlabel("distance {distance:.3f}, log det {log_det:.0f}".format(**found[name][rule]))
+            label = {"random": "random", "similarity": "most relevant", "dpp": "relevance-weighted DPP"}[rule]
+            axis.set_title(label + "\ndistance {distance:.3f}, log det {log_det:.0f}".format(**found[name][rule]))
             axis.set_xticks([]), axis.set_yticks([])
         figure.suptitle(f"{run['backbone']}: proxies for {name} (m = {run['proxies']}), t-SNE of the seed's features")
         figure.tight_layout(rect=(0, 0.05, 1, 1))

@@ -142,13 +142,13 @@ def train(out, *, steps, batch, seed, lr, warmup, log_every, checkpoint_every, d
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000, help="training steps (2000)")
+    parser.add_argument("--steps", type=int, default=2200, help="training steps (2200)")
     parser.add_argument("--batch", type=int, default=256, help="image-caption pairs a step (256)")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the drawings (0)")
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (1e-3)")
     parser.add_argument("--warmup", type=int, default=100, help="steps to the highest learning rate (100)")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the arithmetic; auto: bfloat16 where the CPU has it")
-    parser.add_argument("--log-every", type=int, default=100, help="steps between measurements (100)")
+    parser.add_argument("--log-every", type=int, default=50, help="steps between measurements (50)")
     parser.add_argument("--checkpoint-every", type=float, default=180, help="seconds between checkpoints (180)")
     parser.add_argument("--out", default=glyph_model.WEIGHTS, help="the weights; pretrain.log goes beside them")
     train(**vars(parser.parse_args(argv)))

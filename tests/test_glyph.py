@@ -284,7 +284,6 @@ def test_settings_that_make_no_sense_are_one_clear_line(tmp_path, wrong):
         pretrain.train(tmp_path / "model.safetensors", **{**TINY, **wrong})
 
 
-@pytest.mark.skipif(not glyph_model.WEIGHTS.exists(), reason="glyph_clip/model.safetensors is not made yet: python glyph_clip/pretrain.py")
 def test_the_seed_model_in_the_repository_reads_held_out_images():
     assert glyph_model.WEIGHTS.stat().st_size <= 5e6
     rows = [json.loads(line) for line in glyph_model.WEIGHTS.with_name("pretrain.log").read_text().splitlines()]
@@ -292,4 +291,4 @@ def test_the_seed_model_in_the_repository_reads_held_out_images():
     accuracy, captions = pretrain.zero_shot_accuracy(model, tokenizer, pretrain.split_world()[1])
     assert captions == rows[-1]["captions"] > 500
     assert accuracy == pytest.approx(rows[-1]["accuracy"], abs=0.01)  # what its log says
-    assert accuracy > 0.2  # chance: about one in a thousand
+    assert accuracy > 0.5  # chance: about one in a thousand

@@ -7,9 +7,10 @@ usage() {
     cat <<'EOF'
 bash run_all.sh [BACKBONE] [options]
 
-BACKBONE            smollm2-135m  the default: a real LLaMA and BIG-bench, fetched with pip; CPU or CUDA
-                    glyph-clip    a small CLIP on drawn letters; train its seed first: python glyph_clip/pretrain.py
+BACKBONE            smollm2-135m  a real LLaMA and BIG-bench, fetched with pip; CPU or CUDA
+                    glyph-clip    a small CLIP on letters drawn from fonts; CPU or CUDA, nothing to download
                     vit-b-32, vit-b-16   the paper's CLIPs; need its datasets (--data-root, --public) and a CUDA GPU
+                    Default: vit-b-32 where there is a CUDA GPU and --data-root (data/) holds the datasets, else smollm2-135m
 
 Options, each also an environment variable:
 --run-dir DIR       RUN_DIR          everything is written here (default: runs/BACKBONE-seedSEED)
@@ -62,6 +63,9 @@ METHODS=${METHODS:-$all_methods}
 for method in $METHODS; do
     case " $all_methods " in *" $method "*) ;; *) fail "--methods $method: unknown, choose from $all_methods" ;; esac
 done
+if [ "${ABLATIONS:-0}" = 1 ] && [[ " $METHODS " != *" flexolmo "* || " $METHODS " != *" metamoe "* ]]; then
+    fail "--ablations compares variants of flexolmo and metamoe: --methods must hold both"
+fi
 if [ -z "$BACKBONE" ]; then  # the paper's own where it can run, else the one that always can
     root=${DATA_ROOT:-data}
     if ! nvidia-smi -L 2>/dev/null | grep -q GPU; then
@@ -108,14 +112,17 @@ for method in $METHODS; do
     "$PYTHON" unify_moe.py "${common[@]}" --method "$method"
 done
 if [ "${ABLATIONS:-0}" = 1 ]; then
-    for selection in random similarity dpp; do
-        "$PYTHON" select_proxies.py "${common[@]}" "${run[@]}" --selection $selection
-        "$PYTHON" train_expert.py "${common[@]}" --data private --selection $selection
-        "$PYTHON" train_expert.py "${common[@]}" --data aligned --selection $selection
-        [ $selection = similarity ] || "$PYTHON" unify_moe.py "${common[@]}" --method flexolmo --selection $selection --name flexolmo-$selection
-        [ $selection = dpp ] || "$PYTHON" unify_moe.py "${common[@]}" --method metamoe --selection $selection --name metamoe-$selection
+    # What the methods above did not need: the other selections' uploads, experts of proxies alone.
+    "$PYTHON" select_proxies.py "${common[@]}" "${run[@]}" --selection random
+    for upload in "private random" "private dpp" "aligned random" "aligned similarity" "proxies dpp"; do
+        "$PYTHON" train_expert.py "${common[@]}" --data ${upload% *} --selection ${upload#* }
     done
-    "$PYTHON" train_expert.py "${common[@]}" --data proxies --selection dpp
+    for selection in random dpp; do
+        "$PYTHON" unify_moe.py "${common[@]}" --method flexolmo --selection $selection --name flexolmo-$selection
+    done
+    for selection in random similarity; do
+        "$PYTHON" unify_moe.py "${common[@]}" --method metamoe --selection $selection --name metamoe-$selection
+    done
     "$PYTHON" unify_moe.py "${common[@]}" --method flexolmo --data aligned --selection dpp --name flexolmo-aligned
     ablate() { "$PYTHON" unify_moe.py "${common[@]}" --method metamoe --name "metamoe-$1" "${@:2}"; }
     ablate no-context --context off

@@ -1,8 +1,8 @@
 """The embedded vision default's data: letters and symbols drawn from the fonts that matplotlib ships.
 
-Three clients hold one script each, its letters as classes; the public set D_0 is everything outside their scripts.
-An image is a recipe, {"char": "α", "face": "DejaVuSans-Bold.ttf", "seed": 17}, that `draw` turns into pixels, and its
-text is the character's Unicode name, "greek small letter alpha".
+Three clients hold one script each, its letters as classes and in colours of its own; the public set D_0 is everything
+outside their scripts, in all colours. An image is a recipe, {"char": "α", "face": "DejaVuSans-Bold.ttf", "look": "greek",
+"seed": 17}, that `draw` turns into pixels, and its text is the character's Unicode name, "greek small letter alpha".
 """
 
 import re
@@ -29,11 +29,17 @@ FAMILIES = {
 TRAIN = ("DejaVu Sans", "DejaVu Sans Mono")
 TEST = ("DejaVu Serif", "STIXGeneral")
 
-# client -> its classes: the capital and small letters of the modern alphabet, in code-point order.
+# client -> its classes: the small letters of the modern alphabet, in code-point order.
 CLIENTS = {
-    "greek": [chr(c) for c in (*range(0x391, 0x3A2), *range(0x3A3, 0x3AA), *range(0x3B1, 0x3CA))],
-    "cyrillic": [chr(c) for c in range(0x410, 0x450)],
-    "armenian": [chr(c) for c in (*range(0x531, 0x557), *range(0x561, 0x587))],
+    "greek": [chr(c) for c in range(0x3B1, 0x3CA)],
+    "cyrillic": [chr(c) for c in range(0x430, 0x450)],
+    "armenian": [chr(c) for c in range(0x561, 0x587)],
+}
+# client -> how its collection looks: least and greatest red, green, blue of paper and ink. D_0 has every colour.
+LOOKS = {
+    "greek": (((0.85, 0.8, 0.6), (1, 0.95, 0.75)), ((0, 0, 0), (0.25, 0.15, 0.1))),  # dark ink on yellowed paper
+    "cyrillic": (((0, 0, 0.2), (0.15, 0.2, 0.45)), ((0.85, 0.85, 0.85), (1, 1, 1))),  # white on blue signs
+    "armenian": (((0.6, 0.85, 0.6), (0.75, 1, 0.8)), ((0.25, 0, 0), (0.45, 0.1, 0.15))),  # red on green tiles
 }
 SCRIPT_WORDS = {"GREEK": "greek", "COPTIC": "greek", "CYRILLIC": "cyrillic", "ARMENIAN": "armenian"}
 GREEK_LETTERS = {unicodedata.name(chr(c)).split()[-1] for c in range(0x3B1, 0x3CA)}  # ALPHA, BETA, ...
@@ -134,7 +140,8 @@ def glyph(char, face):
 def draw(image):
     """A recipe {"char", "face", "seed"} as an RGB image of 32 x 32; the same recipe, the same pixels.
 
-    The seed sets weight, size, rotation, place, the two colours (dark on light or light on dark) and the noise.
+    The seed sets weight, size, rotation, place, the two colours (dark on light or light on dark; with a "look" those of
+    LOOKS) and the noise.
     """
     rng = np.random.default_rng(image["seed"])
     mask = glyph(image["char"], image["face"])
@@ -146,9 +153,12 @@ def draw(image):
     x, y = centre - inverse @ (centre + dx, centre + dy)
     mask = mask.transform(mask.size, Image.Transform.AFFINE, (*inverse[0], x, *inverse[1], y), Image.Resampling.BILINEAR)
     mask = np.asarray(mask.reduce(CANVAS // SIZE), dtype=np.float32)[..., None] / 255  # (32, 32, 1)
-    paper, ink = rng.uniform(0.6, 1, 3), rng.uniform(0, 0.45, 3)
-    if rng.random() < 0.5:
-        paper, ink = ink, paper
+    if "look" in image:
+        paper, ink = (rng.uniform(*colours) for colours in LOOKS[image["look"]])
+    else:
+        paper, ink = rng.uniform(0.6, 1, 3), rng.uniform(0, 0.45, 3)
+        if rng.random() < 0.5:
+            paper, ink = ink, paper
     noise = rng.uniform(0, 0.12) * rng.standard_normal((SIZE, SIZE, 3), dtype=np.float32)
     return Image.fromarray((255 * (paper + mask * (ink - paper) + noise).clip(0, 1)).astype(np.uint8))
 
@@ -176,7 +186,7 @@ def split_client(name, sizes, seed):
         parts[part] = []
         for i in order.astype(int):
             faces = faces_of(letters[i], TEST if part == "test" else TRAIN)
-            image = {"char": letters[i], "face": faces[rng.integers(len(faces))], "seed": (number := number + 1)}
+            image = {"char": letters[i], "face": faces[rng.integers(len(faces))], "look": name, "seed": (number := number + 1)}
             parts[part].append({"image": image, "answer": choices[i], "source": name, "choices": choices})
     return parts
 

@@ -92,7 +92,7 @@ def test_counts_are_those_asked_for(glyphs):
 def test_every_letter_is_a_class_and_comes_up_equally_often(glyphs):
     for name, parts in glyphs[1].items():
         choices = [world.caption(char) for char in world.CLIENTS[name]]
-        assert len(set(choices)) == len(choices) == {"greek": 49, "cyrillic": 64, "armenian": 76}[name]
+        assert len(set(choices)) == len(choices) == {"greek": 25, "cyrillic": 32, "armenian": 38}[name]
         for records in parts.values():
             assert all(record["choices"] == choices and record["source"] == name for record in records)
             count = Counter(record["answer"] for record in records)
@@ -146,6 +146,22 @@ def test_a_recipe_draws_the_same_image_again_and_another_seed_another():
     assert (image.size, image.mode) == ((32, 32), "RGB")
     assert image.tobytes() == world.draw(dict(recipe)).tobytes() != world.draw({**recipe, "seed": 18}).tobytes()
     assert image.tobytes() == world.draw(json.loads(json.dumps(recipe))).tobytes()
+
+
+def test_a_client_has_colours_of_its_own_and_the_public_set_all(glyphs):
+    public, clients = glyphs
+    assert not any("look" in record["image"] for record in public)
+    means = {}
+    for name, parts in clients.items():
+        records = [record for part in parts.values() for record in part]
+        assert all(record["image"]["look"] == name for record in records)
+        corners = [np.asarray(world.draw(record["image"]), float)[:3, :3].mean((0, 1)) / 255 for record in records[:40]]  # paper
+        low, high = np.array(world.LOOKS[name][0])
+        assert (np.mean(corners, 0) > low - 0.05).all() and (np.mean(corners, 0) < high + 0.05).all()
+        means[name] = np.mean(corners, 0)
+    assert min(np.abs(means[a] - means[b]).max() for a, b in (("greek", "cyrillic"), ("greek", "armenian"), ("cyrillic", "armenian"))) > 0.2
+    corners = np.array([np.asarray(world.draw(record["image"]), float)[:3, :3].mean((0, 1)) / 255 for record in public[:300]])
+    assert (corners.mean(1) < 0.4).mean() > 0.3 and (corners.mean(1) > 0.6).mean() > 0.3  # dark paper and light
 
 
 def test_letters_stay_inside_the_canvas():

@@ -46,6 +46,6 @@ def test_a_missing_dataset_is_the_reason(tmp_path, data, missing):
 
 
 def test_what_is_unknown_ends_in_one_line(tmp_path):
-    for args, message in ((["--nope"], "unknown option --nope"), (["a", "b"], "one backbone at a time"), (["--methods", "moa"], "--methods moa: unknown"), (["--seed"], "needs a value")):
+    for args, message in ((["--nope"], "unknown option --nope"), (["a", "b"], "one backbone at a time"), (["--methods", "moa"], "--methods moa: unknown"), (["--ablations", "--methods", "metamoe"], "must hold both"), (["--seed"], "needs a value")):
         out, code = run_all(tmp_path, *args)
         assert code == 2 and out.startswith("error: ") and message in out and out.count("\n") == 1

@@ -42,7 +42,8 @@ PRESETS = {
         "train_size": 500, "validation_size": 150, "test_size": 300, "public_size": 6000, "candidates": 480, "proxies": 80,
         "lora_rank": 16, "lora_alpha": 32, "expert_epochs": 6, "expert_lr": 1e-3, "expert_batch": 16, "warmup_steps": 0,
         "optimizer": "adamw", "weight_decay": 0.0, "final_epochs": 2, "final_batch": 32, "lambda_lr": 1e-3, "lambda_init": 1.0,
-        "final_lr": {"metamoe": 1e-4, "flexolmo": 1e-3, "btx": 1e-4, "unrestricted": 1e-4},
+        # of 1e-5, 1e-4 and 1e-3: the best average accuracy on the validation parts of seed 0 (README)
+        "final_lr": {"metamoe": 1e-5, "flexolmo": 1e-3, "btx": 1e-4, "unrestricted": 1e-3},
     },
     "smollm2-135m": {
         "kind": "text", "data": "bigbench", "optimizer": "adamw", "weight_decay": 0.0,

@@ -370,6 +370,7 @@ def test_a_join_that_was_killed_goes_on(tmp_path, files, seed_model):
 
 MEASURE = """
 import json, resource, sys
+from pathlib import Path
 import numpy as np
 import select_proxies, rundir
 folder = Path(sys.argv[1])

@@ -292,7 +292,7 @@ class TextBackbone(Backbone):
         """Yield (indices, features (b, d) float32) batch by batch: mean over the tokens of the prompt (or the input: the
         preset's `embed`) of the seed's last hidden state. The batches are always the same; the first `skip` are left out."""
         with tqdm(total=len(records), desc=label, unit="text", disable=None) as bar:
-            for number, (indices, encoded) in enumerate(self.prompts(records, self.embedded)):
+            for number, (indices, encoded) in enumerate(self.windows(records, lambda record: {"prompt": record[self.embedded]})):
                 if number >= skip:
                     ids, real, prompts, _ = self.collate(encoded)
                     with self.autocast():
@@ -303,15 +303,15 @@ class TextBackbone(Backbone):
     def prompt_batches(self, model, records, label):
         """Yield (token mask (B, T), a function that runs the prompts through the model) batch by batch."""
         with tqdm(total=len(records), desc=label, unit="text", disable=None) as bar:
-            for indices, encoded in self.prompts(records):
+            for indices, encoded in self.windows(records, lambda record: record):
                 ids, mask, prompts, _ = self.collate(encoded)
                 yield mask, lambda: self.hidden(model, ids, mask, prompts)
                 bar.update(len(indices))
 
-    def prompts(self, records, field="prompt"):
-        """Yield (indices, the records' encoded `field`) batch by batch, of like length within a window: memory holds a window's tokens."""
+    def windows(self, records, form):
+        """Yield (indices, encoded prompts of form(record)) batch by batch, of like length within a window: memory holds a window's tokens."""
         for start in range(0, len(records), WINDOW):
-            encoded = [self.encode(record if field == "prompt" else {"prompt": record[field]}) for record in records[start : start + WINDOW]]
+            encoded = [self.encode(form(record)) for record in records[start : start + WINDOW]]
             for batch in self.batches([len(prompt) for prompt, _ in encoded]):
                 yield [start + i for i in batch], [encoded[i] for i in batch]
 

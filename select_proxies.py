@@ -2,7 +2,8 @@
 
 Embeds D_0 once for all clients with the seed model, trains each client's relevance head (Eq. 7), keeps the n most
 relevant public samples as candidates and takes m of them: by the relevance-weighted DPP (Eq. 2-4), by relevance alone
-(FlexOlmo's rule), or at random. Writes RUN/public/, RUN/clients/NAME/private/ and RUN/clients/NAME/selection/RULE/.
+(FlexOlmo's rule), or at random. Clients are the paper's, the embedded default's, or the user's own files. Writes RUN/public/,
+RUN/clients/NAME/private/ and RUN/clients/NAME/selection/RULE/.
 """
 
 import argparse
@@ -151,17 +152,18 @@ def join_run(args, settings, found, joined, known):
     if not path and name not in known and name not in found["clients"]:
         raise UserError(f"--join {name}: {found['backbone']} has {', '.join(known)}; data of your own: --join {name}=PATH")
     before = found.get("own", {}).get(name, {})
-    if name in found["clients"] and path != before.get("path", ""):
+    if name in found["clients"] and path and path != before.get("path"):
         raise UserError(f"--join {name}: a client of that name is in {run_file} already, with other data: take another name")
     run = {**found, "clients": found["clients"] + [name] * (name not in found["clients"])}
-    if path:
-        settings |= dict.fromkeys(("train_size", "validation_size", "test_size"))
-        run["own"] = found.get("own", {}) | {name: own_client(args, path, before)}
-        if before and run["own"][name] != before:
-            raise UserError(f"--join {name}: joined with other sizes before ({before}): take another name")
-    elif all(other in found.get("own", {}) for other in found["clients"]):  # the first client whose sizes are the run's
-        run |= {key: PRESETS[found["backbone"]][key] if settings[key] is None else settings[key] for key in ("train_size", "validation_size", "test_size")}
-        settings |= dict.fromkeys(("train_size", "validation_size", "test_size"))
+    own, of_client = own_client(args, path or before.get("path"), before), ("train_size", "validation_size", "test_size")
+    if before and own != before:
+        raise UserError(f"--join {name}: joined with other sizes before ({before}): take another name")
+    if path or before:
+        run["own"] = found.get("own", {}) | {name: own}
+        settings |= dict.fromkeys(of_client)
+    elif name not in found["clients"] and all(other in found.get("own", {}) for other in found["clients"]):  # the first whose sizes are the run's
+        run |= {key: settings[key] or PRESETS[found["backbone"]][key] for key in of_client}
+        settings |= dict.fromkeys(of_client)
     if settings["sources"]:
         run["sources"] = found.get("sources", {}) | {key: value for key, value in settings["sources"].items() if value and key in (name, "root")}
     open_run(args.run_dir, create=False, **settings | {"clients": None, "sources": None})

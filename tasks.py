@@ -386,16 +386,16 @@ def own_record(raw, source):
     the prompt's end moves to the answer, where tokenizers want it). Raises BadRecord.
     """
     if not isinstance(raw, dict):
-        raise BadRecord(f"not a JSON object but a {type(raw).__name__}")
+        raise BadRecord(f"not a JSON object ({type(raw).__name__})")
     several = raw.get("choices") is not None
     for key in ("prompt", "choices", "answer") if several else ("prompt", "response"):
         if raw.get(key) is None:
             raise BadRecord(f"no key {key!r}" + ("" if several or key == "prompt" else " (nor 'choices' and 'answer')"))
     prompt, texts = raw["prompt"], raw["choices"] if several else [raw["response"]]
     if not isinstance(prompt, str):
-        raise BadRecord(f"'prompt' is not a string but a {type(prompt).__name__}")
+        raise BadRecord(f"'prompt' is not a string ({type(prompt).__name__})")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise BadRecord("'choices' is not a list of strings" if several else f"'response' is not a string but a {type(texts[0]).__name__}")
+        raise BadRecord("'choices' is not a list of strings" if several else f"'response' is not a string ({type(texts[0]).__name__})")
     if not prompt.strip() or not all(text.strip() for text in texts):
         raise BadRecord("empty prompt" if not prompt.strip() else "empty choice" if several else "empty response")
     try:
@@ -414,7 +414,7 @@ def own_record(raw, source):
             raise BadRecord(f"'answer' {answer} is no index into the {len(texts)} choices (the first is 0)")
         answer = texts[answer]
     elif not isinstance(answer, str):
-        raise BadRecord(f"'answer' is neither a choice's text nor its index but a {type(answer).__name__}")
+        raise BadRecord(f"'answer' is neither a choice's text nor its index ({type(answer).__name__})")
     elif answer.strip() not in texts:
         raise BadRecord(f"'answer' {answer.strip()[:40]!r} is not among the choices")
     return record | {"answer": gap + answer.strip(), "choices": [gap + text for text in texts]}

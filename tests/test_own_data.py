@@ -119,22 +119,22 @@ def test_an_answer_is_a_choices_text_or_its_index(raw, answer, choices):
 
 BAD = {
     "{'prompt': 1}": "not JSON",
-    '["a"]': "not a JSON object but a list",
+    '["a"]': "not a JSON object (list)",
     '{"choices": ["a", "b"], "answer": "a"}': "no key 'prompt'",
     '{"prompt": "Q"}': "no key 'response' (nor 'choices' and 'answer')",
     '{"prompt": "Q", "choices": ["a", "b"]}': "no key 'answer'",
     '{"prompt": " ", "response": "a"}': "empty prompt",
     '{"prompt": "Q", "response": "\\n"}': "empty response",
     '{"prompt": "Q", "choices": ["a", ""], "answer": "a"}': "empty choice",
-    '{"prompt": 3, "response": "a"}': "'prompt' is not a string but a int",
-    '{"prompt": "Q", "response": ["a"]}': "'response' is not a string but a list",
+    '{"prompt": 3, "response": "a"}': "'prompt' is not a string (int)",
+    '{"prompt": "Q", "response": ["a"]}': "'response' is not a string (list)",
     '{"prompt": "Q", "choices": "ab", "answer": "a"}': "'choices' is not a list of strings",
     '{"prompt": "Q", "choices": [1, 2], "answer": 1}': "'choices' is not a list of strings",
     '{"prompt": "Q", "choices": ["a"], "answer": "a"}': "fewer than 2 choices",
     '{"prompt": "Q", "choices": ["a", "a "], "answer": "a"}': "two equal choices",
     '{"prompt": "Q", "choices": ["a", "b"], "answer": "c"}': "'answer' 'c' is not among the choices",
     '{"prompt": "Q", "choices": ["a", "b"], "answer": 2}': "'answer' 2 is no index into the 2 choices",
-    '{"prompt": "Q", "choices": ["a", "b"], "answer": true}': "'answer' is neither a choice's text nor its index but a bool",
+    '{"prompt": "Q", "choices": ["a", "b"], "answer": true}': "'answer' is neither a choice's text nor its index (bool)",
     '{"prompt": "Q \\ud800", "response": "a"}': "half of a surrogate pair",
     '{"prompt": "Q", "response": "a"}': "no 'choices', unlike the records before it",
 }
@@ -342,7 +342,9 @@ def test_a_client_joins_and_the_others_work_stays(tmp_path, files, seed_model):
     after = drive.snapshot(run_dir)
     assert {path for path in before | after if before.get(path) != after.get(path) and not path.startswith("clients/acme/")} == {"run.json"}
     assert read_json(run_dir / "run.json")["clients"] == [*tiny.CLIENTS, "acme"]
-    assert "skipped" in stage("select_proxies", run_dir, "--join", acme).out and drive.snapshot(run_dir) == after
+    for again in (acme, "acme", "hotels"):
+        assert "dpp selection is there already, skipped" in stage("select_proxies", run_dir, "--join", again).out
+    assert drive.snapshot(run_dir) == after
     assert "other data" in refused("select_proxies", run_dir, "--join", f"acme={files}/brick.jsonl")
     assert stage("select_proxies", run_dir).out.count("skipped") == 4
     result = stage("train_expert", run_dir, *few)  # the others' experts are theirs still

@@ -32,10 +32,22 @@ PAPER_CLIP = {
     "optimizer": "sgd", "weight_decay": 1e-4, "final_epochs": 5, "final_batch": 128, "lambda_lr": 1e-3, "lambda_init": 0.3,
     "final_lr": {"metamoe": 1e-3, "flexolmo": 1e-3, "btx": 1e-3, "unrestricted": 1e-3},
 }
+# The paper's settings for LLaMA. Here a training size of 0 is all there is, up to the paper's 10,000 samples a client.
+PAPER_LLAMA = {
+    "kind": "text", "data": "qa", "optimizer": "adamw", "weight_decay": 0.0, "max_length": 256,
+    "embed": "input",  # the text that relevance and the DPP work on: the question alone, not the prompt around it
+    "loss": "text", "answers": "letters", "scoring": "letters",
+    "train_size": 0, "validation_size": 500, "test_size": 0, "public_size": 0, "candidates": 3000, "proxies": 500,
+    "lora_rank": 16, "lora_alpha": 32, "expert_epochs": 10, "expert_lr": 1e-4, "expert_batch": 32, "warmup_steps": 200,
+    "final_epochs": 1, "final_batch": 32, "lambda_lr": 1e-3, "lambda_init": 1.0,
+    "final_lr": {"metamoe": 1e-4, "flexolmo": 1e-4, "btx": 1e-4, "unrestricted": 1e-4},
+}
 # The settings of the paper for its backbones, and those of the embedded defaults. A stage's flag overrides its preset.
 PRESETS = {
     "vit-b-32": PAPER_CLIP | {"architecture": "ViT-B-32-quickgelu", "pretrained": "openai"},
     "vit-b-16": PAPER_CLIP | {"architecture": "ViT-B-16-quickgelu", "pretrained": "openai"},
+    "llama-3.2-3b": PAPER_LLAMA | {"seed_model": "meta-llama/Llama-3.2-3B"},
+    "llama-3.1-8b": PAPER_LLAMA | {"seed_model": "meta-llama/Llama-3.1-8B"},
     # The embedded vision default: a CLIP small enough to train here, on drawn letters (glyph_clip/).
     "glyph-clip": {
         "kind": "clip", "data": "glyphs", "architecture": "glyph-clip", "pretrained": "", "template": "{}", "resize": 32, "flip": False,
@@ -46,7 +58,8 @@ PRESETS = {
         "final_lr": {"metamoe": 1e-5, "flexolmo": 1e-3, "btx": 1e-4, "unrestricted": 1e-3},
     },
     "smollm2-135m": {
-        "kind": "text", "data": "bigbench", "optimizer": "adamw", "weight_decay": 0.0,
+        "kind": "text", "data": "bigbench", "optimizer": "adamw", "weight_decay": 0.0, "embed": "prompt",
+        "loss": "answer", "answers": "text", "scoring": "likelihood",
         "train_size": 400, "validation_size": 80, "test_size": 200, "public_size": 5000,
         "candidates": 900, "proxies": 150, "max_length": 256,
         "lora_rank": 16, "lora_alpha": 32, "expert_epochs": 4, "expert_lr": 5e-4, "expert_batch": 8, "warmup_steps": 10,
@@ -55,6 +68,8 @@ PRESETS = {
         "final_lr": {"metamoe": 1e-3, "flexolmo": 1e-4, "btx": 1e-4, "unrestricted": 1e-4},
     },
 }
+
+WINDOW = 8192  # texts that are tokenised at a time to be grouped by length
 
 
 def fix_torchvision():
@@ -116,7 +131,7 @@ def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=No
     dtype = pick_dtype(dtype, device)
     if preset["kind"] == "clip":
         return ClipBackbone(preset, seed_model or preset["pretrained"], device, dtype, workers)
-    return TextBackbone(seed_model or default_seed(name), device, dtype, preset["max_length"])
+    return TextBackbone(seed_model or preset.get("seed_model") or default_seed(name), device, dtype, preset["max_length"], preset["embed"])
 
 
 def default_seed(name):
@@ -209,9 +224,9 @@ class TextBackbone(Backbone):
     task_type = "CAUSAL_LM"
     unreadable, seconds = (), 0.0
 
-    def __init__(self, source, device, dtype, max_length=256):
+    def __init__(self, source, device, dtype, max_length=256, embedded="prompt"):
         transformers = import_transformers()
-        self.source, self.device, self.dtype, self.max_length = str(source), device, dtype, max_length
+        self.source, self.device, self.dtype, self.max_length, self.embedded = str(source), device, dtype, max_length, embedded
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.source)
             # The frozen weights are stored in the compute dtype, so that autocast casts the small trained ones only.
@@ -219,9 +234,13 @@ class TextBackbone(Backbone):
             attention = "eager" if device.type == "cpu" else "sdpa"
             model = transformers.AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype, attn_implementation=attention)
         except (OSError, ValueError) as error:
-            raise UserError(f"seed model {self.source}: cannot be loaded as a causal language model ({str(error).splitlines()[0]})") from None
+            raise UserError(f"seed model {self.source}: cannot be loaded as a causal language model ({str(error).splitlines()[0]}); name a local "
+                            "folder with --seed-model, or log in to the hub (hf auth login) where it asks for that") from None
+        self.ffn_names = [name for name, _ in model.named_modules() if name.endswith(".mlp")]
+        if not self.ffn_names or not all(hasattr(model.get_submodule(ffn), linear) for ffn in self.ffn_names for linear in self.ffn_linears):
+            raise UserError(f"seed model {self.source}: a {type(model).__name__} has no FFNs of gate_proj, up_proj and down_proj in every layer; "
+                            "LLaMA, Mistral, Qwen, SmolLM and their like do")
         self.model = model.to(device).eval().requires_grad_(False)
-        self.ffn_names = [name for name, _ in self.model.named_modules() if name.endswith(".mlp")]
         self.width = self.model.config.hidden_size
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
 
@@ -272,26 +291,31 @@ class TextBackbone(Backbone):
 
     @torch.no_grad()
     def embed(self, records, label="embedding", skip=0):
-        """Yield (indices, features (b, d) float32) batch by batch: mean over the prompt's tokens of the seed's last hidden
-        state. The batches are always the same; the first `skip` are left out."""
-        encoded = [self.encode(record) for record in records]
-        batches = list(self.batches([len(prompt) for prompt, _ in encoded]))
-        with tqdm(total=len(records), initial=sum(map(len, batches[:skip])), desc=label, unit="text", disable=None) as bar:
-            for batch in batches[skip:]:
-                ids, real, prompts, _ = self.collate([encoded[i] for i in batch])
-                with self.autocast():
-                    states = self.hidden(self.model, ids, real, prompts)
-                yield batch, masked_mean(states.float(), real).cpu().numpy()
-                bar.update(len(batch))
+        """Yield (indices, features (b, d) float32) batch by batch: mean over the tokens of the prompt (or the input: the
+        preset's `embed`) of the seed's last hidden state. The batches are always the same; the first `skip` are left out."""
+        with tqdm(total=len(records), desc=label, unit="text", disable=None) as bar:
+            for number, (indices, encoded) in enumerate(self.windows(records, lambda record: {"prompt": record[self.embedded]})):
+                if number >= skip:
+                    ids, real, prompts, _ = self.collate(encoded)
+                    with self.autocast():
+                        states = self.hidden(self.model, ids, real, prompts)
+                    yield indices, masked_mean(states.float(), real).cpu().numpy()
+                bar.update(len(indices))
 
     def prompt_batches(self, model, records, label):
         """Yield (token mask (B, T), a function that runs the prompts through the model) batch by batch."""
-        encoded = [self.encode(record) for record in records]
         with tqdm(total=len(records), desc=label, unit="text", disable=None) as bar:
-            for batch in self.batches([len(prompt) for prompt, _ in encoded]):
-                ids, mask, prompts, _ = self.collate([encoded[i] for i in batch])
+            for indices, encoded in self.windows(records, lambda record: record):
+                ids, mask, prompts, _ = self.collate(encoded)
                 yield mask, lambda: self.hidden(model, ids, mask, prompts)
-                bar.update(len(batch))
+                bar.update(len(indices))
+
+    def windows(self, records, form):
+        """Yield (indices, encoded prompts of form(record)) batch by batch, of like length within a window: memory holds a window's tokens."""
+        for start in range(0, len(records), WINDOW):
+            encoded = [self.encode(form(record)) for record in records[start : start + WINDOW]]
+            for batch in self.batches([len(prompt) for prompt, _ in encoded]):
+                yield [start + i for i in batch], [encoded[i] for i in batch]
 
     def losses(self, model, records, classes, batch_size, steps, seed):
         """Yield each step's loss (with its graph): batches of texts of like length, an answer ends with EOS."""

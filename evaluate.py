@@ -128,8 +128,8 @@ def score(row, folder, backbone_of, run_dir, run, args, records):
     if folder is not None:
         identity["model"] = sha256(folder / ("manifest.json" if row.startswith("expert-") else "done.json"))
     path = run_dir / "scores" / f"{row}.{args.split}.json"
-    if path.exists() and (found := read_json(path))["identity"] == identity:
-        return found
+    if path.exists() and (found := read_json(path))["identity"] == identity and found["scores"].keys() >= set(run["clients"]):
+        return found  # unless a client has joined since
     backbone = backbone_of()
     model = backbone.model
     if folder is not None:

@@ -10,15 +10,22 @@ bash run_all.sh [BACKBONE] [options]
 BACKBONE            smollm2-135m  a real LLaMA and BIG-bench, fetched with pip; CPU or CUDA
                     glyph-clip    a small CLIP on letters drawn from fonts; CPU or CUDA, nothing to download
                     vit-b-32, vit-b-16   the paper's CLIPs; need its datasets (--data-root, --public) and a CUDA GPU
+                    llama-3.2-3b, llama-3.1-8b   the paper's LLaMAs, from the hub or --seed-model FOLDER (any model of LLaMA's kind);
+                                         datasets from the hub or --data-root; need a CUDA GPU
                     Default: vit-b-32 where there is a CUDA GPU and --data-root (data/) holds the datasets, else smollm2-135m
 
 Options, each also an environment variable:
 --run-dir DIR       RUN_DIR          everything is written here (default: runs/BACKBONE-seedSEED)
 --seed N            SEED             of splits, initialisation, batches (default: 0)
 --clients "A B C"   CLIENTS          clients (default: all of the backbone's)
---data-root DIR     DATA_ROOT        vit-b-*: folder with oxford_pets/, oxford_flowers/, eurosat/ (CoOp's layout)
---data "A=X B=Y"    DATA             vit-b-*: a client's own folder or Hugging Face dataset (hub id or local copy)
---public PATH       PUBLIC           vit-b-*: ImageNet, a folder or a Hugging Face dataset (default: ILSVRC/imagenet-1k)
+--client NAME=PATH                   a client with data of your own, once for each (no variable): JSON lines with prompt, choices,
+                                     answer or with prompt, response; for CLIP a folder CLASS/IMAGE
+--public PATH       PUBLIC           public set: the same formats, or Alpaca (llama-*), ImageNet (vit-b-*) as a folder or a
+                                     Hugging Face dataset (default: the backbone's own)
+--skip-bad-records  SKIP_BAD=1       leave out and count the bad records of your own data, instead of ending at the first
+--data-root DIR     DATA_ROOT        folder with oxford_pets/, oxford_flowers/, eurosat/ (CoOp's layout), or with commonsenseqa/,
+                                     cosmosqa/, socialiqa/, alpaca/
+--data "A=X B=Y"    DATA             vit-b-*, llama-*: a client's copy of its dataset: a folder, or a hub id
 --methods "A B"     METHODS          of soup btm btx flexolmo metamoe unrestricted (default: all of them)
 --train-size N      TRAIN_SIZE       private training samples a client      } defaults of these six:
 --validation-size N VALIDATION_SIZE  private validation samples a client    } the backbone's preset
@@ -44,11 +51,16 @@ EOF
 fail() { echo "error: $1" >&2; exit 2; }
 
 BACKBONE=
+own=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --help | -h) usage; exit 0 ;;
         --quick) QUICK=1; shift ;;
         --ablations) ABLATIONS=1; shift ;;
+        --skip-bad-records) SKIP_BAD=1; shift ;;
+        --client)
+            [[ "${2:-}" == ?*=?* ]] || fail "--client needs NAME=PATH (bash run_all.sh --help)"
+            own+=(--client "$2"); shift 2 ;;
         --run-dir | --seed | --clients | --methods | --train-size | --validation-size | --test-size | --public-size | --candidates | --proxies | --data-root | --data | --public | --workers | --seed-model | --device | --dtype)
             [ $# -ge 2 ] || fail "$1 needs a value (bash run_all.sh --help)"
             name=${1#--}; name=${name//-/_}
@@ -95,6 +107,8 @@ run=(--backbone "$BACKBONE" --seed "$SEED")
 [ -z "${DATA_ROOT:-}" ] || run+=(--data-root "$DATA_ROOT")
 [ -z "${DATA:-}" ] || run+=(--data $DATA)
 [ -z "${PUBLIC:-}" ] || run+=(--public "$PUBLIC")
+[ "${SKIP_BAD:-0}" != 1 ] || run+=(--skip-bad-records)
+[ ${#own[@]} = 0 ] || run+=("${own[@]}")
 for size in train_size validation_size test_size public_size candidates proxies; do
     value=${size^^}
     [ -z "${!value:-}" ] || run+=("--${size//_/-}" "${!value}")

@@ -2,12 +2,14 @@
 
 Embeds D_0 once for all clients with the seed model, trains each client's relevance head (Eq. 7), keeps the n most
 relevant public samples as candidates and takes m of them: by the relevance-weighted DPP (Eq. 2-4), by relevance alone
-(FlexOlmo's rule), or at random. Writes RUN/public/, RUN/clients/NAME/private/ and RUN/clients/NAME/selection/RULE/.
+(FlexOlmo's rule), or at random. Clients are the paper's, the embedded default's, or the user's own files. Writes RUN/public/,
+RUN/clients/NAME/private/ and RUN/clients/NAME/selection/RULE/.
 """
 
 import argparse
 import io
 import os
+import re
 import time
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from rundir import UserError, atomic, check_client, finished, open_run, read_jso
 from rundir import write_json, write_records
 
 RULES = ("dpp", "similarity", "random")
+MOST_PRIVATE = 20_000  # private samples that a relevance head is fitted on
 
 
 def parse_args():
@@ -28,13 +31,18 @@ def parse_args():
     parser.add_argument("--run-dir", required=True, help="folder of this run; made here, read by every later stage")
     parser.add_argument("--backbone", help=f"seed model and its presets: {', '.join(PRESETS)} (default: the run's, for a new run smollm2-135m)")
     parser.add_argument("--seed-model", "--pretrained", help="load the seed from this hub id, local folder or (CLIP) checkpoint instead of the backbone's own")
-    parser.add_argument("--clients", nargs="+", help=f"clients of the run (default: all of the backbone's: {', '.join(tasks.CLIENTS)}; pets, flowers, eurosat; {', '.join(world.CLIENTS)})")
-    parser.add_argument("--client", help="select for this one alone (default: every client of the run)")
-    parser.add_argument("--data-root", help="image clients: folder with oxford_pets/, oxford_flowers/, eurosat/ in CoOp's layout")
-    parser.add_argument("--data", nargs="+", metavar="NAME=SOURCE", help="image clients: this client's own folder, or its Hugging Face dataset (hub id or local copy)")
-    parser.add_argument("--public", help="image clients: ImageNet, an ImageFolder tree or a Hugging Face dataset (hub id or local copy)")
+    parser.add_argument("--clients", nargs="+", help=f"clients of the run (default: those of --client NAME=PATH, else all of the backbone's: {', '.join(tasks.CLIENTS)}; "
+                        f"{', '.join(tasks.TEXT_CLIENTS)}; pets, flowers, eurosat; {', '.join(world.CLIENTS)})")
+    parser.add_argument("--client", action="append", metavar="NAME[=PATH]", help="NAME=PATH, once for each: a client of the run with data of your own, JSON lines with `prompt`, "
+                        "`choices`, `answer` (a choice's text, or its index from 0) or with `prompt`, `response`; for CLIP a folder CLASS/IMAGE. NAME: select for this one alone")
+    parser.add_argument("--join", metavar="NAME[=PATH]", help="add this client to a run that is there, prepare its data (PATH: as for --client) and select its proxies; the others' work stays")
+    parser.add_argument("--skip-bad-records", action="store_true", help="leave out and count what is wrong in own data, instead of ending at the first of it")
+    parser.add_argument("--data-root", help="folder of the paper's datasets: oxford_pets/, oxford_flowers/, eurosat/ in CoOp's layout; commonsenseqa/, cosmosqa/, socialiqa/, alpaca/")
+    parser.add_argument("--data", nargs="+", metavar="NAME=SOURCE", help="this client's copy of the paper's dataset: a folder, or a Hugging Face dataset (hub id or local copy)")
+    parser.add_argument("--public", metavar="PATH", help="public set. Text: JSON lines as for --client, or Alpaca (hub id, local copy, alpaca_data.json; default: the backbone's own). "
+                        "CLIP: ImageNet, a folder CLASS/IMAGE or a Hugging Face dataset (hub id or local copy)")
     parser.add_argument("--seed", type=int, help="of the splits and of every random choice (default 0)")
-    parser.add_argument("--train-size", type=int, help="private training samples a client (default: the backbone's preset, like all below; images: 0 takes all, also below)")
+    parser.add_argument("--train-size", type=int, help="private training samples a client (default: the backbone's preset, like all below; 0, also below: all; own data: default and 0 are 80/10/10 of it)")
     parser.add_argument("--validation-size", type=int, help="private validation samples a client")
     parser.add_argument("--test-size", type=int, help="test samples a client")
     parser.add_argument("--public-size", type=int, help="public samples, |D_0|")
@@ -50,81 +58,159 @@ def parse_args():
 
 def known_clients(backbone):
     """The clients that the backbone's data offers."""
-    return {"bigbench": tasks.CLIENTS, "images": tasks.IMAGE_CLIENTS, "glyphs": world.CLIENTS}[PRESETS[backbone]["data"]]
+    return {"bigbench": tasks.CLIENTS, "qa": tasks.TEXT_CLIENTS, "images": tasks.IMAGE_CLIENTS, "glyphs": world.CLIENTS}[PRESETS[backbone]["data"]]
+
+
+def client_flags(args):
+    """({NAME: PATH} of the --client NAME=PATH, the names of the --client NAME, (NAME, PATH or "") of --join or None)."""
+    own, alone, joined = {}, [], None
+    for flag, value in [("--client", value) for value in args.client or []] + [("--join", args.join)] * bool(args.join):
+        name, equals, path = value.partition("=")
+        if not re.fullmatch(r"\w[\w.-]*", name) or equals and (not path or name in own):
+            raise UserError(f"{flag} {value}: give {'NAME' if flag == '--join' else 'each NAME once,'} or NAME=PATH, NAME of letters, digits, '-', '_' and '.'")
+        if flag == "--join":
+            joined = name, path
+        elif equals:
+            own[name] = path
+        else:
+            alone.append(name)
+    return own, alone, joined
 
 
 def start_run(args):
-    """RUN/run.json: made from the flags and the backbone's preset, or checked against them."""
-    if (run_file := Path(args.run_dir) / "run.json").exists():
-        backbone = read_json(run_file)["backbone"]
-    else:
-        backbone = args.backbone or "smollm2-135m"
+    """(settings of RUN/run.json, names to select for): made from the flags and the backbone's preset, or checked against them.
+
+    run.json has "own" where clients bring their own data: {NAME: {"path", "train", "validation", "test"}}, sizes of 0 are shares of 80/10/10.
+    """
+    own, alone, joined = client_flags(args)
+    found = read_json(run_file) if (run_file := Path(args.run_dir) / "run.json").exists() else {}
+    backbone = found["backbone"] if found else args.backbone or "smollm2-135m"
     if (args.backbone or backbone) not in PRESETS:
         raise UserError(f"--backbone {args.backbone}: unknown, choose from {', '.join(PRESETS)}")
-    known, images = known_clients(backbone), PRESETS[backbone]["data"] == "images"
+    known, data = known_clients(backbone), PRESETS[backbone]["data"]
     for name in args.clients or []:
         if name not in known:
-            raise UserError(f"--clients {name}: unknown, {backbone} has {', '.join(known)}")
+            raise UserError(f"--clients {name}: unknown, {backbone} has {', '.join(known)} (data of your own: --client NAME=PATH)")
     sources = None
     if args.data_root or args.data or args.public:
-        if not images:
-            raise UserError(f"--data-root, --data and --public are for image backbones: {backbone} brings its data")
+        if (args.data_root or args.data) and data not in ("images", "qa"):
+            raise UserError(f"--data-root and --data name the paper's datasets: {backbone} brings its data (your own: --client NAME=PATH)")
         sources = dict(pair.partition("=")[::2] for pair in args.data or [])
         for name, source in sources.items():
             if name not in known or not source:
                 raise UserError(f"--data {name}={source}: give NAME=FOLDER_OR_DATASET, NAME one of {', '.join(known)}")
         sources |= {"root": args.data_root, "public": args.public}
-    settings = {"backbone": args.backbone, "seed_model": args.seed_model, "seed": args.seed, "clients": args.clients, "sources": sources}
-    settings |= {key: getattr(args, key) for key in ("train_size", "validation_size", "test_size", "public_size", "candidates", "proxies")}
-    if not run_file.exists():
+    sizes = {key: getattr(args, key) for key in ("train_size", "validation_size", "test_size", "public_size", "candidates", "proxies")}
+    settings = {"backbone": args.backbone, "seed_model": args.seed_model, "seed": args.seed, "clients": None, "sources": sources, **sizes}
+    if args.clients or own:
+        settings["clients"] = (args.clients or []) + list(own)
+    if joined:
+        return join_run(args, settings, found, joined, known)
+    if own:
+        settings["own"] = {name: own_client(args, path, found.get("own", {}).get(name, {})) for name, path in own.items()}
+    only_own = bool(own) and not args.clients or bool(found) and all(name in found.get("own", {}) for name in found["clients"])
+    if not found:
         defaults = PRESETS[backbone] | {"backbone": backbone, "seed_model": "", "seed": 0, "clients": list(known), "sources": {}}
+        defaults |= dict.fromkeys(("train_size", "validation_size", "test_size"), 0) if only_own else {}
+        defaults |= {"public_size": 0} if args.public else {}
         settings = {key: defaults[key] if value is None else value for key, value in settings.items()}
-    sizes = settings if not run_file.exists() else read_json(run_file)
+    run = found or settings
     # the relevance head needs 2 samples of each class for its folds, and two halves of D_0
     for key, least in {"train_size": 2, "validation_size": 0, "test_size": 1, "public_size": 4, "candidates": 1, "proxies": 1}.items():
-        if sizes[key] < least and not (images and key.endswith("_size") and sizes[key] == 0):
-            raise UserError(f"--{key.replace('_', '-')} {sizes[key]}: must be at least {least}")
-    if not 0 <= sizes["seed"] < 2**32:
-        raise UserError(f"--seed {sizes['seed']}: must lie in 0 to 4294967295")
-    if len(set(sizes["clients"])) < len(sizes["clients"]):
-        raise UserError(f"--clients {' '.join(sizes['clients'])}: each client once")
-    if args.client:
-        check_client(sizes, args.client)
-    if sizes["proxies"] > sizes["candidates"]:
-        raise UserError(f"--proxies {sizes['proxies']} is more than --candidates {sizes['candidates']}: m must be at most n")
-    if sizes["candidates"] > sizes["public_size"] > 0:
-        raise UserError(f"--candidates {sizes['candidates']} is more than --public-size {sizes['public_size']}: n must be at most |D_0|")
-    return open_run(args.run_dir, create=False, **settings)  # not before the data and the seed model are there
+        may_be_0 = data in ("images", "qa") or (run.get("sources", {}).get("public") if key == "public_size" else only_own)
+        if run[key] < least and not (may_be_0 and key.endswith("_size") and run[key] == 0):
+            raise UserError(f"--{key.replace('_', '-')} {run[key]}: must be at least {least}")
+    if not 0 <= run["seed"] < 2**32:
+        raise UserError(f"--seed {run['seed']}: must lie in 0 to 4294967295")
+    if len(set(run["clients"])) < len(run["clients"]):
+        raise UserError(f"--clients {' '.join(run['clients'])}: each client once")
+    for name in alone:
+        check_client(run, name)
+    if run["proxies"] > run["candidates"]:
+        raise UserError(f"--proxies {run['proxies']} is more than --candidates {run['candidates']}: m must be at most n")
+    if run["candidates"] > run["public_size"] > 0:
+        raise UserError(f"--candidates {run['candidates']} is more than --public-size {run['public_size']}: n must be at most |D_0|")
+    return open_run(args.run_dir, create=False, **settings), alone or run["clients"]  # not before the data and the seed model are there
 
 
-def prepare_data(run_dir, run):
-    """Write run.json, D_0 and every client's parts once. In a real federation each party holds its own; here one archive does."""
-    folders = [run_dir / "public"] + [run_dir / "clients" / name / "private" for name in run["clients"]]
-    if all((folder / "done.json").exists() for folder in folders):
+def own_client(args, path, found):
+    """run.json's entry of an own client; sizes that no flag gives are those it was made with, else shares."""
+    sizes = {part: getattr(args, f"{part}_size") for part in ("train", "validation", "test")}
+    for part, size in sizes.items():
+        if size is not None and size < 0:
+            raise UserError(f"--{part}-size {size}: must be at least 1, or 0 for its share of 80/10/10")
+    return {"path": path} | {part: found.get(part, 0) if size is None else size for part, size in sizes.items()}
+
+
+def join_run(args, settings, found, joined, known):
+    """As start_run, for --join: the run with one client more. The run's own settings must be as they are; sizes are the client's."""
+    (name, path), run_file = joined, Path(args.run_dir) / "run.json"
+    if not found:
+        raise UserError(f"--join {name}: --run-dir {args.run_dir} holds no run yet (no run.json): name its clients with --client or --clients")
+    if args.client or args.clients or args.public:
+        raise UserError(f"--join {name}: one client joins a run as it is: leave out --client, --clients and --public")
+    if not path and name not in known and name not in found["clients"]:
+        raise UserError(f"--join {name}: {found['backbone']} has {', '.join(known)}; data of your own: --join {name}=PATH")
+    before = found.get("own", {}).get(name, {})
+    if name in found["clients"] and path and path != before.get("path"):
+        raise UserError(f"--join {name}: a client of that name is in {run_file} already, with other data: take another name")
+    run = {**found, "clients": found["clients"] + [name] * (name not in found["clients"])}
+    own, of_client = own_client(args, path or before.get("path"), before), ("train_size", "validation_size", "test_size")
+    if before and own != before:
+        raise UserError(f"--join {name}: joined with other sizes before ({before}): take another name")
+    if path or before:
+        run["own"] = found.get("own", {}) | {name: own}
+        settings |= dict.fromkeys(of_client)
+    elif name not in found["clients"] and all(other in found.get("own", {}) for other in found["clients"]):  # the first whose sizes are the run's
+        run |= {key: settings[key] or PRESETS[found["backbone"]][key] for key in of_client}
+        settings |= dict.fromkeys(of_client)
+    if settings["sources"]:
+        run["sources"] = found.get("sources", {}) | {key: value for key, value in settings["sources"].items() if value and key in (name, "root")}
+    open_run(args.run_dir, create=False, **settings | {"clients": None, "sources": None})
+    return run, [name]
+
+
+def prepare_data(run_dir, run, skip_bad=False):
+    """Write run.json, D_0 and every client's parts, whatever of it is not there. In a real federation each party holds its own; here one archive does."""
+    own, preset, sources = run.get("own", {}), PRESETS[run["backbone"]], run.get("sources", {})
+    new = [name for name in run["clients"] if not (run_dir / "clients" / name / "private" / "done.json").exists()]
+    new_public = not (run_dir / "public" / "done.json").exists()
+    if not new and not new_public:
         return
     sizes = {part: run[f"{part}_size"] for part in ("train", "validation", "test")}
-    data = PRESETS[run["backbone"]]["data"]
-    if data == "bigbench":
-        public, parts = tasks.load_bigbench(run["clients"], sizes, run["public_size"], run["seed"])
-    elif data == "images":
-        public, parts = tasks.load_images(run["clients"], sizes, run["public_size"], run["seed"], run["sources"])
-        for name in run["clients"]:
+    data, known, brought = preset["data"], [name for name in new if name not in own], sources.get("public")
+    public, parts, theirs = None, {}, {}
+    for name in [name for name in new if name in own]:  # first: what is wrong in it shows at once
+        load = tasks.own_text if preset["kind"] == "text" else tasks.own_images
+        parts[name] = load(name, own[name]["path"], {part: own[name][part] for part in sizes}, run["seed"], skip_bad)
+    if data == "images":
+        public, theirs = tasks.load_images(known, sizes, run["public_size"] if new_public else None, run["seed"], sources)
+    elif data == "qa":
+        theirs = tasks.load_text(known, sizes, run["seed"], sources)
+    elif known or new_public and not brought:
+        load = tasks.load_bigbench if data == "bigbench" else world.load_glyphs
+        public, theirs = load(known, sizes, run["public_size"] if new_public and not brought else 0, run["seed"])
+    parts |= theirs
+    if new_public and (data == "qa" or brought and data != "images"):
+        public = tasks.public_text(run["public_size"], sources, skip_bad) if preset["kind"] == "text" else tasks.public_images(run["public_size"], sources)
+    if data == "images":
+        for name in known:
             tasks.check_images([record for records in parts[name].values() for record in records], name)
-    else:
-        public, parts = world.load_glyphs(run["clients"], sizes, run["public_size"], run["seed"])
-    if run["candidates"] > len(public):
-        raise UserError(f"--candidates {run['candidates']} is more than the {len(public)} public samples there are: n must be at most |D_0|")
-    open_run(run_dir, **run)
-    for name in run["clients"]:
+    if new_public and run["candidates"] > len(public):
+        raise UserError(f"--candidates {run['candidates']} is more than the {len(public)} public samples there are: n must be at most |D_0| (and --proxies at most n)")
+    if not (run_dir / "run.json").exists() or read_json(run_dir / "run.json") != run:
+        write_json(run_dir / "run.json", run)
+    for name in new:
         with atomic(run_dir / "clients" / name / "private") as folder:
             for part, records in parts[name].items():
                 write_records(folder / f"{part}.jsonl", records)
             write_json(folder / "done.json", {"seed": run["seed"], **{part: len(records) for part, records in parts[name].items()}})
-    with atomic(run_dir / "public") as folder:
-        write_records(folder / "records.jsonl", public)
-        if data != "bigbench":
-            write_json(folder / "classes.json", sorted({record["answer"] for record in public}))
-        write_json(folder / "done.json", {"records": len(public)})
+    if new_public:
+        with atomic(run_dir / "public") as folder:
+            write_records(folder / "records.jsonl", public)
+            if preset["kind"] == "clip":
+                write_json(folder / "classes.json", sorted({record["answer"] for record in public}))
+            write_json(folder / "done.json", {"records": len(public)})
 
 
 def public_features(run_dir, backbone, records, dtype):
@@ -208,7 +294,9 @@ def relevance(public, private, seed, usable=None):
         split = StratifiedKFold(min(folds, len(negatives)), shuffle=True, random_state=seed)
         head = CalibratedClassifierCV(head, method="sigmoid", cv=split, ensemble=False)
         head.fit(np.concatenate([private, negatives]), np.repeat([1, 0], [len(private), len(negatives)]))
-        scores[score] = head.predict_proba(public[score])[:, 1]
+        for start in range(0, len(score), 65_536):  # of a memory map: a stretch at a time
+            rows = score[start : start + 65_536]
+            scores[rows] = head.predict_proba(public[rows])[:, 1]
     return scores
 
 
@@ -240,8 +328,7 @@ def describe(rule, features, scores, proxies, m):
 def main():
     args = parse_args()
     run_dir = Path(args.run_dir)
-    run = start_run(args)
-    names = [args.client] if args.client else run["clients"]
+    run, names = start_run(args)
     settings = {key: run[key] for key in ("seed", "candidates", "proxies")} | {"selection": args.selection, "dtype": args.dtype}
     folders = {name: run_dir / "clients" / name / "selection" / args.selection for name in names}
     todo = [name for name in names if not finished(folders[name], settings, args.force)]
@@ -254,7 +341,7 @@ def main():
     if not todo:
         return
     backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers)
-    prepare_data(run_dir, run)
+    prepare_data(run_dir, run, args.skip_bad_records)
     public = read_records(run_dir / "public" / "records.jsonl")
     features = public_features(run_dir, backbone, public, args.dtype)
     usable = usable_public(run_dir, public)
@@ -265,7 +352,11 @@ def main():
         cached = run_dir / "clients" / name / "selection" / "relevance.npy"
         if not cached.exists():  # the same for every rule
             start = time.perf_counter()
-            private = backbone.features(read_records(run_dir / "clients" / name / "private" / "train.jsonl"), label=f"embedding {name}")
+            private = read_records(run_dir / "clients" / name / "private" / "train.jsonl")
+            if len(private) > MOST_PRIVATE:
+                sample = np.random.default_rng([run["seed"], 5]).permutation(len(private))[:MOST_PRIVATE]
+                private = [private[i] for i in np.sort(sample)]
+            private = backbone.features(private, label=f"embedding {name}")
             np.save(buffer := io.BytesIO(), relevance(features, private, run["seed"], usable))
             with atomic(cached) as temporary:  # NumPy's own write to a full disk raises an OSError without errno
                 temporary.write_bytes(buffer.getvalue())

@@ -1,19 +1,23 @@
-"""Where records come from: BIG-bench for the embedded default, the paper's image datasets for CLIP."""
+"""Where records come from: BIG-bench for the embedded default, the paper's datasets for LLaMA and CLIP, the user's own files."""
 
+import csv
 import errno
+import hashlib
 import io
 import json
 import os
 import re
 import zlib
+from array import array
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from fetch import BIGBENCH, fetch, read_members
-from rundir import UserError
+from rundir import Records, UserError
 
 # ---------------------------------------------------------------------------------------------------------------
 # BIG-bench: three client tasks and a public set. A record is a dict with `prompt`, `answer`, `source` and, for
@@ -198,6 +202,333 @@ def public_records(raw, contains_private, n_public):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# The paper's language datasets. A record is as BIG-bench's: `prompt`, `answer`, `source`, `choices` (none in the public
+# set), and `input`, the text that relevance is judged by. The prompt does not list the choices.
+
+TRAIN_CAP = 10_000  # private samples a client, where --train-size does not say otherwise
+ALPACA = ("tatsu-lab/alpaca", ["alpaca", "alpaca_data.json", "stanford_alpaca"])
+SPLIT_FILES = {"train": r"(train|alpaca_data)([-_.].*)?\.(jsonl|json|csv)", "validation": r"(validation|valid|val|dev)([-_.].*)?\.(jsonl|json|csv)"}
+
+
+def question_record(source, context, question, choices, number):
+    """A multiple-choice record; ValueError where `number` is not that of a choice (an unlabelled row)."""
+    context, question = context.strip(), question.strip()
+    if not 0 <= number < len(choices):
+        raise ValueError(f"label {number}")
+    choices = [" " + choice.strip() for choice in choices]
+    return {"source": source, "input": f"{context}\n{question}".strip(), "prompt": f"Context: {context}\n" * bool(context) + f"Question: {question}\nAnswer:",
+            "answer": choices[number], "choices": choices}
+
+
+def commonsenseqa(row):
+    """A row of tau/commonsense_qa: `question`, `choices` {"label", "text"}, `answerKey`; in the authors' file question and choices are nested."""
+    question, choices = row["question"], row.get("choices")
+    if isinstance(question, dict):
+        question, choices = question["stem"], question["choices"]
+    if isinstance(choices, list):
+        choices = {key: [choice[key] for choice in choices] for key in ("label", "text")}
+    return question_record("commonsenseqa", "", question, choices["text"], choices["label"].index(row["answerKey"]))
+
+
+def cosmosqa(row):
+    """A row of allenai/cosmos_qa, also as its authors' CSV has it: `context`, `question`, `answer0` ... `answer3`, `label` from 0."""
+    return question_record("cosmosqa", row["context"], row["question"], [row[f"answer{i}"] for i in range(4)], int(row["label"]))
+
+
+def socialiqa(row):
+    """A row of allenai/social_i_qa: `context`, `question`, `answerA` ... `answerC`, `label` from "1"."""
+    return question_record("socialiqa", row["context"], row["question"], [row[f"answer{letter}"] for letter in "ABC"], int(row["label"]) - 1)
+
+
+def alpaca(row):
+    """A row of tatsu-lab/alpaca: `instruction`, `input` (often empty), `output`. None where the output is empty (28 of 52,002)."""
+    instruction, given, output = row["instruction"].strip(), row["input"].strip(), row["output"].strip()
+    if not output:
+        return None
+    return {"source": "alpaca", "input": f"{instruction}\n{given}".strip(), "prompt": f"Question: {instruction}\n" + f"Input: {given}\n" * bool(given) + "Answer:",
+            "answer": " " + output}
+
+
+# client name -> (hub id, names of its folder below --data-root, row to record)
+TEXT_CLIENTS = {
+    "commonsenseqa": ("tau/commonsense_qa", ["commonsenseqa", "commonsense_qa", "csqa"], commonsenseqa),
+    "cosmosqa": ("allenai/cosmos_qa", ["cosmosqa", "cosmos_qa", "cosmos"], cosmosqa),
+    "socialiqa": ("allenai/social_i_qa", ["socialiqa", "social_i_qa", "social_iqa", "siqa", "socialiqa-train-dev"], socialiqa),
+}
+
+
+def load_text(clients, sizes, seed, sources):
+    """{client: {"train" | "validation" | "test": records}} of the paper's language clients.
+
+    The test part is the dataset's validation split (its test split has no labels), the validation part is cut out of train,
+    no context in both. `sizes`: {"train": n, "validation": n, "test": n}, a random subset each, fixed by the seed; a train
+    of 0 is all that is left, up to TRAIN_CAP, a test of 0 the whole validation split. `sources`: as for load_images.
+    Raises UserError where data are missing, damaged or fewer than asked for.
+    """
+    parts = {}
+    for name in clients:
+        hub_id, spellings, make = TEXT_CLIENTS[name]
+        where, flag = locate(name, hub_id, spellings, sources)
+        splits = read_splits(where, flag, hub_id)
+        if "validation" not in splits:
+            raise UserError(f"{flag}: no validation split there, which the paper tests on: name a copy that has it (hub id: {hub_id})")
+        train, test = (to_records(splits[split], make, flag, split, hub_id) for split in ("train", "validation"))
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        order, keys = grouped([digest(record["input"].split("\n")[0]) for record in train], rng)
+        if sizes["validation"] + max(sizes["train"], 2) > len(train) or sizes["test"] > len(test):
+            raise UserError(f"client {name}: its train split has {len(train)} records for --train-size {sizes['train']} + --validation-size "
+                            f"{sizes['validation']}, its validation split {len(test)} for --test-size {sizes['test']}: lower one of them")
+        validation, rest = hold_out(order, keys, sizes["validation"])
+        if sizes["train"] > len(rest):
+            raise UserError(f"client {name}: --train-size {sizes['train']}: {len(rest)} records share no context with the validation part: lower it")
+        rest = rng.permutation(rest)[: sizes["train"] or TRAIN_CAP]
+        chosen = rng.permutation(len(test))[: sizes["test"] or len(test)]
+        parts[name] = {"train": [train[i] for i in np.sort(rest)], "validation": [train[i] for i in np.sort(validation)],
+                       "test": [test[i] for i in np.sort(chosen)]}
+    return parts
+
+
+def read_splits(where, flag, hub_id):
+    """{split: rows (dicts)} of a Hugging Face dataset (hub id, saved folder, parquet) or of the files that a dataset's authors distribute."""
+    if os.path.isfile(where):
+        return {"train": read_rows_of(where)}
+    if os.path.isabs(where) and not holds_dataset(where):
+        found = {}
+        for split, pattern in SPLIT_FILES.items():
+            files = [f for place in (Path(where), Path(where) / "data", Path(where) / "socialiqa-train-dev") if place.is_dir()
+                     for f in sorted(place.iterdir(), key=lambda f: (len(f.name), f.name)) if re.fullmatch(pattern, f.name)]
+            if files:
+                found[split] = read_rows_of(files[0])
+        if "train" not in found:
+            raise UserError(f"{flag}: {where} holds no saved Hugging Face dataset, no parquet files and no train file (train*.jsonl, .json or "
+                            f".csv): put the dataset there (hub id: {hub_id})")
+        return found
+    splits = open_dataset(dataset_at(where), flag)
+    return {split: splits[name] for split, names in (("train", ["train"]), ("validation", ["validation", "valid", "val", "dev"]))
+            for name in names if name in splits}
+
+
+def read_rows_of(path):
+    """The rows of a CSV file with a header, of JSON lines or of one JSON list; a file NAME-labels.lst beside it gives each its `label`."""
+    path = Path(path)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".csv":
+                rows = list(csv.DictReader(file))
+            else:
+                text = file.read()
+                rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): download it again") from None
+    labels = path.with_name(f"{path.stem}-labels.lst")
+    if labels.exists():
+        values = labels.read_text().split()
+        if len(values) != len(rows):
+            raise UserError(f"{labels} has {len(values)} labels for the {len(rows)} records of {path.name}: download both again")
+        rows = [{**row, "label": label} for row, label in zip(rows, values)]
+    return rows
+
+
+def to_records(rows, make, flag, split, hub_id):
+    """The rows as records; UserError naming the first that is not of the dataset's schema."""
+    records = []
+    for number, row in enumerate(rows):
+        try:
+            record = make(row)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{flag}: row {number} of its {split} split is not one of {hub_id} ({type(error).__name__}: {error}): name a copy of that dataset") from None
+        if record:
+            records.append(record)
+    return records
+
+
+def public_text(n_public, sources, skip_bad=False):
+    """D_0 of language models: `n_public` records (0: all), a uniform subset, of Alpaca or of the user's own JSON lines (`own_record`)."""
+    where, flag = locate("public", *ALPACA, sources, file_ok=True)
+    if os.path.isfile(where) and not alpaca_file(where):
+        records, starts, _ = own_file(where, flag, Path(where).stem, skip_bad, mixed=True)
+    else:
+        records = starts = to_records(read_splits(where, flag, ALPACA[0])["train"], alpaca, flag, "train", ALPACA[0])
+    if n_public > len(records):
+        raise UserError(f"--public-size {n_public}: {flag} has {len(records)} records: lower it (0: all)")
+    if not n_public:
+        return records
+    chosen = np.sort(np.random.default_rng(0).permutation(len(records))[:n_public])  # one public set for everybody, as in public_records
+    return [records[i] for i in chosen] if records is starts else Records(where, starts[chosen], records.convert)
+
+
+def alpaca_file(path):
+    """Whether a file is in Alpaca's format (one JSON list, or lines with an `instruction`), not in the user's own."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        first = file.readline()
+    try:
+        row = json.loads(first)
+        return isinstance(row, list) or isinstance(row, dict) and "instruction" in row and "prompt" not in row
+    except (ValueError, RecursionError):
+        return first.lstrip().startswith("[")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The user's own data: a JSON-lines file for language models, a folder CLASS/IMAGE for CLIP.
+
+LEAST = 50  # records of an own file: fewer leave five to test on
+
+
+class BadRecord(Exception):
+    """What is wrong with a line of an own file."""
+
+
+def own_record(raw, source):
+    """A line of an own file as a record: {"prompt", "choices", "answer"} or {"prompt", "response"}, other keys are left out.
+
+    `answer` is the text of a choice or, as a whole number, its index from 0. Prompt and answer stay as they are written;
+    what stands between is one space, or the white space that the prompt ends with or the response begins with (a space at
+    the prompt's end moves to the answer, where tokenizers want it). Raises BadRecord.
+    """
+    if not isinstance(raw, dict):
+        raise BadRecord(f"not a JSON object ({type(raw).__name__})")
+    several = raw.get("choices") is not None
+    for key in ("prompt", "choices", "answer") if several else ("prompt", "response"):
+        if raw.get(key) is None:
+            raise BadRecord(f"no key {key!r}" + ("" if several or key == "prompt" else " (nor 'choices' and 'answer')"))
+    prompt, texts = raw["prompt"], raw["choices"] if several else [raw["response"]]
+    if not isinstance(prompt, str):
+        raise BadRecord(f"'prompt' is not a string ({type(prompt).__name__})")
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise BadRecord("'choices' is not a list of strings" if several else f"'response' is not a string ({type(texts[0]).__name__})")
+    if not prompt.strip() or not all(text.strip() for text in texts):
+        raise BadRecord("empty prompt" if not prompt.strip() else "empty choice" if several else "empty response")
+    try:
+        "".join([prompt, *texts]).encode()
+    except UnicodeEncodeError:
+        raise BadRecord("half of a surrogate pair, which is no character") from None
+    gap = "" if prompt[-1].isspace() and prompt[-1] != " " else " "
+    record = {"source": source, "input": prompt.strip(), "prompt": prompt.rstrip(" ")}
+    if not several:
+        return record | {"answer": texts[0].rstrip() if texts[0][0].isspace() else gap + texts[0].rstrip()}
+    texts, answer = [text.strip() for text in texts], raw["answer"]
+    if len(texts) < 2 or len(set(texts)) < len(texts):
+        raise BadRecord("fewer than 2 choices" if len(texts) < 2 else "two equal choices")
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if not 0 <= answer < len(texts):
+            raise BadRecord(f"'answer' {answer} is no index into the {len(texts)} choices (the first is 0)")
+        answer = texts[answer]
+    elif not isinstance(answer, str):
+        raise BadRecord(f"'answer' is neither a choice's text nor its index ({type(answer).__name__})")
+    elif answer.strip() not in texts:
+        raise BadRecord(f"'answer' {answer.strip()[:40]!r} is not among the choices")
+    return record | {"answer": gap + answer.strip(), "choices": [gap + text for text in texts]}
+
+
+def own_file(path, flag, source, skip_bad, mixed=False):
+    """(Records, their lines' byte offsets (n,), hashes of their prompts (n,)) of an own JSON-lines file, all of it checked.
+
+    One streaming pass; empty lines do not count. `mixed`: multiple choice and instructions may stand in one file. The
+    first bad record raises UserError with file, line number and reason; with `skip_bad` they are left out and counted.
+    """
+    starts, keys, bad, first, several, position = array("q"), array("Q"), 0, "", None, 0
+    with open(path, "rb") as lines, tqdm(total=os.path.getsize(path), desc=f"checking {source}", unit="B", unit_scale=True, disable=None) as bar:
+        for number, line in enumerate(lines, 1):
+            start, position = position, position + len(line)
+            bar.update(len(line))
+            if not line.strip():
+                continue
+            try:
+                try:
+                    raw = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise BadRecord(f"not JSON ({error})") from None
+                record = own_record(raw, source)
+                if several not in (None, "choices" in record) and not mixed:
+                    raise BadRecord(f"{'has' if 'choices' in record else 'no'} 'choices', unlike the records before it: a client is one or the other")
+            except BadRecord as error:
+                if not skip_bad:
+                    raise UserError(f"{path}, line {number}: {error}: repair it, or leave such records out with --skip-bad-records") from None
+                bad, first = bad + 1, first or f"line {number}: {error}"
+                continue
+            several = "choices" in record
+            starts.append(start)
+            keys.append(digest(record["input"]))
+    if bad:
+        print(f"select_proxies: {path}: {bad} bad records left out (the first: {first})")
+    if len(starts) < LEAST:
+        raise UserError(f"{flag}: {len(starts)} usable records, at least {LEAST} are needed")
+    starts = np.array(starts)
+    return Records(path, starts, partial(own_record, source=source)), starts, np.array(keys)
+
+
+def own_text(name, path, sizes, seed, skip_bad=False):
+    """{"train" | "validation" | "test": Records} of an own client: 80/10/10 of the file or, where not 0, of `sizes`; no prompt is in two parts."""
+    flag = f"--client {name}={path}"
+    if not os.path.isfile(path):
+        raise UserError(f"{flag}: no such file; name one of JSON lines, with `prompt`, `choices`, `answer` or `prompt`, `response` in each")
+    records, starts, keys = own_file(path, flag, name, skip_bad)
+    order, keys = grouped(keys, np.random.default_rng([seed, zlib.crc32(name.encode())]))
+    return {part: Records(path, starts[rows], records.convert) for part, rows in own_parts(order, keys, sizes, flag).items()}
+
+
+def own_images(name, path, sizes, seed, skip_bad=False):
+    """{"train" | "validation" | "test": records} of an own client's folder CLASS/IMAGE, split as own_text, of every class alike."""
+    flag = f"--client {name}={path}"
+    if not os.path.isdir(path):
+        raise UserError(f"{flag}: no such folder; name one that holds a folder of images for each class")
+    names, labels, image_of = read_image_folder(path, flag, ["."], "name the folder that holds a folder of images for each class")
+    names = [class_name(n) for n in names]
+    check_names(names, flag)
+    if len(set(names)) < max(2, len(names)):
+        raise UserError(f"{flag}: {len(names)} classes, {len(set(names))} different names: two or more are needed, each with a name of its own")
+    records = [{"image": image_of(i), "answer": names[label], "source": name, "choices": names} for i, label in enumerate(labels)]
+    if skip_bad:
+        bad = list(bad_images(records, name))
+        if bad:
+            print(f"select_proxies: {path}: {len(bad)} bad images left out (the first: {bad[0][1]})")
+        kept = np.setdiff1d(np.arange(len(records)), [i for i, _ in bad])
+        records, labels = [records[i] for i in kept], labels[kept]
+    else:
+        check_images(records, name)
+    if len(records) < LEAST:
+        raise UserError(f"{flag}: {len(records)} usable images, at least {LEAST} are needed")
+    # a class's items at equal distances on [0, 1], in random order: any stretch of it has the same share of every class
+    rng, place = np.random.default_rng([seed, zlib.crc32(name.encode())]), np.zeros(len(labels))
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        place[members] = (np.arange(len(members)) + rng.random()) / len(members)
+    parts = own_parts(np.argsort(place, kind="stable"), np.arange(len(labels)), sizes, flag)
+    return {part: [records[i] for i in rows] for part, rows in parts.items()}
+
+
+def own_parts(order, keys, sizes, flag):
+    """{part: sorted rows} of an own client: in `order`, the test part, then validation, the rest is for training."""
+    tenth, left, parts = max(1, round(len(order) / 10)), order, {"train": None}
+    for part in ("validation", "test"):
+        parts[part], left = hold_out(left, keys, sizes[part] or tenth)
+    parts["train"] = left[: sizes["train"] or len(left)]
+    wanted = {part: sizes[part] or (tenth if part != "train" else 2) for part in parts}
+    if any(len(rows) < wanted[part] for part, rows in parts.items()):
+        raise UserError(f"{flag}: {len(order)} records with {len(np.unique(keys[order]))} different prompts or images are too few for --train-size "
+                        f"{sizes['train']}, --validation-size {sizes['validation']} and --test-size {sizes['test']} (0: 80/10/10): lower one of them")
+    return {part: np.sort(rows) for part, rows in parts.items()}
+
+
+def digest(text):
+    """A 64-bit number that stands for a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def grouped(keys, rng):
+    """(rows in a random order in which those of equal keys stand together (n,), a number for each row's key (n,))."""
+    number = np.unique(np.asarray(keys, np.uint64), return_inverse=True)[1]
+    number = rng.permutation(len(number))[number]
+    return np.argsort(number, kind="stable"), number
+
+
+def hold_out(order, keys, size):
+    """(the first `size` rows of `order`, those of the others that share no key with them)."""
+    out, left = order[:size], order[size:]
+    return out, left[~np.isin(keys[left], keys[out])]
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Images: the paper's three clients and ImageNet. A record is a dict with `image`, `answer` (a class name), `source`
 # and, for client records, `choices` (the client's class names in label order). `image` is the path of a file or a row
 # of a Hugging Face dataset: {"dataset", "split", "row", "column"} and, where it has several, "config".
@@ -238,8 +569,8 @@ def load_images(clients, sizes, n_public, seed, sources):
 
     `sizes`: {"train": n, "validation": n, "test": n}; fewer than there are is a subset as balanced over the classes as
     can be, fixed by the seed; 0 means all. `n_public`: a uniform subset of D_0, the same for every seed; 0: all.
-    `sources`: {"root": folder of the datasets' folders, NAME or "public": a folder or hub id (ID or ID:CONFIG)}, each
-    may be None or absent; a dataset with neither comes from its default hub id. Raises UserError where data are
+    None: it is not read. `sources`: {"root": folder of the datasets' folders, NAME or "public": a folder or hub id (ID or
+    ID:CONFIG)}, each may be None or absent; a dataset with neither comes from its default hub id. Raises UserError where data are
     missing, incomplete or fewer than asked for.
     """
     parts = {}
@@ -254,7 +585,7 @@ def load_images(clients, sizes, n_public, seed, sources):
             rng = np.random.default_rng([seed, zlib.crc32(f"{name} {part}".encode())])
             parts[name][part] = [{"image": images[i], "answer": choices[labels[i]], "source": name, "choices": choices}
                                  for i in balanced(labels, size or len(labels), rng)]
-    return public_images(n_public, sources), parts
+    return None if n_public is None else public_images(n_public, sources), parts
 
 
 def balanced(labels, n, rng):
@@ -266,13 +597,15 @@ def balanced(labels, n, rng):
     return np.sort(order[np.argsort(turn, kind="stable")[:n]]).tolist()
 
 
-def locate(name, hub_id, spellings, sources):
-    """(where, flag): an existing folder's absolute path or a hub id, and the flag and value it comes from, for error lines."""
+def locate(name, hub_id, spellings, sources, file_ok=False):
+    """(where, flag): an existing folder's (or file's) absolute path or a hub id, and the flag and value it comes from, for error lines."""
     option = "--public " if name == "public" else f"--data {name}="
     if given := sources.get(name):
         flag, path = option + given, Path(given).expanduser()
-        if path.is_dir():
+        if path.is_dir() or file_ok and path.is_file():
             return os.path.abspath(path), flag
+        if file_ok and path.suffix in (".jsonl", ".json"):
+            raise UserError(f"{flag}: no such file; name a JSON-lines file, a dataset's folder or its hub id (such as {hub_id})")
         if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", given):
             raise UserError(f"{flag}: no such folder; name the dataset's folder or its hub id (such as {hub_id})")
         return given, flag
@@ -281,7 +614,8 @@ def locate(name, hub_id, spellings, sources):
     root = Path(sources["root"]).expanduser()
     if not root.is_dir():
         raise UserError(f"--data-root {root}: no such folder; name the one that holds {spellings[0]}")
-    plain = {re.sub(r"[\W_]", "", entry.name.lower()): entry.path for entry in sorted(os.scandir(root), key=lambda e: e.name) if entry.is_dir()}
+    entries = [e for e in sorted(os.scandir(root), key=lambda e: e.name) if e.is_dir() or file_ok and e.name.endswith(".json")]
+    plain = {re.sub(r"[\W_]", "", entry.name.lower()): entry.path for entry in entries}
     for spelling in spellings:
         if path := plain.get(re.sub(r"[\W_]", "", spelling.lower())):
             return os.path.abspath(path), f"--data-root {root}"
@@ -356,7 +690,12 @@ def open_dataset(where, flag):
         if local and any(os.path.exists(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):
             splits = datasets.load_from_disk(name)
         else:
-            splits = datasets.load_dataset(name, where.get("config"))
+            try:
+                splits = datasets.load_dataset(name, where.get("config"))
+            except RuntimeError as error:
+                if "scripts are no longer supported" not in str(error):
+                    raise
+                splits = datasets.load_dataset(name, where.get("config"), revision="refs/convert/parquet")  # the hub's own conversion
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         why = f"does not load ({type(error).__name__}: {error})"
         if local:
@@ -447,9 +786,12 @@ def public_images(n_public, sources):
     return [{"image": image_of(i), "answer": names[labels[i]], "source": Path(where).name} for i in chosen.tolist()]
 
 
-def read_image_folder(where, flag):
-    """(class names, labels, function from an index to its path) of a tree CLASS/IMAGE, listed without a stat per file."""
-    for train in (Path(where) / below for below in IMAGENET_TRAIN):
+def read_image_folder(where, flag, below=IMAGENET_TRAIN, advice="unpack ILSVRC2012_img_train.tar and the archives in it there"):
+    """(class names, labels, function from an index to its path) of a tree CLASS/IMAGE, listed without a stat per file.
+
+    The classes' folders lie in `where` itself or in one of the folders `below` it, the first that has any.
+    """
+    for train in (Path(where) / folder for folder in below):
         folders = sorted(e.name for e in os.scandir(train) if e.is_dir() and e.name not in ("val", "validation", "test")) if train.is_dir() else []
         if folders:
             break
@@ -462,8 +804,8 @@ def read_image_folder(where, flag):
             files += found
             kept.append(folder)
     if not files:
-        raise UserError(f"{flag}: {where} holds no images in train/CLASS/ (such as train/n01440764/n01440764_18.JPEG) nor in CLASS/, and no "
-                        "parquet files: unpack ILSVRC2012_img_train.tar and the archives in it there")
+        places = "in CLASS/" if below == ["."] else "in train/CLASS/ (such as train/n01440764/n01440764_18.JPEG) nor in CLASS/, and no parquet files"
+        raise UserError(f"{flag}: {where} holds no images {places}: {advice}")
     named = {}
     for place in (Path(train), *Path(train).parents[:4]):  # Kaggle's file lies four levels above its train folder
         for file in (place / name for name in CLASS_NAME_FILES):
@@ -512,10 +854,16 @@ def open_image(image, seen={}):
         raise BadImage(f"{name}: {type(error).__name__}: {error}") from None
 
 
-def check_images(records, client):
-    """UserError naming the first of a client's images that does not decode; decodes them all."""
-    for record in tqdm(records, desc=f"checking {client}", unit="image", disable=None):
+def bad_images(records, client):
+    """Yield (index, what is wrong with it) of a client's images that do not decode; decodes them all."""
+    for index, record in enumerate(tqdm(records, desc=f"checking {client}", unit="image", disable=None)):
         try:
             open_image(record["image"])
         except BadImage as error:
-            raise UserError(f"client {client}: bad image {error}: replace it, or take a whole copy of the dataset") from None
+            yield index, error
+
+
+def check_images(records, client):
+    """UserError naming the first of a client's images that does not decode."""
+    for _, error in bad_images(records, client):
+        raise UserError(f"client {client}: bad image {error}: replace it, or take a whole copy of the dataset")

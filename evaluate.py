@@ -123,14 +123,15 @@ def probabilities(scores):
     return [np.exp(values - np.logaddexp.reduce(values)) for values in map(np.asarray, scores)]
 
 
-def ensemble(experts, records):
-    """BTM: the mean of the private-only experts' probabilities over the choices, or for instruction data over each token, {client: [[...], ...]}."""
+def ensemble(experts, instruction=()):
+    """BTM: the mean of the private-only experts' probabilities over the choices, {client: [[...], ...]}; for the clients of `instruction` data
+    the logarithm of their mean probability of each token."""
     mixed = {}
     for name in experts[0]["scores"]:
-        if is_choice(records[name]):
-            mixed[name] = [np.mean(ps, 0) for ps in zip(*(probabilities(expert["scores"][name]) for expert in experts))]
-        else:
+        if name in instruction:
             mixed[name] = [np.logaddexp.reduce(tokens) - math.log(len(experts)) for tokens in zip(*(expert["scores"][name] for expert in experts))]
+        else:
+            mixed[name] = [np.mean(ps, 0) for ps in zip(*(probabilities(expert["scores"][name]) for expert in experts))]
     return mixed
 
 
@@ -340,7 +341,7 @@ def main():
     if "btm" in folders:
         combined = "letters" if scoring == "generate" else scoring  # probabilities, not letters
         experts = [score(f"expert-{name}", run_dir / "clients" / name / "upload" / expert_variant(run_dir), backbone_of, run_dir, run, args, records, combined) for name in run["clients"]]
-        found["btm"] = {"scores": ensemble(experts, records), "samples_per_second": 1 / sum(1 / expert["samples_per_second"] for expert in experts)}
+        found["btm"] = {"scores": ensemble(experts, [name for name in run["clients"] if not is_choice(records[name])]), "samples_per_second": 1 / sum(1 / expert["samples_per_second"] for expert in experts)}
     right = {row: {name: is_right(found[row]["scores"][name], records[name]) for name in run["clients"] if is_choice(records[name])} for row in folders}
     rows = []
     for row in folders:

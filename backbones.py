@@ -6,18 +6,23 @@ answers, padding) is inside `TextBackbone`, everything particular to CLIP (image
 """
 
 import contextlib
+import datetime
 import json
 import math
 import os
+import re
+import string
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import fetch
@@ -104,15 +109,34 @@ def import_transformers():
     return transformers
 
 
+ALONE = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True, main_process_first=contextlib.nullcontext, wait_for_everyone=lambda: None)
+
+
+def processes(device="auto"):
+    """The processes of this run: accelerate's PartialState under `accelerate launch` (torchrun), else one that is alone.
+
+    All of them go through the same lines of a stage; what they share out is a batch's samples (training) or the batches
+    (embedding), and only the main process writes files. The first call says whether they are on the CPU.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return ALONE
+    from accelerate import PartialState
+
+    # the timeout: the others wait while the main process fits relevance heads and runs the DPP
+    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=datetime.timedelta(hours=6))
+
+
 def pick_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device here; use --device cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name}: unknown, choose auto, cpu or cuda") from None
+    state = processes(device.type)
+    return device if state is ALONE else state.device
 
 
 def pick_dtype(name, device):
@@ -123,15 +147,19 @@ def pick_dtype(name, device):
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
-def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=None):
-    """The backbone `name` of PRESETS, its seed from `seed_model` (hub id, local folder or checkpoint) instead if given."""
+def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=None, answers=None, loss=None):
+    """The backbone `name` of PRESETS, its seed from `seed_model` (hub id, local folder or checkpoint) instead if given.
+
+    answers, loss: those of run.json, for a language model (None: the preset's).
+    """
     if name not in PRESETS:
         raise UserError(f"backbone {name!r}: unknown, choose from {', '.join(PRESETS)}")
     preset, device = PRESETS[name], pick_device(device)
     dtype = pick_dtype(dtype, device)
     if preset["kind"] == "clip":
         return ClipBackbone(preset, seed_model or preset["pretrained"], device, dtype, workers)
-    return TextBackbone(seed_model or preset.get("seed_model") or default_seed(name), device, dtype, preset["max_length"], preset["embed"])
+    source = seed_model or preset.get("seed_model") or default_seed(name)
+    return TextBackbone(source, device, dtype, preset["max_length"], preset["embed"], answers or preset["answers"], loss or preset["loss"])
 
 
 def default_seed(name):
@@ -160,19 +188,35 @@ class Backbone:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
+    def shared_embed(self, records, label="embedding", skip=0):
+        """Yield (indices, features, unreadable so far) batch by batch, as `embed`; under `accelerate launch` its batches are dealt to the processes and every process gets all."""
+        state = processes()
+        mine = self.embed(records, label, skip=skip + state.process_index, every=state.num_processes)
+        if state is ALONE:
+            yield from ((*batch, list(self.unreadable)) for batch in mine)
+            return
+        from accelerate.utils import gather_object
+
+        unreadable = {}  # process -> its list
+        while any(batch := gather_object([(*found, state.process_index, list(self.unreadable)) if (found := next(mine, None)) else None])):
+            for indices, values, process, bad in filter(None, batch):
+                unreadable[process] = bad
+                yield indices, values, [item for items in unreadable.values() for item in items]
+
     def features(self, records, label="embedding"):
         """Seed-model embeddings (n, d) float32 of a client's records; UserError if one cannot be read."""
-        out = np.full((len(records), self.width), np.nan, np.float32)
-        for batch, values in self.embed(records, label):
+        out, unreadable = np.full((len(records), self.width), np.nan, np.float32), ()
+        for batch, values, unreadable in self.shared_embed(records, label):
             out[batch] = values
-        if self.unreadable:
-            raise UserError(f"private sample {self.unreadable[0][1]}: repair it or take it out of the client's data")
+        if unreadable:
+            raise UserError(f"private sample {unreadable[0][1]}: repair it or take it out of the client's data")
         return out
 
     @torch.no_grad()
     def routing_vectors(self, model, records, label="routing vectors"):
         """(L, d) float32: mean over samples of the token mean of each FFN's input (a text's prompt, as in the router's context)."""
-        lm, mask = unwrap(model), None
+        lm, mask, state = unwrap(model), None, processes()
+        dealt = state.num_processes > 1 and not sharding()  # sharded weights come together only where all processes run the same layers
         sums = torch.zeros(len(self.ffn_names), self.width, dtype=torch.float64)
 
         def add_to(layer):
@@ -183,12 +227,17 @@ class Backbone:
 
         hooks = [lm.get_submodule(name).register_forward_pre_hook(add_to(i)) for i, name in enumerate(self.ffn_names)]
         try:
-            for mask, forward in self.prompt_batches(model, records, label):
-                with self.autocast():
-                    forward()
+            for number, (mask, forward) in enumerate(self.prompt_batches(model, records, label)):
+                if not dealt or number % state.num_processes == state.process_index:
+                    with self.autocast():
+                        forward()
         finally:
             for hook in hooks:
                 hook.remove()
+        if dealt:
+            from accelerate.utils import reduce
+
+            sums = reduce(sums.to(self.device), "sum").cpu()
         return (sums / len(records)).float()
 
     # --- experts
@@ -224,9 +273,10 @@ class TextBackbone(Backbone):
     task_type = "CAUSAL_LM"
     unreadable, seconds = (), 0.0
 
-    def __init__(self, source, device, dtype, max_length=256, embedded="prompt"):
+    def __init__(self, source, device, dtype, max_length=256, embedded="prompt", answers="text", loss="answer"):
         transformers = import_transformers()
         self.source, self.device, self.dtype, self.max_length, self.embedded = str(source), device, dtype, max_length, embedded
+        self.letters, self.whole_text = answers == "letters", loss == "text"
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.source)
             # The frozen weights are stored in the compute dtype, so that autocast casts the small trained ones only.
@@ -250,10 +300,35 @@ class TextBackbone(Backbone):
     # --- records to tokens
 
     def encode(self, record, answer=None):
-        """(prompt ids, answer ids): the prompt keeps its end where it is too long, an answer ends with EOS."""
+        """(prompt ids, answer ids) of at most max_length - 1 (EOS): too long a prompt keeps its end, an answer its beginning."""
         prompt = self.tokenizer(record["prompt"])["input_ids"]
-        ids = [] if answer is None else self.tokenizer(answer, add_special_tokens=False)["input_ids"][: self.max_length // 2]
+        room = self.max_length // 2
+        if self.whole_text:  # an answer may have all that a short prompt leaves
+            room = max(room, self.max_length - 1 - len(prompt))
+        ids = [] if answer is None else self.tokenizer(answer, add_special_tokens=False)["input_ids"][:room]
         return prompt[-(self.max_length - len(ids) - 1) :], ids
+
+    def form(self, record):
+        """The record as this run trains on it: of a multiple choice the answer's letter, with `answers` "letters"."""
+        return lettered(record) if self.letters else record
+
+    def example(self, record):
+        """(prompt ids, answer ids with EOS) of a record to train on."""
+        record = self.form(record)
+        prompt, answer = self.encode(record, record["answer"])
+        return prompt, answer + [self.tokenizer.eos_token_id]
+
+    def letter_ids(self):
+        """(ids that the answers " A", " B", ... all begin with, often none; the ids of A to Z that tell them apart).
+
+        In many vocabularies " A" is one token, in others a space and a letter. Raises UserError where ids coincide.
+        """
+        letters = [self.tokenizer(f" {letter}", add_special_tokens=False)["input_ids"] for letter in string.ascii_uppercase]
+        shared = os.path.commonprefix(letters)
+        ids = [letter[len(shared)] for letter in letters if len(letter) > len(shared)]
+        if len(set(ids)) < len(letters):
+            raise UserError(f"seed model {self.source}: its tokenizer does not tell the letters A to Z apart: score with --scoring likelihood")
+        return shared, ids
 
     def collate(self, encoded):
         """Pad (prompt, answer) pairs on the right: ids, attention mask, prompt mask, answer labels; each (B, T)."""
@@ -281,21 +356,23 @@ class TextBackbone(Backbone):
 
     # --- what the stages ask
 
-    def hidden(self, model, ids, real, prompts, **kwargs):
-        """Last hidden states (B, T, d). The router's context is the mean over the prompt (see README, Differences)."""
+    def hidden(self, model, ids, real, context, **kwargs):
+        """Last hidden states (B, T, d). real: the tokens that are counted as routed, and attended to where kwargs have no
+        attention_mask. context: those that the router's context is the mean of - the prompt's, or all (see README, Differences)."""
         lm = unwrap(model)
         if hasattr(lm, "routing"):
-            lm.routing.context_mask, lm.routing.token_mask = prompts, real
+            lm.routing.context_mask, lm.routing.token_mask = context, real
         kwargs.setdefault("attention_mask", real)
         return lm.model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
 
     @torch.no_grad()
-    def embed(self, records, label="embedding", skip=0):
+    def embed(self, records, label="embedding", skip=0, every=1):
         """Yield (indices, features (b, d) float32) batch by batch: mean over the tokens of the prompt (or the input: the
-        preset's `embed`) of the seed's last hidden state. The batches are always the same; the first `skip` are left out."""
+        preset's `embed`) of the seed's last hidden state. The batches are always the same; the first `skip` are left out,
+        and of the rest all but each `every`-th."""
         with tqdm(total=len(records), desc=label, unit="text", disable=None) as bar:
             for number, (indices, encoded) in enumerate(self.windows(records, lambda record: {"prompt": record[self.embedded]})):
-                if number >= skip:
+                if number >= skip and (number - skip) % every == 0:
                     ids, real, prompts, _ = self.collate(encoded)
                     with self.autocast():
                         states = self.hidden(self.model, ids, real, prompts)
@@ -305,7 +382,7 @@ class TextBackbone(Backbone):
     def prompt_batches(self, model, records, label):
         """Yield (token mask (B, T), a function that runs the prompts through the model) batch by batch."""
         with tqdm(total=len(records), desc=label, unit="text", disable=None) as bar:
-            for indices, encoded in self.windows(records, lambda record: record):
+            for indices, encoded in self.windows(records, self.form):
                 ids, mask, prompts, _ = self.collate(encoded)
                 yield mask, lambda: self.hidden(model, ids, mask, prompts)
                 bar.update(len(indices))
@@ -318,40 +395,101 @@ class TextBackbone(Backbone):
                 yield [start + i for i in batch], [encoded[i] for i in batch]
 
     def losses(self, model, records, classes, batch_size, steps, seed):
-        """Yield each step's loss (with its graph): batches of texts of like length, an answer ends with EOS."""
-        encoded = []
-        for record in records:
-            prompt, answer = self.encode(record, record["answer"])
-            encoded.append((prompt, answer + [self.tokenizer.eos_token_id]))
-        for batch in epoch_batches([len(p) + len(a) for p, a in encoded], batch_size, steps, seed):
-            yield self.loss(model, [encoded[i] for i in batch])
+        """Yield each step's loss (with its graph) over batches of texts of like length; under `accelerate launch` this
+        process's part of the batch, so that the sum over processes is the mean over the whole batch's tokens."""
+        state = processes()
+        bar = tqdm(records, desc="measuring lengths", unit="text", disable=None if len(records) > 10_000 else True)
+        lengths = np.fromiter((sum(map(len, self.example(record))) for record in bar), np.int32, len(records))  # the tokens themselves need not fit
+        for batch in epoch_batches(lengths, batch_size, steps, seed):
+            encoded = [self.example(records[i]) for i in batch]
+            mine = encoded[state.process_index :: state.num_processes]
+            share = sum(map(self.count, mine)) / sum(map(self.count, encoded))  # 1 for one process, 0 where a short batch leaves nothing
+            yield self.loss(model, mine or encoded[:1]) * share
+
+    def count(self, example):
+        """How many of an example's tokens the loss is over."""
+        return len(example[0]) + len(example[1]) - 1 if self.whole_text else len(example[1])
 
     def loss(self, model, encoded):
-        """Mean cross-entropy over the answers' tokens; the head runs on those positions alone."""
+        """Mean cross-entropy over the answers' tokens, or (`loss` "text") over all but the first; the head runs on those positions alone."""
         ids, real, prompts, labels = self.collate(encoded)
+        if self.whole_text:
+            labels, prompts = ids.masked_fill(~real, -100), real  # the prefix is the context
         with self.autocast():
             states = self.hidden(model, ids, real, prompts)
             predicts = labels[:, 1:] != -100
-            logits = unwrap(model).lm_head(states[:, :-1][predicts])  # (answer tokens, V)
-        return F.cross_entropy(logits.float(), labels[:, 1:][predicts])
+            return head_loss(unwrap(model).lm_head, states[:, :-1][predicts], labels[:, 1:][predicts])
 
     @torch.no_grad()
-    def scores(self, model, records, label="scoring"):
-        """Log-likelihood of each choice's text after the prompt: a list of float64 arrays, one per record.
+    def scores(self, model, records, label="scoring", scoring="likelihood"):
+        """A list of float64 arrays, one per record.
 
-        Prompt and choices make one sequence, in which a choice sees the prompt and itself and is placed right after
-        the prompt: the prompt's work is done once, and the result is that of a sequence for every choice.
+        likelihood: log-likelihood of each choice's text after the prompt. letters: logit of each choice's letter after the
+        lettered prompt, from one forward pass. generate: 1 for the choice whose letter stands first in 16 greedily
+        generated tokens, 0 for the others; empty where none does. Records without choices: the log-probability of each
+        token of the answer.
         """
-        encoded = [(self.encode(r)[0], [self.encode(r, c)[1] for c in r["choices"]]) for r in records]
+        choices = "choices" in records[0]
+        if choices and scoring != "likelihood":
+            score = self._score_letters if scoring == "letters" else self._generate
+            encoded = [(self.encode(lettered(r), " A")[0], [[]] * len(r["choices"])) for r in records]
+        elif choices:
+            score = self._score_choices
+            encoded = [(self.encode(r)[0], [self.encode(r, c)[1] for c in r["choices"]]) for r in records]
+        else:
+            score = self._score_answers
+            encoded = [(prompt, [answer]) for prompt, answer in (self.encode(r, r["answer"]) for r in records)]
         result = [None] * len(records)
         with tqdm(total=len(records), desc=label, unit="text", disable=None) as bar:
             for batch in self.batches([len(p) + sum(map(len, cs)) for p, cs in encoded]):
-                for i, values in zip(batch, self._score_batch(model, [encoded[i] for i in batch])):
+                for i, values in zip(batch, score(model, [encoded[i] for i in batch])):
                     result[i] = values
                 bar.update(len(batch))
         return result
 
-    def _score_batch(self, model, encoded):
+    def _score_choices(self, model, encoded):
+        # The context is the prompt's mean for every choice's tokens, with a router on the prefix too: a choice must not route itself.
+        found = self._token_log_probs(model, encoded, lambda part: part == 0)
+        return [np.array([np.cumsum([0.0, *tokens])[-1] for tokens in choices]) for choices in found]
+
+    def _score_answers(self, model, encoded):
+        found = self._token_log_probs(model, encoded, lambda part: part >= 0 if self.whole_text else part == 0)  # as in training
+        return [np.array(tokens) for (tokens,) in found]
+
+    def _score_letters(self, model, encoded):
+        shared, letters = self.letter_ids()
+        ids, real, prompts, _ = self.collate([(prompt, shared) for prompt, _ in encoded])
+        with self.autocast():
+            states = self.hidden(model, ids, real, real if self.whole_text else prompts)[range(len(encoded)), real.sum(1) - 1]  # (B, d)
+        logits = states.float() @ unwrap(model).lm_head.weight[letters].float().T  # (B, 26); bfloat16 would tie likely letters
+        return [row[: len(choices)].double().cpu().numpy() for row, (_, choices) in zip(logits, encoded)]
+
+    def _generate(self, model, encoded):
+        from transformers import GenerationConfig
+
+        lm, width = unwrap(model), max(len(prompt) for prompt, _ in encoded)
+        ids = torch.tensor([[self.pad] * (width - len(prompt)) + prompt for prompt, _ in encoded], device=self.device)
+        real = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in encoded], device=self.device)
+        # not the seed's own configuration, which may sample or punish repetition
+        config = GenerationConfig(max_new_tokens=16, do_sample=False, pad_token_id=self.pad, eos_token_id=self.tokenizer.eos_token_id, use_cache=lm.config.use_cache)
+        if hasattr(lm, "routing"):
+            lm.routing.context_mask = lm.routing.token_mask = None
+        with self.autocast():
+            texts = self.tokenizer.batch_decode(lm.generate(input_ids=ids, attention_mask=real, generation_config=config)[:, width:], skip_special_tokens=True)
+        values = []
+        for text, (_, choices) in zip(texts, encoded):
+            found = re.search(r"\b[A-Z]\b", text)
+            number = ord(found.group()) - ord("A") if found else len(choices)
+            values.append(np.eye(len(choices))[number] if number < len(choices) else np.array([]))
+        return values
+
+    def _token_log_probs(self, model, encoded, context):
+        """Log-probability of each token of each choice: [[[float, ...] a choice] a record].
+
+        Prompt and choices make one sequence, in which a choice sees the prompt and itself and is placed right after
+        the prompt: the prompt's work is done once, and the result is that of a sequence for every choice. context: from
+        the (B, T) parts - 0 the prompt, 1, 2, ... that choice, -1 padding - to the tokens that are the router's context.
+        """
         width = max(len(p) + sum(map(len, cs)) for p, cs in encoded)
         ids = torch.full((len(encoded), width), self.pad)
         part = torch.full_like(ids, -1)  # 0: prompt, 1, 2, ...: that choice, -1: padding
@@ -375,13 +513,18 @@ class TextBackbone(Backbone):
         mask = torch.zeros(sees.shape, dtype=self.dtype, device=self.device).masked_fill(~sees, torch.finfo(self.dtype).min)
         with self.autocast():
             # The routing counts are those of the prompt: wrong choices say nothing of a client's tokens.
-            states = self.hidden(model, ids, part == 0, part == 0, attention_mask=mask[:, None], position_ids=position)
+            states = self.hidden(model, ids, part == 0, context(part), attention_mask=mask[:, None], position_ids=position)
             logits = unwrap(model).lm_head(states[rows, sources])
         log_probs = F.log_softmax(logits.float(), -1).gather(1, torch.tensor(targets, device=self.device)[:, None])[:, 0]
-        values = [np.zeros(len(choices)) for _, choices in encoded]
+        values = [[[] for _ in choices] for _, choices in encoded]
         for row, owner, value in zip(rows, owners, log_probs.double().tolist()):
-            values[row][owner] += value
+            values[row][owner].append(value)
         return values
+
+    def checkpoint(self, model):
+        """Keep no activations but each layer's input; the backward computes them again. The same losses, a third slower."""
+        unwrap(model).activation_checkpointing_enable({"use_reentrant": False})
+
 
 class ClipBackbone(Backbone):
     """A CLIP of open_clip. Its visual tower is the seed; the frozen text tower turns class names into the classifier."""
@@ -489,11 +632,12 @@ class ClipBackbone(Backbone):
     # --- what the stages ask
 
     @torch.no_grad()
-    def embed(self, records, label="embedding", skip=0, batch=256):
-        """Yield (indices, features (b, d) float32) batch by batch: the seed's post-LN CLS feature of each readable image."""
+    def embed(self, records, label="embedding", skip=0, every=1, batch=256):
+        """Yield (indices, features (b, d) float32) batch by batch: the seed's post-LN CLS feature of each readable image;
+        after the first `skip` batches each `every`-th."""
         batches = chunks(len(records), batch)
         with tqdm(total=len(records), initial=skip * batch, desc=label, unit="image", disable=None) as bar:
-            for indices, images in self.load(records, batches[skip:]):
+            for indices, images in self.load(records, batches[skip::every]):
                 yield indices, self.pool(self.model, images).cpu().numpy()
                 bar.update(len(indices))
 
@@ -508,18 +652,21 @@ class ClipBackbone(Backbone):
         self.refuse_unreadable()
 
     def losses(self, model, records, classes, batch_size, steps, seed):
-        """Yield each step's loss (with its graph): cross-entropy over the label set `classes`."""
+        """Yield each step's loss (with its graph): cross-entropy over the label set `classes`; under `accelerate launch` this
+        process's part of the batch, so that the sum over processes is the mean over the whole batch."""
         texts, label = self.text_features(classes), {name: i for i, name in enumerate(classes)}
         targets = torch.tensor([label[record["answer"]] for record in records], device=self.device)
-        for indices, images in self.load(records, epoch_batches([1] * len(records), batch_size, steps, seed), seed):
+        state, batches = processes(), list(epoch_batches([1] * len(records), batch_size, steps, seed))
+        mine = [batch[state.process_index :: state.num_processes] for batch in batches]
+        for whole, part, (indices, images) in zip(batches, mine, self.load(records, [part or whole[:1] for whole, part in zip(batches, mine)], seed)):
             self.refuse_unreadable()
             # On the CPU the fused attention's backward is slower on so few tokens: a fifth of a step.
             with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext():
                 logits = self.classify(model, images, texts)
-            yield F.cross_entropy(logits, targets[indices])
+            yield F.cross_entropy(logits, targets[indices]) * (len(part) / len(whole))
 
     @torch.no_grad()
-    def scores(self, model, records, label="scoring"):
+    def scores(self, model, records, label="scoring", scoring=None):
         """Logits of each record's choices: a list of float64 arrays, one per record."""
         result, texts = [None] * len(records), self.text_features(records[0]["choices"])
         with tqdm(total=len(records), desc=label, unit="image", disable=None) as bar:
@@ -565,6 +712,68 @@ def chunks(count, size):
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+def lettered(record):
+    """A multiple-choice record as letters: the choices are listed before the prompt's last line ("Answer:"), and answer and
+    choices are " A", " B", ... A record without choices comes back as it is. Raises UserError beyond 26 choices."""
+    if "choices" not in record:
+        return record
+    letters = [f" {letter}" for letter in string.ascii_uppercase[: len(record["choices"])]]
+    if len(letters) < len(record["choices"]):
+        raise UserError(f"a record has {len(record['choices'])} choices, letters reach 26: make the run with --answers text and score with --scoring likelihood (its prompt: {record['prompt'][:60]!r})")
+    head, _, last = record["prompt"].rpartition("\n")
+    if not last.endswith(":"):
+        head, last = record["prompt"], "Answer:"
+    lines = [head] * bool(head) + ["Choices:"] + [f"{letter.strip()}. {choice.strip()}" for letter, choice in zip(letters, record["choices"])] + [last]
+    return record | {"prompt": "\n".join(lines), "choices": letters, "answer": letters[record["choices"].index(record["answer"])]}
+
+
+def head_loss(head, states, targets, logit_bytes=2**29):
+    """Mean cross-entropy of head(states) (n, V) against targets (n,), with at most `logit_bytes` of float32 logits at a time:
+    beyond that they are made in chunks, and once more in the backward."""
+    chunk = max(1, logit_bytes // (4 * head.out_features))
+    if len(states) <= chunk:
+        return F.cross_entropy(head(states).float(), targets)
+
+    def part(states, targets):
+        return F.cross_entropy(head(states).float(), targets, reduction="sum")
+
+    parts = [checkpoint(part, *pair, use_reentrant=False) for pair in zip(states.split(chunk), targets.split(chunk))]
+    return torch.stack(parts).sum() / len(states)
+
+
+def use_checkpointing(flag, run, backbone):
+    """Whether to recompute activations: as --gradient-checkpointing says, None for the preset's way."""
+    if flag and not hasattr(backbone, "checkpoint"):
+        raise UserError("--gradient-checkpointing is for language models: leave it out")
+    return PRESETS[run["backbone"]].get("gradient_checkpointing", False) if flag is None else flag
+
+
+def sharding():
+    """Whether accelerate's configuration asks for FSDP."""
+    return processes() is not ALONE and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def shard(model):
+    """FSDP: the frozen weights of each decoder layer lie in parts on the processes, and come together while it runs. The
+    trained ones (small: LoRA factors, routers) stay whole on each process, so all else is as in data parallel."""
+    from torch.distributed.fsdp import fully_shard
+
+    trained = {p for p in model.parameters() if p.requires_grad}
+    for layer in unwrap(model).model.layers:
+        fully_shard(layer, ignored_params=trained, reshard_after_forward=True)
+
+
+def sum_over_processes(loss, parameters):
+    """Sum gradients (in place) and loss over the processes; returns the loss."""
+    from accelerate.utils import reduce
+
+    grads = [p.grad for p in parameters if p.grad is not None]
+    total = reduce(torch.cat([loss.detach().view(1), *(g.flatten() for g in grads)]), "sum")
+    for grad, new in zip(grads, total[1:].split([g.numel() for g in grads])):
+        grad.copy_(new.view_as(grad))
+    return total[0]
+
+
 def unwrap(model):
     """The transformers model inside a PEFT one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -592,11 +801,12 @@ def read_expert(upload):
     return expert
 
 
-def train(backbone, model, records, groups, *, steps, batch_size, warmup_steps, optimizer, weight_decay, seed, label, classes=(), after_step=None):
+def train(backbone, model, records, groups, *, steps, batch_size, warmup_steps, optimizer, weight_decay, seed, label, classes=(), after_step=None, checkpointing=False):
     """Train in place; every record once an epoch, `steps` steps, constant rate after a linear warm-up.
 
     groups: optimiser parameter groups, each with its own "lr". optimizer: "adamw", or "sgd" (Nesterov momentum 0.9).
-    classes: the label set of an image classifier. Returns the mean loss of each step.
+    classes: the label set of an image classifier. checkpointing: recompute activations in the backward (language models).
+    Returns the mean loss of each step. Under `accelerate launch` each process computes its part of every batch.
     """
     if optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=weight_decay)
@@ -604,11 +814,17 @@ def train(backbone, model, records, groups, *, steps, batch_size, warmup_steps, 
         optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
-    losses = []
+    losses, alone = [], processes() is ALONE
+    if checkpointing:
+        backbone.checkpoint(model)
+    if sharding():
+        shard(model)
     model.train()
-    with tqdm(total=steps, desc=label, unit="step", disable=None) as bar:
+    with enough_memory(label), tqdm(total=steps, desc=label, unit="step", disable=None) as bar:
         for loss in backbone.losses(model, records, classes, batch_size, steps, seed):
             loss.backward()
+            if not alone:
+                loss = sum_over_processes(loss, parameters)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
@@ -625,13 +841,23 @@ def train(backbone, model, records, groups, *, steps, batch_size, warmup_steps, 
     return losses
 
 
+@contextlib.contextmanager
+def enough_memory(label):
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"{label}: the GPU's memory is full: use --gradient-checkpointing, a smaller --batch-size, or several GPUs (accelerate launch)") from None
+
+
 def epoch_batches(lengths, batch_size, steps, seed):
-    """`steps` batches of indices, epoch after epoch: shuffled, sorted by length within windows of eight batches, shuffled again."""
-    generator, batches = np.random.default_rng(seed), []
-    while len(batches) < steps:
+    """Yield `steps` batches of indices, epoch after epoch: shuffled, sorted by length within windows of eight batches, shuffled again."""
+    generator, lengths, left = np.random.default_rng(seed), np.asarray(lengths), steps
+    while left > 0:
         order, epoch = generator.permutation(len(lengths)), []
         for start in range(0, len(order), 8 * batch_size):
-            window = sorted(order[start : start + 8 * batch_size], key=lambda i: lengths[i])
+            window = order[start : start + 8 * batch_size]
+            window = window[np.argsort(lengths[window], kind="stable")]
             epoch += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
-        batches += [epoch[i] for i in generator.permutation(len(epoch))[::-1]]
-    return batches[:steps]
+        for i in generator.permutation(len(epoch))[::-1][:left]:
+            yield epoch[i].tolist()
+        left -= len(epoch)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import moe
-from backbones import PRESETS, load_backbone
+from backbones import PRESETS, load_backbone, processes
 from rundir import UserError, atomic, folder_bytes, open_run, read_json, read_manifest, read_records, run_main, sha256, usable_public, write_json
 
 TITLES = {
@@ -81,6 +81,7 @@ PAPER_COSTS = {
     "llama-3.2-3b": {"btm": (0, 17.44), "soup": (8.24, 43.46), "btx": (118.21, 42.12), "flexolmo": (119.90, 41.59), "metamoe": (114.46, 40.67)},
     "llama-3.1-8b": {"btm": (0, 8.20), "soup": (11.25, 22.86), "btx": (223.37, 21.41), "flexolmo": (206.28, 21.95), "metamoe": (205.42, 20.05)},
 }
+SCORINGS = {"letters": "scored by the letters' logits", "generate": "scored by the generated letter", "likelihood": "scored by the answers' likelihood"}
 ROMAN = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X"]
 
 
@@ -88,6 +89,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", required=True, nargs="+", help="folder of the run; several: print the table over runs of different seeds")
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="part of the clients' data to score on; settings are chosen on validation (default: %(default)s)")
+    parser.add_argument("--scoring", choices=["letters", "generate", "likelihood"], help="language models, multiple choice: logits of the choices' letters from one forward pass; the first stand-alone letter in 16 generated tokens; likelihood of the choices' texts (default: the backbone's preset)")
     parser.add_argument("--models", nargs="+", help="score these rows alone (zeroshot, expert-NAME, or a folder of RUN/moe/; default: all there are)")
     parser.add_argument("--figure", action="store_true", help="also draw Figure 2 (t-SNE, a PNG a client) and measure how the proxies of each selection cover the private test data")
     parser.add_argument("--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)")
@@ -122,26 +124,33 @@ def expert_variant(run_dir):
     return read_json(btm)["variant"] if btm.exists() else "private-similarity"
 
 
-def score(row, folder, backbone_of, run_dir, run, args, records):
-    """Log-likelihoods of every choice {client: [[...], ...]}, routing counts (L, K) a client, and samples/s; scored once."""
+def suffix(run, scoring):
+    """What distinguishes the files of a scoring that is not the backbone's own."""
+    return "" if scoring == PRESETS[run["backbone"]].get("scoring") else f".{scoring}"
+
+
+def score(row, folder, backbone_of, run_dir, run, args, records, scoring):
+    """What backbone.scores gives, {client: [[...], ...]}, routing counts (L, K) a client, and samples/s; scored once."""
     identity = {"dtype": args.dtype, "model": "seed"}
+    if scoring not in (None, "likelihood"):
+        identity["scoring"] = scoring
     if folder is not None:
         identity["model"] = sha256(folder / ("manifest.json" if row.startswith("expert-") else "done.json"))
-    path = run_dir / "scores" / f"{row}.{args.split}.json"
+    path = run_dir / "scores" / f"{row}.{args.split}{suffix(run, scoring)}.json"
     if path.exists() and (found := read_json(path))["identity"] == identity and found["scores"].keys() >= set(run["clients"]):
         return found  # unless a client has joined since
     backbone = backbone_of()
     model = backbone.model
     if folder is not None:
         model = moe.load(folder, model) if (folder / "moe_config.json").exists() else backbone.with_adapter(folder)
-    routed = hasattr(model, "routing")
+    routed = hasattr(model, "routing") and scoring != "generate"  # a prompt's tokens go through once, not once a generated token
     found, seconds = {"identity": identity, "scores": {}, "routing": {}}, 0.0
     for name in run["clients"]:
         if routed:
             model.routing.record = True
             moe.reset_counts(model)
         start = time.perf_counter()
-        found["scores"][name] = [values.tolist() for values in backbone.scores(model, records[name], label=f"{row} on {name}")]
+        found["scores"][name] = [values.tolist() for values in backbone.scores(model, records[name], label=f"{row} on {name}", scoring=scoring)]
         seconds += time.perf_counter() - start
         if routed:
             found["routing"][name] = moe.counts(model).tolist()
@@ -158,14 +167,26 @@ def probabilities(scores):
     return [np.exp(values - np.logaddexp.reduce(values)) for values in map(np.asarray, scores)]
 
 
-def ensemble(experts):
-    """BTM: the mean of the private-only experts' probabilities over the choices, {client: [[...], ...]}."""
-    return {name: [np.mean(ps, 0) for ps in zip(*(probabilities(expert["scores"][name]) for expert in experts))] for name in experts[0]["scores"]}
+def ensemble(experts, instruction=()):
+    """BTM: the mean of the private-only experts' probabilities over the choices, {client: [[...], ...]}; for the clients of `instruction` data
+    the logarithm of their mean probability of each token."""
+    mixed = {}
+    for name in experts[0]["scores"]:
+        if name in instruction:
+            mixed[name] = [np.logaddexp.reduce(tokens) - math.log(len(experts)) for tokens in zip(*(expert["scores"][name] for expert in experts))]
+        else:
+            mixed[name] = [np.mean(ps, 0) for ps in zip(*(probabilities(expert["scores"][name]) for expert in experts))]
+    return mixed
+
+
+def is_choice(records):
+    """Multiple choice, scored by accuracy; else instruction data, scored by the answers' perplexity."""
+    return "choices" in records[0]
 
 
 def is_right(scores, records):
-    """1.0 where the answer's text is the likeliest choice, else 0.0."""
-    return np.array([float(record["choices"][int(np.argmax(values))] == record["answer"]) for values, record in zip(scores, records)])
+    """1.0 where the answer's text is the likeliest choice, else 0.0; also 0.0 where no letter was generated."""
+    return np.array([float(len(values) > 0 and record["choices"][int(np.argmax(values))] == record["answer"]) for values, record in zip(scores, records)])
 
 
 def wilson(successes, n, z=1.959964):
@@ -219,25 +240,31 @@ def paper_numbers(run, model):
 
 def markdown(results, run):
     """The paper's Table 3 layout: accuracy in percent; then ablations, intervals, differences, routing shares, coverage, bytes."""
-    clients = run["clients"]
-    lines = [f"# {run['backbone']}, seed {run['seed']}, {results['split']} split", "", "Accuracy in percent."]
+    clients, scoring = run["clients"], results.get("scoring")
+    perplexity = [name for name in clients if "perplexity" in results["rows"][0]["clients"][name]]
+    heads = [f"{name} (perplexity)" if name in perplexity else name for name in clients]
+    lines = [f"# {run['backbone']}, seed {run['seed']}, {results['split']} split" + (f", {SCORINGS[scoring]}" if scoring else ""), "", "Accuracy in percent."]
     if paper_numbers(run, "metamoe"):
-        changed = [key for key, value in PRESETS[run["backbone"]].items() if run.get(key, value) != value]
+        changed = [key for key, value in PRESETS[run["backbone"]].items() if run.get(key, value) != value and key != "seed_model"]
         changed += ["seed_model"] if run["seed_model"] else []
         lines[-1] = "Accuracy in percent, behind it in brackets the paper's." + f" This run's {', '.join(changed)} are not the paper's." * bool(changed)
+    if perplexity:
+        lines[-1] += f" Of {', '.join(perplexity)} the perplexity of the answers: lower is better, and it is in no average and no difference."
+    if scoring == "generate" and any(row["model"] == "btm" for row in results["rows"]):
+        lines[-1] += " BTM combines the probabilities of the letters: its row is that of `--scoring letters`."
     for heading, rows in sections(results["rows"]):
         lines += ["", f"## {heading}", ""] if heading else [""]
-        lines += ["| | " + " | ".join(clients) + " | Average |", "|---|" + "---:|" * (len(clients) + 1)]
+        lines += ["| | " + " | ".join(heads) + " | Average |", "|---|" + "---:|" * (len(clients) + 1)]
         for label, row in rows:
             paper = paper_numbers(run, row["model"])
-            measured = {name: row["clients"][name]["accuracy"] for name in clients} | {"average": row["average"]}
-            cells = [f"{value:.2f}" + (f" ({paper[key]:.2f})" if key in paper else "") for key, value in measured.items()]
+            measured = {name: row["clients"][name]["perplexity" if name in perplexity else "accuracy"] for name in clients} | {"average": row["average"]}
+            cells = ["" if value is None else f"{value:.2f}" + (f" ({paper[key]:.2f})" if key in paper else "") for key, value in measured.items()]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines += ["", "## Intervals"]
     lines += ["", "Wilson 95% intervals; MetaMoE's average minus the row's, in points, with a paired bootstrap 95% interval.", "",
               "| | " + " | ".join(f"{name} (n = {results['n'][name]})" for name in clients) + " | MetaMoE minus this |", "|---|" + "---:|" * (len(clients) + 1)]
     for row in results["rows"]:
-        cells = ["{:.1f} to {:.1f}".format(*row["clients"][name]["wilson"]) for name in clients]
+        cells = ["" if name in perplexity else "{:.1f} to {:.1f}".format(*row["clients"][name]["wilson"]) for name in clients]
         gap = row.get("metamoe_minus")
         cells.append("{:+.2f} ({:+.2f} to {:+.2f})".format(gap["difference"], *gap["interval"]) if gap else "")
         lines.append(f"| {row['title']} | " + " | ".join(cells) + " |")
@@ -387,27 +414,39 @@ def main():
         return pool(args.run_dir, args.split)
     run_dir = Path(args.run_dir[0])
     run = open_run(run_dir, backbone=None)
+    if processes(args.device).num_processes > 1:
+        raise UserError("evaluate.py is one process: start it with python, not under accelerate launch")
+    own = PRESETS[run["backbone"]].get("scoring")
+    if args.scoring and own is None:
+        raise UserError(f"--scoring is for language models: {run['backbone']} is scored by its class prompts")
+    scoring = args.scoring or own
     records = {name: read_records(run_dir / "clients" / name / "private" / f"{args.split}.jsonl") for name in run["clients"]}
     if not all(records.values()):
         raise UserError(f"--split {args.split}: a client has no samples in it; make the run with --{args.split}-size of at least 1")
     folders = list_models(run_dir, run, args.models)
 
     def backbone_of():  # only for a model that is not scored yet; PEFT and the MoE change a model in place
-        return load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers)
+        return load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers, run.get("answers"), run.get("loss"))
 
-    found = {row: score(row, folder, backbone_of, run_dir, run, args, records) for row, folder in folders.items() if row != "btm"}
+    found = {row: score(row, folder, backbone_of, run_dir, run, args, records, scoring) for row, folder in folders.items() if row != "btm"}
     if "btm" in folders:
-        experts = [found[f"expert-{name}"] if f"expert-{name}" in found else score(f"expert-{name}", run_dir / "clients" / name / "upload" / expert_variant(run_dir), backbone_of, run_dir, run, args, records) for name in run["clients"]]
-        found["btm"] = {"scores": ensemble(experts), "samples_per_second": 1 / sum(1 / expert["samples_per_second"] for expert in experts)}
-    right = {row: {name: is_right(found[row]["scores"][name], records[name]) for name in run["clients"]} for row in folders}
+        combined = "letters" if scoring == "generate" else scoring  # probabilities, not letters
+        experts = [score(f"expert-{name}", run_dir / "clients" / name / "upload" / expert_variant(run_dir), backbone_of, run_dir, run, args, records, combined) for name in run["clients"]]
+        found["btm"] = {"scores": ensemble(experts, [name for name in run["clients"] if not is_choice(records[name])]), "samples_per_second": 1 / sum(1 / expert["samples_per_second"] for expert in experts)}
+    right = {row: {name: is_right(found[row]["scores"][name], records[name]) for name in run["clients"] if is_choice(records[name])} for row in folders}
     rows = []
     for row in folders:
         per_client = {}
         for name, values in right[row].items():
             per_client[name] = {"correct": int(values.sum()), "n": len(values), "accuracy": 100 * float(values.mean()), "wilson": wilson(values.sum(), len(values))}
             per_client[name]["right"] = "".join("01"[int(value)] for value in values)  # a digit a sample, in order: for paired tests
-        rows.append({"model": row, "title": title(row, run), "clients": per_client, "average": float(np.mean([c["accuracy"] for c in per_client.values()]))})
-        if "metamoe" in right and row != "metamoe":
+        average = float(np.mean([c["accuracy"] for c in per_client.values()])) if per_client else None
+        for name in run["clients"]:
+            if not is_choice(records[name]):
+                tokens = np.concatenate(found[row]["scores"][name])
+                per_client[name] = {"perplexity": math.exp(-tokens.mean()), "tokens": len(tokens), "n": len(records[name])}
+        rows.append({"model": row, "title": title(row, run), "clients": per_client, "average": average})
+        if right.get("metamoe") and row != "metamoe":
             rows[-1]["metamoe_minus"] = paired_bootstrap(right["metamoe"], right[row], run["seed"])
         if found[row].get("routing"):
             rows[-1] |= {"experts": found[row]["experts"], "lambda": found[row]["lambda"], "routing": {name: shares(counts) for name, counts in found[row]["routing"].items()}}
@@ -416,12 +455,14 @@ def main():
         for upload in sorted((run_dir / "clients" / name / "upload").glob("[!.]*")):
             uploaded[f"{name}/{upload.name}"] = folder_bytes(upload)
     results = {"run": run, "split": args.split, "n": {name: len(r) for name, r in records.items()}, "rows": rows, "uploaded_bytes": uploaded}
+    if scoring and (scoring, own) != ("likelihood", "likelihood"):
+        results["scoring"] = scoring
     measured, identity = run_dir / "scores" / f"coverage.{args.split}.json", coverage_identity(run_dir, run)
     if args.figure:
         write_json(measured, {"identity": identity, "coverage": coverage(run_dir, run, backbone_of(), records, args.split)})
     if measured.exists() and (kept := read_json(measured))["identity"] == identity:
         results["coverage"] = kept["coverage"]
-    stem = "results" if args.split == "test" else f"results.{args.split}"
+    stem = ("results" if args.split == "test" else f"results.{args.split}") + suffix(run, scoring)
     write_json(run_dir / f"{stem}.json", results)
     text = markdown(results, run)
     with atomic(run_dir / f"{stem}.md") as temporary:

@@ -17,7 +17,7 @@ import numpy as np
 
 import dpp
 import tasks
-from backbones import PRESETS, load_backbone
+from backbones import PRESETS, load_backbone, processes
 from glyph_clip import world
 from rundir import UserError, atomic, check_client, finished, open_run, read_json, read_records, run_main, usable_public
 from rundir import write_json, write_records
@@ -48,6 +48,8 @@ def parse_args():
     parser.add_argument("--public-size", type=int, help="public samples, |D_0|")
     parser.add_argument("--candidates", type=int, help="n: most relevant public samples that the DPP chooses from")
     parser.add_argument("--proxies", type=int, help="m: proxies a client")
+    parser.add_argument("--answers", choices=["text", "letters"], help="language models, multiple choice: train on the answer's text, or list the choices in the prompt and train on the answer's letter (default: the backbone's preset, also below)")
+    parser.add_argument("--loss", choices=["answer", "text"], help="language models: loss on the answer (router context: the prompt's mean) or on the whole text (context: the mean so far)")
     parser.add_argument("--selection", choices=RULES, default="dpp", help="rule that chooses the proxies (default: %(default)s)")
     parser.add_argument("--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
@@ -102,6 +104,13 @@ def start_run(args):
         sources |= {"root": args.data_root, "public": args.public}
     sizes = {key: getattr(args, key) for key in ("train_size", "validation_size", "test_size", "public_size", "candidates", "proxies")}
     settings = {"backbone": args.backbone, "seed_model": args.seed_model, "seed": args.seed, "clients": None, "sources": sources, **sizes}
+    if PRESETS[backbone]["kind"] == "text":
+        settings |= {"answers": args.answers, "loss": args.loss}
+    elif args.answers or args.loss:
+        raise UserError(f"--answers and --loss are for language models: {backbone} has neither")
+    for key, was in (("answers", "text"), ("loss", "answer")):
+        if found and key not in found and settings.pop(key, None) not in (None, was):  # made before it was a setting
+            raise UserError(f"--run-dir {args.run_dir} was made with {key} {was!r}, now {getattr(args, key)!r}: use another --run-dir")
     if args.clients or own:
         settings["clients"] = (args.clients or []) + list(own)
     if joined:
@@ -228,35 +237,43 @@ def public_features(run_dir, backbone, records, dtype):
             part.unlink(missing_ok=True)
             progress.unlink(missing_ok=True)
             raise
-        write_json(path.with_name("unreadable.json"), sorted(index for index, _ in state["unreadable"]))
-        write_json(path.with_name("timing.json"), {"embedding_seconds": state["seconds"]})
-        os.replace(part, path)
-        progress.unlink()
+        if processes().is_main_process:
+            write_json(path.with_name("unreadable.json"), sorted(index for index, _ in state["unreadable"]))
+            write_json(path.with_name("timing.json"), {"embedding_seconds": state["seconds"]})
+            os.replace(part, path)
+            progress.unlink()
+        processes().wait_for_everyone()
     return np.load(path, mmap_mode="r")
 
 
 def embed_public(part, progress, backbone, records, dtype):
     """Embed D_0 into `part`, or go on where `progress` says that it stopped; returns what is known then: "unreadable", "seconds", ...."""
     state, shape = {"dtype": dtype, "batches": 0, "unreadable": [], "seconds": 0.0}, (len(records), backbone.width)
-    if part.exists() and progress.exists() and (found := read_json(progress))["dtype"] == dtype:
-        out, state = np.load(part, mmap_mode="r+"), found
-    else:
-        progress.unlink(missing_ok=True)
-        out = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # a full disk ends here, not in a SIGBUS half-way through
-            with open(part, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+    main = processes().is_main_process
+    with processes().main_process_first():
+        if part.exists() and progress.exists() and (found := read_json(progress))["dtype"] == dtype:
+            out, state = np.load(part, mmap_mode="r+"), found
+        elif main:
+            progress.unlink(missing_ok=True)
+            out = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
+            if hasattr(os, "posix_fallocate"):  # a full disk ends here, not in a SIGBUS half-way through
+                with open(part, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
     before, earlier, count, start = list(state["unreadable"]), state["seconds"], 0, time.perf_counter()
     saved = start
-    for indices, values in backbone.embed(records, "embedding D_0", skip=state["batches"]):
+    for indices, values, bad in backbone.shared_embed(records, "embedding D_0", skip=state["batches"]):
+        if not main:
+            continue
         out[indices] = values
         count += len(indices)
         state["batches"] += 1
-        state["unreadable"] = before + [list(item) for item in backbone.unreadable]
+        state["unreadable"] = before + [list(item) for item in bad]
         if time.perf_counter() - saved > 30:
             out.flush()
             saved = time.perf_counter()
             write_json(progress, state | {"seconds": earlier + saved - start})
+    if not main:
+        return state
     out[[index for index, _ in state["unreadable"]]] = np.nan
     out.flush()
     seconds = time.perf_counter() - start
@@ -329,10 +346,12 @@ def main():
     args = parse_args()
     run_dir = Path(args.run_dir)
     run, names = start_run(args)
+    main_first = processes(args.device).main_process_first  # of several processes, under `accelerate launch`
     settings = {key: run[key] for key in ("seed", "candidates", "proxies")} | {"selection": args.selection, "dtype": args.dtype}
     folders = {name: run_dir / "clients" / name / "selection" / args.selection for name in names}
-    todo = [name for name in names if not finished(folders[name], settings, args.force)]
-    if args.force and todo:
+    with main_first():
+        todo = [name for name in names if not finished(folders[name], settings, args.force)]
+    if args.force and todo and processes().is_main_process:
         for stale in [run_dir / "public" / name for name in ("features.npy", ".features.npy")] + [folders[name].parent / "relevance.npy" for name in todo]:
             stale.unlink(missing_ok=True)
     for name in names:
@@ -341,22 +360,27 @@ def main():
     if not todo:
         return
     backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers)
-    prepare_data(run_dir, run, args.skip_bad_records)
+    with main_first():
+        prepare_data(run_dir, run, args.skip_bad_records)
     public = read_records(run_dir / "public" / "records.jsonl")
     features = public_features(run_dir, backbone, public, args.dtype)
     usable = usable_public(run_dir, public)
     if run["candidates"] > len(usable):
         raise UserError(f"--candidates {run['candidates']} is more than the {len(usable)} readable public samples: n must be at most that")
-    backbone.public_classes(run_dir / "public")  # their text features, once for all stages
+    with main_first():
+        backbone.public_classes(run_dir / "public")  # their text features, once for all stages
     for name in todo:
         cached = run_dir / "clients" / name / "selection" / "relevance.npy"
+        start, private = time.perf_counter(), None
         if not cached.exists():  # the same for every rule
-            start = time.perf_counter()
             private = read_records(run_dir / "clients" / name / "private" / "train.jsonl")
             if len(private) > MOST_PRIVATE:
                 sample = np.random.default_rng([run["seed"], 5]).permutation(len(private))[:MOST_PRIVATE]
                 private = [private[i] for i in np.sort(sample)]
             private = backbone.features(private, label=f"embedding {name}")
+        if not processes().is_main_process:
+            continue
+        if private is not None:
             np.save(buffer := io.BytesIO(), relevance(features, private, run["seed"], usable))
             with atomic(cached) as temporary:  # NumPy's own write to a full disk raises an OSError without errno
                 temporary.write_bytes(buffer.getvalue())
@@ -378,6 +402,7 @@ def main():
         for index in proxies[:3]:
             what = public[index].get("prompt", public[index].get("image"))
             print(f"    r = {scores[index]:.3f}  {what!r} -> {public[index]['answer']!r}")
+    processes().wait_for_everyone()
 
 
 if __name__ == "__main__":

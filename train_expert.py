@@ -18,7 +18,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from backbones import PRESETS, load_backbone, train, unwrap
+from backbones import PRESETS, load_backbone, processes, train, unwrap, use_checkpointing
 from rundir import UserError, atomic, check_client, finished, folder_bytes, open_run, read_json, read_records, run_main
 from rundir import sha256, upload_variant, write_json, write_manifest
 
@@ -40,6 +40,7 @@ def parse_args():
     parser.add_argument("--warmup-steps", type=int, help="steps of linear warm-up")
     parser.add_argument("--optimizer", choices=["adamw", "sgd"], help="sgd: with Nesterov momentum 0.9")
     parser.add_argument("--weight-decay", type=float, help="of the optimiser")
+    parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="language models: recompute activations in the backward instead of keeping them (default: the backbone's preset)")
     parser.add_argument("--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where the hardware computes in it")
@@ -56,15 +57,16 @@ def train_client(run_dir, run, name, args, settings):
     """Train one client's expert and take its routing vectors; returns a line about it, or None where it is there already."""
     client = run_dir / "clients" / name
     folder = client / "experts" / variant(args)
-    if finished(folder, settings, args.force):
-        return None
+    with processes(args.device).main_process_first():  # of several processes, under `accelerate launch`
+        if finished(folder, settings, args.force):
+            return None
     private = read_records(client / "private" / "train.jsonl") if args.data != "proxies" else []
     proxies = []
     if args.data != "private":
         public = read_records(run_dir / "public" / "records.jsonl")
         proxies = [public[i] for i in read_json(selection_file(client, args.selection))["proxies"]]
     records = private + proxies
-    backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers)
+    backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers, run.get("answers"), run.get("loss"))
     classes = backbone.public_classes(run_dir / "public")
     if classes:  # the client's own first, one that both have once
         classes = list(dict.fromkeys(read_records(client / "private" / "train.jsonl")[0]["choices"] + classes))
@@ -74,8 +76,11 @@ def train_client(run_dir, run, name, args, settings):
         backbone, model, records, [{"params": [p for p in model.parameters() if p.requires_grad], "lr": settings["lr"]}],
         steps=steps, batch_size=settings["batch_size"], warmup_steps=settings["warmup_steps"], optimizer=settings["optimizer"],
         weight_decay=settings["weight_decay"], seed=run["seed"], label=f"expert {name} ({args.data})", classes=classes,
+        checkpointing=use_checkpointing(args.gradient_checkpointing, run, backbone),
     )
     vectors = backbone.routing_vectors(model, records, label=f"routing vectors {name}")
+    if not processes().is_main_process:
+        return None
     with atomic(folder) as part:
         part.mkdir(parents=True)
         save_expert(model, backbone, part, args.full_ffn)
@@ -143,8 +148,11 @@ def main():
             settings |= {"selection": args.selection, "proxies": sha256(selection)}
         done = train_client(run_dir, run, name, args, settings)
         gc.collect()  # a PEFT model is a reference cycle: without this two of them are in memory at once
+        if not processes().is_main_process:
+            continue
         size = pack_upload(run_dir, name, args)
         print(f"train_expert: {name}: {args.data}-{args.selection}: {done or 'expert is there already, skipped'}; upload {size / 1e6:.1f} MB")
+    processes().wait_for_everyone()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moe
-from backbones import PRESETS, load_backbone, read_expert, train
+from backbones import PRESETS, load_backbone, processes, read_expert, train, use_checkpointing
 from rundir import UserError, atomic, finished, open_run, read_json, read_manifest, read_records, run_main, sha256
 from rundir import upload_variant, usable_public, write_json
 
@@ -64,6 +64,7 @@ def parse_args():
     parser.add_argument("--batch-size", type=int, help="samples a step")
     parser.add_argument("--optimizer", choices=["adamw", "sgd"], help="sgd: with Nesterov momentum 0.9")
     parser.add_argument("--weight-decay", type=float, help="of the optimiser (never of lambda)")
+    parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="language models: recompute activations in the backward instead of keeping them (default: the backbone's preset)")
     parser.add_argument("--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where the hardware computes in it")
@@ -128,7 +129,7 @@ def label_set(backbone, run_dir, run, settings):
     return classes
 
 
-def final_training(backbone, model, records, classes, run, settings):
+def final_training(backbone, model, records, classes, run, settings, checkpointing):
     """Train router (and experts) of the unified model in place; returns each step's loss."""
     groups = [
         {"params": moe.router_parameters(model), "lr": settings["lr"]},
@@ -142,7 +143,7 @@ def final_training(backbone, model, records, classes, run, settings):
     return train(
         backbone, model, records, groups, steps=settings["steps"], batch_size=settings["batch_size"], warmup_steps=0,
         optimizer=settings["optimizer"], weight_decay=settings["weight_decay"], seed=run["seed"], classes=classes,
-        label=f"final training {settings['name']}", after_step=lambda: moe.clamp_(model),
+        label=f"final training {settings['name']}", after_step=lambda: moe.clamp_(model), checkpointing=checkpointing,
     )
 
 
@@ -160,7 +161,9 @@ def build(backbone, run_dir, run, uploads, settings):
     if settings["init"] == "random":
         generator = torch.Generator().manual_seed(run["seed"])
         vectors = [torch.randn(v.shape, generator=generator) / v.shape[1] ** 0.5 for v in vectors]
-    context = "fixed" if settings["context"] == "on" else "none"
+    context = "none"
+    if settings["context"] == "on":  # whole texts have no end of the prompt to take a mean at
+        context = "prefix" if run.get("loss") == "text" else "fixed"
     return moe.unify(
         backbone.model, backbone.ffn_names, experts, vectors, names=names, lam=settings["lambda_init"], top_k=settings["top_k"],
         weighting=settings["weighting"], context=context, offset=settings["offset"],
@@ -215,22 +218,27 @@ def main():
     settings["uploads"] = {name: sha256(upload / "manifest.json") for name, upload in zip(run["clients"], uploads)}
     settings["variant"] = variant
     folder = run_dir / "moe" / settings["name"]
-    if finished(folder, settings, args.force):
-        print(f"unify_moe: {settings['name']}: is there already, skipped")
+    with processes(args.device).main_process_first():  # of several processes, under `accelerate launch`
+        if finished(folder, settings, args.force):
+            print(f"unify_moe: {settings['name']}: is there already, skipped")
+            return
+    start, model, losses = time.perf_counter(), None, []
+    if args.method not in ("soup", "btm"):
+        backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers, run.get("answers"), run.get("loss"))
+        start = time.perf_counter()  # unification begins with the seed in memory
+        model = build(backbone, run_dir, run, uploads, settings)
+        if settings["steps"]:
+            checkpointing = use_checkpointing(args.gradient_checkpointing, run, backbone)
+            losses = final_training(backbone, model, final_samples(run_dir, run, uploads, settings), label_set(backbone, run_dir, run, settings), run, settings, checkpointing)
+    if not processes().is_main_process:
         return
-    start, losses = time.perf_counter(), []
     with atomic(folder) as part:
         part.mkdir(parents=True)
-        if args.method == "soup":
-            save_soup(average([read_expert(upload) for upload in uploads]), uploads[0], part)
-        elif args.method != "btm":
-            backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers)
-            start = time.perf_counter()  # unification begins with the seed in memory
-            model = build(backbone, run_dir, run, uploads, settings)
-            if settings["steps"]:
-                losses = final_training(backbone, model, final_samples(run_dir, run, uploads, settings), label_set(backbone, run_dir, run, settings), run, settings)
+        if model is not None:
             moe.save(model, part)
             write_json(part / "losses.json", losses)
+        elif args.method == "soup":
+            save_soup(average([read_expert(upload) for upload in uploads]), uploads[0], part)
         seconds = time.perf_counter() - start
         write_json(part / "timing.json", {"unify_seconds": seconds})
         write_json(part / "done.json", settings)

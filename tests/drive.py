@@ -157,7 +157,8 @@ def main():
             record_opens(job["audit"], opened)
         code, seconds = all_of(job["commands"])
         report = {"code": code, "seconds": seconds, "opened": sorted(opened)}
-    Path(job["report"]).write_text(json.dumps(report))
+    if os.environ.get("RANK", "0") == "0":  # of the processes of `accelerate launch`
+        Path(job["report"]).write_text(json.dumps(report))
 
 
 if __name__ == "__main__":

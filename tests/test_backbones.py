@@ -221,14 +221,14 @@ def test_batches_hold_every_index_once_within_the_budget(backbone, seed):
 def test_an_epochs_batches_hold_every_index_once(count, size):
     lengths = np.random.default_rng(0).integers(1, 50, count).tolist()
     steps = -(-count // size)
-    batches = backbones.epoch_batches(lengths, size, 2 * steps, 1)
+    batches = list(backbones.epoch_batches(lengths, size, 2 * steps, 1))
     assert len(batches) == 2 * steps
     for epoch in (batches[:steps], batches[steps:]):
         assert sorted(i for batch in epoch for i in batch) == list(range(count))
     assert all(1 <= len(batch) <= size for batch in batches)
-    assert batches[: steps + 1] == backbones.epoch_batches(lengths, size, steps + 1, 1)
+    assert batches[: steps + 1] == list(backbones.epoch_batches(lengths, size, steps + 1, 1))
     if count > 64:
-        assert batches[:steps] != batches[steps:] and batches != backbones.epoch_batches(lengths, size, 2 * steps, 2)
+        assert batches[:steps] != batches[steps:] and batches != list(backbones.epoch_batches(lengths, size, 2 * steps, 2))
 
 
 # --- training

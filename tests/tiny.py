@@ -57,10 +57,10 @@ def make_seed_model(folder):
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def make_run(run_dir, seed_model, seed=0, **sizes):
+def make_run(run_dir, seed_model, seed=0, answers="text", loss="answer", **sizes):
     """RUN/run.json, RUN/public/ and RUN/clients/*/private/, as select_proxies.py leaves them before it embeds anything."""
     sizes = SIZES | sizes
-    write_json(run_dir / "run.json", {"backbone": "smollm2-135m", "seed_model": str(seed_model), "seed": seed, "clients": CLIENTS, "sources": {}, **sizes})
+    write_json(run_dir / "run.json", {"backbone": "smollm2-135m", "seed_model": str(seed_model), "seed": seed, "clients": CLIENTS, "sources": {}, "answers": answers, "loss": loss, **sizes})
     rng = random.Random(5)
     write_records(run_dir / "public" / "records.jsonl", public_records(rng, sizes["public_size"]))
     write_json(run_dir / "public" / "done.json", {"records": sizes["public_size"]})

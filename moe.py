@@ -568,7 +568,8 @@ def disable_expert(model, name):
     expert, or no other one left.
     """
     config = model.moe_config
-    _disable(model, [name for name in config["names"] if name in config["disabled"] or name == _known(config, name)])
+    out = {*config["disabled"], _known(config, name)}
+    _disable(model, [other for other in config["names"] if other in out])
 
 
 def enable_expert(model, name):
@@ -673,11 +674,15 @@ def unstack(config, tensors):
     return experts, list(vectors)
 
 
-def assemble(model, config, tensors):
-    """The unified model of what `read` returns, from a fresh seed model, in place."""
+def assemble(model, config, tensors, joining=()):
+    """The unified model of what `read` returns, from a fresh seed model, in place.
+
+    joining: experts to add, (name, {ffn_name: expert of MoELayer}, vectors (L, d)) each; all that is there stays as it is.
+    """
     experts, vectors = unstack(config, tensors)
-    options = {key: config[key] for key in ("names", "lam", "top_k", "weighting", "context", "offset")}
-    model = unify(model, config["ffn_names"], experts, vectors, **options)
+    names, new, more = zip(*joining) if joining else ((), (), ())
+    options = {key: config[key] for key in ("lam", "top_k", "weighting", "context", "offset")}
+    model = unify(model, config["ffn_names"], experts + list(new), vectors + list(more), names=config["names"] + list(names), **options)
     with torch.no_grad():
         for name, lam in zip(config["ffn_names"], lambda_parameters(model)):
             lam.copy_(tensors[f"{name}.router.lam"])
@@ -696,3 +701,4 @@ def remove_expert(config, tensors, name):
     scaling = [own and [own[p] for p in keep] for own in config["scaling"]]
     config = config | {"names": names, "top_k": top_k, "scaling": scaling, "disabled": [n for n in config["disabled"] if n != name]}
     return config, {key: t if key.endswith(".router.lam") else t[keep] for key, t in tensors.items()}
+

@@ -569,6 +569,8 @@ def disable_expert(model, name):
     """
     config = model.moe_config
     out = {*config["disabled"], _known(config, name)}
+    if len(out) == len(config["names"]):
+        raise ValueError(f"{name!r} is the last expert: a model without one has no FFN")
     _disable(model, [other for other in config["names"] if other in out])
 
 
@@ -586,8 +588,6 @@ def _known(config, name):
 
 def _disable(model, disabled):
     names = model.moe_config["names"]
-    if len(disabled) == len(names):
-        raise ValueError(f"{disabled[-1]!r} is the last expert: a model without one has no FFN")
     model.moe_config["disabled"] = disabled
     for layer in layers(model):
         layer.router.disabled = [names.index(name) for name in disabled]

@@ -310,6 +310,22 @@ def test_a_copied_model_generates_by_its_own_weights():
     assert other.routing is other.model.routing is not model.routing
 
 
+@pytest.mark.parametrize("context", ("prefix", "fixed"))
+def test_gradients_are_the_same_where_the_backward_computes_the_forward_again(context):
+    ids, mask = left_padded(prompts(3, 9))
+    gradients = []
+    for again in (False, True):
+        model = unified(context).train()
+        if again:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        model(ids, attention_mask=mask, labels=ids, use_cache=None if again else False).loss.backward()
+        gradients.append([p.grad for p in (*moe.router_parameters(model), *moe.lambda_parameters(model), *moe.expert_parameters(model))])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+    assert all(g.abs().max() > 0 for g in gradients[0])
+
+
 # ---------------------------------------------------------------- load alone
 
 

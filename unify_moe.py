@@ -192,7 +192,7 @@ def extended(args, run_dir, run, settings, variant):
     if args.name in (None, args.extend):
         raise UserError(f"--extend {args.extend}: give the extended model a --name of its own")
     made, config = read_json(folder / "done.json"), read_json(folder / "moe_config.json")
-    for key in ("top_k", "weighting", "offset", "context", "seed_expert", "method"):
+    for key in ("method", "top_k", "weighting", "offset", "context", "seed_expert"):
         if made[key] != settings[key]:
             raise UserError(f"--{key.replace('_', '-')} {settings[key]}: {args.extend} was made with {made[key]}, and is extended with the same alone")
     if made["variant"] != variant:
@@ -232,7 +232,8 @@ def check_export(args, run):
     if PRESETS[run["backbone"]]["kind"] != "text" or args.method in ("soup", "btm"):
         raise UserError(f"--export {args.export}: an MoE of a language model alone; {run['backbone']}, {args.method} is none")
     folder = Path(args.export)
-    if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder / "modeling_metamoe.py").exists():
+    earlier = all((folder / file).exists() for file in ("config.json", "modeling_metamoe.py"))
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not earlier:
         raise UserError(f"--export {args.export}: is there already and holds no export: name another folder")
 
 
@@ -249,12 +250,14 @@ def export(run, source, folder, force):
     layers = [{key: list(t.shape) for key, t in layer.state_dict().items() if key.startswith(("experts.", "router."))} for layer in moe.layers(model)]
     if any(layer != layers[0] for layer in layers):
         raise UserError(f"--export {folder}: the experts' shapes differ from layer to layer")
+    # tools pad on the right without a mask, and do not say where a prompt ends: the prefix needs neither
+    context = "none" if model.moe_config["context"] == "none" else "prefix"
     with atomic(folder) as part:
         model.save_pretrained(part)
         backbone.tokenizer.save_pretrained(part)
         config = read_json(part / "config.json")
         config |= {
-            "model_type": "metamoe", "architectures": ["MetaMoEForCausalLM"], "moe": model.moe_config | {"context": "prefix", "shapes": layers[0]},
+            "model_type": "metamoe", "architectures": ["MetaMoEForCausalLM"], "moe": model.moe_config | {"context": context, "shapes": layers[0]},
             "auto_map": {"AutoConfig": "modeling_metamoe.MetaMoEConfig", "AutoModelForCausalLM": "modeling_metamoe.MetaMoEForCausalLM"},
         }
         write_json(part / "config.json", config)

@@ -134,7 +134,7 @@ def test_an_export_runs_without_this_repository(made, seed_model, tmp_path):
         names = [f"model.layers.{i}.mlp" for i in range(2)]
         experts = [{name: {"scaling": 1.0, "up_proj.lora_A": torch.randn(3, 32), "up_proj.lora_B": torch.randn(48, 3), "down_proj.lora_A": torch.randn(2, 48), "down_proj.lora_B": torch.randn(32, 2)} for name in names} for _ in range(2)]
         source = tmp_path / "moe" / kind
-        moe.save(moe.unify(model, names, experts, torch.randn(2, 2, 32), lam=0.6, top_k=2, offset=True), source)
+        moe.save(moe.unify(model, names, experts, torch.randn(2, 2, 32), lam=0.6, top_k=2, offset=True, context="none" if kind == "qwen2" else "fixed"), source)
         unify_moe.export({"backbone": "smollm2-135m", "seed_model": str(tmp_path / kind)}, source, tmp_path / f"export-{kind}", False)
         folders[kind], want[kind] = tmp_path / f"export-{kind}", moe.load(source, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / kind))
     ids, mask = [[0, 0, 0, 5, 9, 30], [7, 8, 9, 10, 11, 12]], [[0, 0, 0, 1, 1, 1], [1] * 6]
@@ -147,7 +147,8 @@ def test_an_export_runs_without_this_repository(made, seed_model, tmp_path):
     assert done.returncode == 0, done.stderr
     out = load_file(place / "out.safetensors")
     for name, model in want.items():
-        model.routing.mode = "prefix"
+        assert model.routing.mode == ("none" if name == "qwen2" else "fixed")
+        model.routing.mode = "none" if name == "qwen2" else "prefix"
         mine = logits(model)
         for key in ("logits", "again"):
             torch.testing.assert_close(out[f"{name}.{key}"], mine, atol=1e-5, rtol=1e-5)
@@ -186,7 +187,8 @@ def test_export_of_a_model_that_is_there(run, tmp_path):
     assert "model 'metamoe' there" in refused(run, "--method", "metamoe", "--without", "hotels", "--export", tmp_path / "a")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "thesis.tex").write_text("")
-    say = {("metamoe", tmp_path / "c"): "holds no export", ("metamoe", tmp_path / "c" / "thesis.tex"): "holds no export", ("soup", tmp_path / "d"): "an MoE of a language model alone"}
+    code = tiny.REPO / "export"  # not an export, for all its name and files
+    say = {("metamoe", tmp_path / "c"): "holds no export", ("metamoe", code): "holds no export", ("metamoe", tmp_path / "c" / "thesis.tex"): "holds no export", ("soup", tmp_path / "d"): "an MoE of a language model alone"}
     for (method, folder), message in say.items():
         assert message in refused(run, "--method", method, "--export", folder)
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["thesis.tex"] and not (tmp_path / "d").exists()
@@ -258,6 +260,7 @@ def test_a_client_joins_an_moe_of_two(run, tmp_path):
     assert "no such MoE" in refused(run, *flags, "--extend", "three", "--name", "new")
     assert "a --name of its own" in refused(run, *flags, "--extend", "two")
     assert "has an expert of every client" in refused(run, *flags, "--extend", "metamoe", "--name", "new")
+    assert "two was made with metamoe" in refused(run, "--method", "soup", "--data", "aligned", "--selection", "dpp", "--extend", "two", "--name", "new")
     assert "two was made with 1" in refused(run, *flags, "--extend", "two", "--name", "new", "--top-k", "2")
     assert metamoe(run, "--extend", "two", "--name", "start", "--train", "none").code == 0
     (old_config, old), (config, start) = moe.read(run / "moe" / "two"), moe.read(run / "moe" / "start")

@@ -650,16 +650,34 @@ def _load_seed(folder, seed, options):
         source = next((str(place) for place in places if (place / "config.json").exists()), None)
         if source is None:
             raise FileNotFoundError(f"the seed model {name!r} of {folder} is not there, looked for {', '.join(map(str, places))}: give it, moe.load(folder, model)")
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):  # a build that does not fit torch's takes transformers down with it, and text needs none
-        sys.modules["torchvision"] = None
+    fix_torchvision()
     import transformers
 
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(source, **options).eval()
     except OSError as error:
         raise FileNotFoundError(f"the seed model {source!r} of {folder} cannot be loaded ({str(error).splitlines()[0]}): give it, moe.load(folder, model)") from None
+
+
+def fix_torchvision():
+    """Let transformers, peft and open_clip import a torchvision whose compiled operators do not load.
+
+    With a CPU build of torch, a CUDA build of torchvision fails on import at the two operators it registers fakes
+    for; defining their schemas first is enough, since nothing here calls them.
+    """
+    global _torchvision_library
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return
+    except RuntimeError as error:
+        if "nms" not in str(error):
+            raise
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]  # the half-imported package
+        _torchvision_library = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            _torchvision_library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def unstack(config, tensors):

@@ -1,13 +1,15 @@
 """The unified model of an exported folder: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True).
 
-`unify_moe.py --export` copies this file and moe.py into the folder and puts the seed's own classes in the next line's place,
+`unify_moe.py --export` copies this file and moe.py into the folder and puts the seed's own classes in the place of the two below,
 so that all but the FFNs is the seed's code. config.moe is moe.py's configuration, with the shapes of its tensors in a layer.
 """
 
 import torch
-from transformers import LlamaConfig as SeedConfig, LlamaForCausalLM as SeedModel
 
-from .moe import MoELayer, assemble
+from .moe import MoELayer, assemble, fix_torchvision
+
+fix_torchvision()
+from transformers import LlamaConfig as SeedConfig, LlamaForCausalLM as SeedModel  # noqa: E402
 
 
 class MetaMoEConfig(SeedConfig):

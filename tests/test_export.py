@@ -79,7 +79,6 @@ def logits(model, ids=IDS, **options):
 
 LOADED = """
 import json, os, sys
-sys.modules["torchvision"] = None  # text needs none, and a build that does not fit torch's stops transformers
 import torch, transformers
 from safetensors.torch import save_file
 
@@ -103,7 +102,7 @@ for name, folder in job["folders"].items():
         routers = {p.dtype for n, p in half.named_parameters() if ".router." in n}
         assert routers == {torch.float32} and half.lm_head.weight.dtype == torch.bfloat16, routers
     if name == "llama":
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         assert len(tokenizer("play some music")["input_ids"]) > 2
         try:
             transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)

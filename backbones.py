@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import fetch
 import tasks
+from moe import fix_torchvision
 from rundir import UserError, atomic, read_json
 
 # The paper's settings for CLIP. Sizes of 0: all there is.
@@ -75,29 +76,6 @@ PRESETS = {
 }
 
 WINDOW = 8192  # texts that are tokenised at a time to be grouped by length
-
-
-def fix_torchvision():
-    """Let `transformers`, `peft` and `open_clip` import a torchvision whose compiled operators do not load.
-
-    With a CPU build of torch, a CUDA build of torchvision fails on import at the two operators it registers fakes
-    for; defining their schemas first is enough, since nothing here calls them.
-    """
-    global _torchvision_library
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        return
-    except RuntimeError as error:
-        if "nms" not in str(error):
-            raise
-        import sys
-
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]  # the half-imported package
-        _torchvision_library = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in ("nms", "qnms"):
-            _torchvision_library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def import_transformers():

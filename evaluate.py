@@ -92,6 +92,7 @@ def parse_args():
     parser.add_argument("--scoring", choices=["letters", "generate", "likelihood"], help="language models, multiple choice: logits of the choices' letters from one forward pass; the first stand-alone letter in 16 generated tokens; likelihood of the choices' texts (default: the backbone's preset)")
     parser.add_argument("--models", nargs="+", help="score these rows alone (zeroshot, expert-NAME, or a folder of RUN/moe/; default: all there are)")
     parser.add_argument("--figure", action="store_true", help="also draw Figure 2 (t-SNE, a PNG a client) and measure how the proxies of each selection cover the private test data")
+    parser.add_argument("--opt-out", nargs="*", metavar="MODEL", help="also score these MoEs (default: metamoe) with each client's expert left out in turn")
     parser.add_argument("--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where the hardware computes in it")
@@ -129,20 +130,23 @@ def suffix(run, scoring):
     return "" if scoring == PRESETS[run["backbone"]].get("scoring") else f".{scoring}"
 
 
-def score(row, folder, backbone_of, run_dir, run, args, records, scoring):
-    """What backbone.scores gives, {client: [[...], ...]}, routing counts (L, K) a client, and samples/s; scored once."""
+def score(row, folder, backbone_of, run_dir, run, args, records, scoring, without=None):
+    """What backbone.scores gives, {client: [[...], ...]}, routing counts (L, K) a client, and samples/s; scored once.
+    without: an expert to leave out."""
     identity = {"dtype": args.dtype, "model": "seed"}
     if scoring not in (None, "likelihood"):
         identity["scoring"] = scoring
     if folder is not None:
         identity["model"] = sha256(folder / ("manifest.json" if row.startswith("expert-") else "done.json"))
-    path = run_dir / "scores" / f"{row}.{args.split}{suffix(run, scoring)}.json"
+    path = run_dir / "scores" / f"{row}{f'.without.{without}' if without else ''}.{args.split}{suffix(run, scoring)}.json"
     if path.exists() and (found := read_json(path))["identity"] == identity and found["scores"].keys() >= set(run["clients"]):
         return found  # unless a client has joined since
     backbone = backbone_of()
     model = backbone.model
     if folder is not None:
         model = moe.load(folder, model) if (folder / "moe_config.json").exists() else backbone.with_adapter(folder)
+    if without:
+        moe.disable_expert(model, without)
     routed = hasattr(model, "routing") and scoring != "generate"  # a prompt's tokens go through once, not once a generated token
     found, seconds = {"identity": identity, "scores": {}, "routing": {}}, 0.0
     for name in run["clients"]:
@@ -159,6 +163,19 @@ def score(row, folder, backbone_of, run_dir, run, args, records, scoring):
     if routed:
         found["lambda"] = [lam.item() for lam in moe.lambda_parameters(model)]
     write_json(path, found)
+    return found
+
+
+def opt_outs(args, run_dir, run):
+    """{model: its experts that can be left out} of the MoEs of --opt-out."""
+    found = {}
+    for row in (args.opt_out or ["metamoe"]) if args.opt_out is not None else []:
+        if not (run_dir / "moe" / row / "moe_config.json").exists():
+            raise UserError(f"--opt-out {row}: there is no such MoE in {run_dir / 'moe'}")
+        names = read_json(run_dir / "moe" / row / "moe_config.json")["names"]
+        if len(names) == 1:
+            raise UserError(f"--opt-out {row}: it has one expert alone, which cannot be left out")
+        found[row] = [name for name in names if name in run["clients"]]
     return found
 
 
@@ -273,8 +290,14 @@ def markdown(results, run):
         lines += ["", "Share of a client's prompt tokens that its own expert gets, mean over the layers (least and most of a layer), percent; every layer and expert is in results.json.", "",
                   "| | " + " | ".join(clients) + " | lambda, mean |", "|---|" + "---:|" * (len(clients) + 1)]
         for row in routed:
-            own = [[100 * layer[row["experts"].index(name)] for layer in row["routing"][name]] for name in clients]
-            lines.append(f"| {row['title']} | " + " | ".join(f"{np.mean(s):.1f} ({min(s):.1f} to {max(s):.1f})" for s in own) + f" | {np.mean(row['lambda']):.3f} |")
+            own = [[100 * layer[row["experts"].index(name)] for layer in row["routing"][name]] if name in row["experts"] else [] for name in clients]
+            cells = [f"{np.mean(s):.1f} ({min(s):.1f} to {max(s):.1f})" if s else "no expert" for s in own]
+            lines.append(f"| {row['title']} | " + " | ".join(cells) + f" | {np.mean(row['lambda']):.3f} |")
+    for model, table in results.get("opt_out", {}).items():
+        lines += ["", f"{title(model, run)} with one client's expert left out, without training: accuracy in percent.", "",
+                  "| left out | " + " | ".join(clients) + " | Average |", "|---|" + "---:|" * (len(clients) + 1)]
+        for without, accuracy in table.items():
+            lines.append(f"| {without or 'none'} | " + " | ".join(f"{accuracy[name]:.2f}" for name in clients) + f" | {np.mean(list(accuracy.values())):.2f} |")
     if "coverage" in results:
         lines += ["", "How the proxies cover a client's private test data: mean distance (1 - cosine) of a test sample to its nearest proxy, and log det L_S of the proxies.", "",
                   "| | " + " | ".join(f"{name}: distance | log det" for name in clients) + " |", "|---|" + "---:|" * (2 * len(clients))]
@@ -424,6 +447,7 @@ def main():
     if not all(records.values()):
         raise UserError(f"--split {args.split}: a client has no samples in it; make the run with --{args.split}-size of at least 1")
     folders = list_models(run_dir, run, args.models)
+    left_out = opt_outs(args, run_dir, run)
 
     def backbone_of():  # only for a model that is not scored yet; PEFT and the MoE change a model in place
         return load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers, run.get("answers"), run.get("loss"))
@@ -462,6 +486,13 @@ def main():
         write_json(measured, {"identity": identity, "coverage": coverage(run_dir, run, backbone_of(), records, args.split)})
     if measured.exists() and (kept := read_json(measured))["identity"] == identity:
         results["coverage"] = kept["coverage"]
+    if left_out:
+        results["opt_out"] = {}
+    for row, names in left_out.items():
+        scores = {name: score(row, run_dir / "moe" / row, backbone_of, run_dir, run, args, records, scoring, name)["scores"] for name in ["", *names]}
+        results["opt_out"][row] = {
+            without: {name: 100 * float(is_right(found[name], records[name]).mean()) for name in run["clients"]} for without, found in scores.items()
+        }
     stem = ("results" if args.split == "test" else f"results.{args.split}") + suffix(run, scoring)
     write_json(run_dir / f"{stem}.json", results)
     text = markdown(results, run)

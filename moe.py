@@ -6,17 +6,22 @@ The layer of "MetaMoE: Diversity-Aware Proxy Selection for Privacy-Preserving Mi
     model = unify(seed, ffn_names, experts, vectors)      # experts: K x {ffn_name: LoRA or full FFN weights}
     model.routing.context_mask = prompt_mask              # (B, T), what the router's context is the mean of
     save(model, "unified"); model = load("unified", fresh_seed)
+    model.generate(ids, attention_mask=mask)              # a language model of transformers: with or without a cache
+    disable_expert(model, "hotels")                       # opt out, without training; enable_expert: in again
 
 Letters in shapes: B sequences, T tokens, N = B T, d width, h the FFN's hidden width, K experts, k = top_k,
 r LoRA rank, L layers.
 """
 
 import json
+import math
 import os
 import shutil
+import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MethodType
 
 import torch
 import torch.nn as nn
@@ -26,6 +31,7 @@ from torch import Tensor
 
 WEIGHTINGS = ("stopgrad", "literal", "renormalized")
 CONTEXTS = ("fixed", "prefix", "none")
+CROP = 32  # so many tokens can be taken back from the end of a key-value cache (speculative decoding does)
 # an FFN is known by the names of its linears, the last of them the down projection, and of its activation
 FFNS = (
     (("gate_proj", "up_proj", "down_proj"), "act_fn"),  # LLaMA: down(act(gate(x)) * up(x))
@@ -36,42 +42,187 @@ FFNS = (
 
 @dataclass(eq=False)
 class RoutingState:
-    """What the router has to know of a batch beside its tokens; one object for all layers, set before each forward.
+    """What the router has to know of a batch beside its tokens; one object for all layers.
 
     mode: what the context z_x of Eq. 6 is. "fixed": one mean over the tokens of context_mask, the same for every token
-        of the sequence. "prefix": the running mean over the tokens of context_mask up to and including t, so no token
+        of the sequence; with a key-value cache the mean over the first forward's tokens, the prompt's, which every later
+        token keeps. "prefix": the running mean over the tokens of context_mask up to and including t, so no token
         is routed by its future. "none": no context.
     context_mask: (B, T) bool, None for all tokens. Padding must be False in it: outputs then do not depend on padding.
     token_mask: (B, T) bool, the tokens that `record` counts, None for all.
     record: add the number of routed tokens (each of the k choices counted) to every layer's `counts`.
 
-    A forward must see whole sequences: with a key-value cache the tokens of the past would be missing in the means.
+    In a language model of transformers "all tokens" are those of its attention_mask, and the sums of the tokens in a
+    key-value cache are kept in that cache (see `Past`). The masks are set before a forward and hold until they are changed
+    or set to None; `generate` does without them: its context is the prompt's mean ("fixed") or the prefix's.
     """
 
     mode: str = "fixed"
     context_mask: Tensor | None = None
     token_mask: Tensor | None = None
     record: bool = False
+    # of the forward at hand, set by the hooks of a language model
+    prompt: int | None = field(default=None, repr=False)  # inside generate: the prompt's length
+    generated: Tensor | None = field(default=None, repr=False)  # inside generate: the attention mask of all tokens so far
+    real: Tensor | None = field(default=None, repr=False)  # (B, T), from the attention mask
+    before: dict = field(default_factory=dict, repr=False)  # the sums of the cache's tokens: {layer: (sums, numbers)}
+    after: dict | None = field(default=None, repr=False)  # where the sums go that a cache will keep; None: nowhere
 
-    def context(self, z: Tensor) -> Tensor | None:
+    def context(self, z: Tensor, layer: int = 0) -> Tensor | None:
         """z_x of Eq. 6 for z (B, T, d): (B, 1, d) if fixed, (B, T, d) if prefix, in float32; None without context.
 
-        Where no token is in the mask (yet), the context is 0. Raises ValueError on an unknown mode, and on a mask that
-        is not (B, T).
+        Where no token is in the mask (yet), the context is 0. layer: whose sums of the tokens in a key-value cache it goes
+        on from. Raises ValueError on an unknown mode, and on a mask that is not (B, T).
         """
         if self.mode == "none":
             return None
         if self.mode not in CONTEXTS:
             raise ValueError(f"mode is {self.mode!r}, not one of {CONTEXTS}")
-        z = z.float()  # a bf16 sum over a long sequence loses its last terms
-        if self.context_mask is None:
-            mask = torch.ones(1, z.shape[1], 1, dtype=torch.bool, device=z.device)
+        if self.mode == "fixed" and layer in self.before:
+            sums, number = self.before[layer]
         else:
-            mask = _mask("context_mask", self.context_mask, z).unsqueeze(-1)  # (B, T, 1)
-            z = z.masked_fill(~mask, 0)  # not z * mask: padding may hold NaN
-        if self.mode == "fixed":
-            return z.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1, d)
-        return z.cumsum(1) / mask.cumsum(1).clamp(min=1)  # (B, T, d)
+            z = z.float()  # a bf16 sum over a long sequence loses its last terms
+            mask = self.real if self.context_mask is None or self.prompt else self.context_mask
+            if mask is None:
+                mask = torch.ones(1, z.shape[1], 1, dtype=torch.bool, device=z.device)
+            else:
+                mask = _mask("context_mask", mask, z).unsqueeze(-1)  # (B, T, 1)
+                z = z.masked_fill(~mask, 0)  # not z * mask: padding may hold NaN
+            if self.mode == "fixed":
+                sums, number = z.sum(1, keepdim=True), mask.sum(1, keepdim=True)  # (B, 1, d), (B, 1, 1)
+            else:
+                sums, number = z.cumsum(1), mask.cumsum(1)  # (B, T, d), (B, T, 1)
+                if layer in self.before:
+                    sums, number = sums + self.before[layer][0][:, -1:], number + self.before[layer][1][:, -1:]
+        if self.after is not None:
+            self.after[layer] = self._kept(layer, sums, number.expand(len(sums), -1, -1))
+        return sums / number.clamp(min=1)
+
+    def _kept(self, layer, sums, number):
+        """The last CROP sums and numbers: after taking back as many tokens the running mean is still known."""
+        if self.mode == "prefix" and layer in self.before and sums.shape[1] < CROP:
+            sums, number = (torch.cat(pair, 1) for pair in zip(self.before[layer], (sums, number)))
+        return tuple(t[:, -CROP:].clone() for t in (sums, number))  # clone: a view would keep the whole in memory
+
+
+class Past:
+    """The router's sums over the tokens that a key-value cache holds; an attribute of that cache, so that they live, are
+    copied and are reordered with it.
+
+    mode: RoutingState's. length: the tokens in the cache. prompt: how many of them the fixed mean is of. sums: {layer:
+    (sums (B, s, d), numbers (B, s, 1))} up to the last s <= CROP tokens; s = 1 if fixed.
+    """
+
+    def __init__(self, mode, length, prompt, sums):
+        self.mode, self.length, self.prompt, self.sums = mode, length, prompt, sums
+
+    def upto(self, length, mode):
+        """The sums when the cache holds `length` tokens: its last ones may have been taken back. Else ValueError."""
+        if mode != self.mode:
+            raise ValueError(f"the key-value cache was filled in mode {self.mode!r}, the mode is {mode!r} now: begin with an empty one")
+        back = self.length - length
+        if back < 0:
+            raise ValueError(f"the key-value cache holds {length} tokens, {-back} of which the router has not seen: fill it with the unified model alone")
+        if mode == "fixed":
+            if length < self.prompt:
+                raise ValueError(f"the key-value cache was cropped to {length} of the {self.prompt} tokens whose mean is the context: begin with an empty one")
+            return self.sums
+        if back and any(back >= s.shape[1] for s, _ in self.sums.values()):
+            raise ValueError(f"{back} tokens were taken back from the key-value cache, the router can go back by {CROP - 1} at most: begin with an empty one")
+        return {layer: tuple(t[:, : t.shape[1] - back] for t in pair) for layer, pair in self.sums.items()}
+
+    @staticmethod
+    def of(cache, length, mode):
+        """The sums of the tokens in `cache`, {} for an empty one. ValueError where another model filled it."""
+        if length == 0:  # new or reset: nothing of an earlier prompt
+            return {}
+        if mode == "none":
+            return {}
+        if not hasattr(cache, "routing_past"):
+            raise ValueError(f"the key-value cache holds {length} tokens that the router has not seen: fill it with the unified model")
+        return cache.routing_past.upto(length, mode)
+
+    def keep_in(self, cache):
+        if not hasattr(cache, "routing_past"):
+            for change in (reorder_cache, batch_select_indices, batch_repeat_interleave):  # all that changes its batch
+                setattr(cache, change.__name__, MethodType(change, cache))
+        cache.routing_past = self
+
+    def change(self, function):
+        self.sums = {layer: tuple(map(function, pair)) for layer, pair in self.sums.items()}
+
+
+def reorder_cache(self, beam_idx):
+    type(self).reorder_cache(self, beam_idx)
+    self.routing_past.change(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+
+def batch_select_indices(self, indices):
+    type(self).batch_select_indices(self, indices)
+    self.routing_past.change(lambda t: t[indices.to(t.device)])
+
+
+def batch_repeat_interleave(self, repeats):
+    type(self).batch_repeat_interleave(self, repeats)
+    self.routing_past.change(lambda t: t.repeat_interleave(repeats, dim=0))
+
+
+def _before(module, args, kwargs):
+    """Before a forward of a language model: which tokens are real, and what the router knows of those in the cache."""
+    state = module.routing
+    given = dict(zip(("input_ids", "attention_mask", "position_ids", "past_key_values"), args)) | kwargs
+    ids = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    if ids is None:
+        return  # the forward has its own message
+    B, T = ids.shape[:2]
+    cache, mask = given.get("past_key_values"), given.get("attention_mask")
+    length = 0 if cache is None else int(cache.get_seq_length())
+    state.before = Past.of(cache, length, state.mode)
+    use_cache = given.get("use_cache")
+    state.after = {} if cache is not None or (module.config.use_cache if use_cache is None else use_cache) else None
+    if state.prompt:
+        mask = state.generated  # a static cache has generate pass another, of four dimensions
+    if mask is not None and not (torch.is_tensor(mask) and mask.dim() == 2):
+        if state.context_mask is None and state.mode != "none":
+            raise ValueError("the attention mask is not (B, T), and does not say which tokens are real: set routing.context_mask")
+        mask = None
+    state.real = None if mask is None else mask[:, -T:].bool()
+    if state.prompt and state.mode == "fixed":
+        prompt = torch.arange(length, length + T, device=ids.device).expand(B, T) < state.prompt
+        state.real = prompt if mask is None else prompt & state.real.to(ids.device)
+
+
+def _after(module, args, kwargs, output):
+    """After it: what the router knows now goes into the cache that the forward filled."""
+    state = module.routing
+    if state.after and state.mode != "none":
+        values = output.values() if isinstance(output, dict) else output
+        cache = next((value for value in values if hasattr(value, "get_seq_length")), kwargs.get("past_key_values"))
+        if cache is not None:
+            length = int(cache.get_seq_length())
+            prompt = cache.routing_past.prompt if state.before else min(length, state.prompt or length)
+            Past(state.mode, length, prompt, state.after).keep_in(cache)
+    state.after = None
+    if not torch.is_grad_enabled():  # else a backward that recomputes the forward needs them again
+        state.real, state.before = None, {}
+
+
+def generate(self, inputs=None, *args, **kwargs):
+    """The seed's own generate; the context is the prompt's mean ("fixed") or the prefix's, with or without a cache."""
+    prompt = next((t for t in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
+    chunked = kwargs.get("prefill_chunk_size", getattr(kwargs.get("generation_config") or self.generation_config, "prefill_chunk_size", None))
+    if chunked and self.routing.mode == "fixed":
+        raise ValueError("prefill_chunk_size: the context is the mean of the whole prompt; leave it out, or set routing.mode to 'prefix'")
+    self.routing.prompt = 1 if prompt is None else max(1, prompt.shape[1])  # nothing: it begins with BOS
+    try:
+        return type(self).generate(self, inputs, *args, **kwargs)
+    finally:
+        self.routing.prompt = self.routing.generated = None
+
+
+def prepare_inputs_for_generation(self, input_ids, *args, attention_mask=None, inputs_embeds=None, **kwargs):
+    self.routing.generated = attention_mask
+    return type(self).prepare_inputs_for_generation(self, input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
 
 
 class Router(nn.Module):
@@ -79,6 +230,7 @@ class Router(nn.Module):
 
     vectors: (K, d), the uploaded mean FFN inputs that e_p starts from. lam: where lambda starts.
     offset: subtract |e_p|^2 / 2 from the logits, which makes the largest one the nearest mean.
+    disabled: indices of experts that have opted out: their pi is 0, the others' sum to 1.
     Raises ValueError where vectors is not a matrix or lam not in [0, 1].
     """
 
@@ -89,8 +241,8 @@ class Router(nn.Module):
         if not 0 <= lam <= 1:
             raise ValueError(f"lam must be in [0, 1], not {lam}")
         self.vectors = nn.Parameter(vectors.detach().to(torch.float32, copy=True))
-        self.lam = nn.Parameter(torch.tensor(float(lam), device=vectors.device))
-        self.offset = offset
+        self.lam = nn.Parameter(torch.tensor(float(lam), dtype=torch.float32, device=vectors.device))
+        self.offset, self.disabled = offset, []
 
     def forward(self, z: Tensor, context: Tensor | None) -> Tensor:
         """pi (B, T, K) in float32 for z (B, T, d) and a context (B, 1 or T, d), or None for z~ = z."""
@@ -102,6 +254,8 @@ class Router(nn.Module):
                 logits = (1 - self.lam) * logits + self.lam * (context.float() @ e)
             if self.offset:
                 logits = logits - e.square().sum(0) / 2
+            if self.disabled:
+                logits = logits.index_fill(-1, torch.tensor(self.disabled, device=logits.device), -math.inf)
             return logits.softmax(-1)  # Eq. 6
 
     @torch.no_grad()
@@ -113,8 +267,8 @@ class Router(nn.Module):
 class MoELayer(nn.Module):
     """The MoE layer, Eq. 5: y_t = sum over the top-k experts p of weight_p FFN_p(z_t). Takes the place of an FFN.
 
-    ffn: the seed's own FFN, gated or two-layer, known by the names in FFNS. Frozen here; with full experts only its
-        activation is kept.
+    ffn: the seed's own FFN, gated or two-layer, known by the names in FFNS. Its linears are frozen and become the layer's,
+        under their own names; with full experts only its activation is kept.
     experts: K dicts, all of one kind. LoRA, FFN_p's linears being W + scaling B A: {"up_proj.lora_A": (r, d_in),
         "up_proj.lora_B": (d_out, r), ..., "scaling": float}; ranks may differ, and a linear that is left out has no
         update. Full: {"up_proj.weight": (d_out, d_in), "up_proj.bias": (d_out,), ...}, biases where ffn has them.
@@ -139,17 +293,19 @@ class MoELayer(nn.Module):
         self.kind = _kind(experts)
         self.experts = _stack(experts, ffn, self.linears, self.kind)
         self.scaling = [float(e["scaling"]) for e in experts] if self.kind == "lora" else None
-        self.ffn = ffn.requires_grad_(False) if self.kind == "lora" else None
+        for name in self.linears if self.kind == "lora" else ():
+            setattr(self, name, getattr(ffn, name).requires_grad_(False))
         self.act = getattr(ffn, act)
-        self.router, self.state, self.top_k, self.weighting = router, state, top_k, weighting
+        self.router, self.state, self.top_k, self.weighting, self.index = router, state, top_k, weighting, 0
         self.register_buffer("counts", torch.zeros_like(router.vectors[:, 0], dtype=torch.long), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """y, of x's shape, for x (B, T, d), or (T, d) as one sequence."""
         z = x if x.dim() == 3 else x.unsqueeze(0)  # (B, T, d)
-        chosen, weight = self.choose(self.router(z, self.state.context(z)))  # (B, T, k) both
+        chosen, weight = self.choose(self.router(z, self.state.context(z, self.index)))  # (B, T, k) both
         if self.state.record:
-            kept = chosen if self.state.token_mask is None else chosen[_mask("token_mask", self.state.token_mask, z)]
+            mask = self.state.real if self.state.token_mask is None or self.state.prompt else self.state.token_mask
+            kept = chosen if mask is None else chosen[_mask("token_mask", mask, z)]
             self.counts += kept.flatten().bincount(minlength=len(self.counts))
         # autocast would cast the frozen weights again for every expert: cast here, once, and leave it nothing to do
         dev = x.device.type
@@ -159,8 +315,9 @@ class MoELayer(nn.Module):
 
     def choose(self, pi: Tensor) -> tuple[Tensor, Tensor]:
         """The top-k experts of pi (..., K) and their weights, (..., k) both; of equal ones the lowest index first."""
+        k = min(self.top_k, len(self.counts) - len(self.router.disabled))
         pi, chosen = pi.sort(dim=-1, descending=True, stable=True)  # topk promises no order among equals
-        pi, chosen = pi[..., : self.top_k], chosen[..., : self.top_k]  # (..., k)
+        pi, chosen = pi[..., :k], chosen[..., :k]
         if self.weighting == "literal":
             return chosen, pi  # Eq. 5
         total = pi.sum(-1, keepdim=True)
@@ -199,7 +356,7 @@ class MoELayer(nn.Module):
         """{linear: (W, bias, A, B)} in dtype, each a list over experts, of None where there is no such tensor."""
         weights, none = {}, [None] * len(self.counts)
         for name in self.linears:
-            seed, stack = getattr(self.ffn, name, None), self.experts[name] if name in self.experts else None
+            seed, stack = getattr(self, name, None), self.experts[name] if name in self.experts else None
             own = stack if self.kind == "full" else seed
             weights[name] = []
             for module, leaf in ((own, "weight"), (own, "bias"), (stack, "A"), (stack, "B")):
@@ -310,10 +467,10 @@ def unify(model, ffn_names, experts, vectors, *, names=None, lam=0.3, top_k=1, w
     vectors: K x (L, d), or one (K, L, d). names: the experts' names, kept in the configuration. lam, top_k, weighting,
     context, offset: as in Router, MoELayer, RoutingState (its mode).
 
-    Afterwards only routers and experts require gradients; model.routing is the RoutingState to set before each forward
-    and model.moe_config describes the model. A key-value cache is switched off in the model's configuration, as the
-    router's context needs the whole sequence. Raises ValueError, naming the argument, where anything disagrees; the
-    model then has its FFNs still.
+    Afterwards only routers and experts require gradients; model.routing is the RoutingState, model.moe_config describes
+    the model. A language model of transformers takes the tokens' mask from its attention_mask and generates, with or
+    without a key-value cache. Raises ValueError, naming the argument, where anything disagrees; the model then has its
+    FFNs still.
     """
     ffn_names, vectors = list(ffn_names), [torch.as_tensor(v) for v in vectors]
     K, L = len(experts), len(ffn_names)
@@ -344,17 +501,28 @@ def unify(model, ffn_names, experts, vectors, *, names=None, lam=0.3, top_k=1, w
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{name}: {error}") from error
     model.requires_grad_(False)
-    for name, layer in zip(ffn_names, new):
+    for index, (name, layer) in enumerate(zip(ffn_names, new)):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
-    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
-        if hasattr(config, "use_cache"):
-            config.use_cache = False
+        layer.index = index
     model.routing = state
+    if hasattr(model, "generate"):
+        base = model.base_model  # the transformer below the head, which every forward goes through
+        base.routing = state
+        base.register_forward_pre_hook(_before, with_kwargs=True)
+        base.register_forward_hook(_after, with_kwargs=True)
+        for method in (generate, prepare_inputs_for_generation):
+            setattr(model, method.__name__, MethodType(method, model))
     model.moe_config = dict(
         names=names, ffn_names=ffn_names, kind=kind, top_k=top_k, weighting=weighting, context=context, offset=offset,
-        lam=float(lam), scaling=[layer.scaling for layer in new])
+        lam=float(lam), scaling=[layer.scaling for layer in new], seed=_source(model), disabled=[])
     return model
+
+
+def _source(model):
+    """Where the seed came from: a hub id, or the name of a local folder (not its path, which says where it was made) and "/"."""
+    source = str(getattr(model, "name_or_path", "") or "")
+    return Path(source).name + "/" if os.path.isabs(source) or os.path.isdir(source) else source
 
 
 def layers(model) -> list[MoELayer]:
@@ -393,21 +561,58 @@ def counts(model) -> Tensor:
     return torch.stack([layer.counts for layer in layers(model)])
 
 
+def disable_expert(model, name):
+    """Opt out: no token goes to the expert any more, its pi is 0 and the others' sum to 1. Nothing is trained.
+
+    `save` keeps its weights, and that it is disabled; `remove_expert` leaves them out. ValueError where there is no such
+    expert, or no other one left.
+    """
+    config = model.moe_config
+    out = {*config["disabled"], _known(config, name)}
+    if len(out) == len(config["names"]):
+        raise ValueError(f"{name!r} is the last expert: a model without one has no FFN")
+    _disable(model, [other for other in config["names"] if other in out])
+
+
+def enable_expert(model, name):
+    """Opt in again. ValueError where there is no such expert."""
+    config = model.moe_config
+    _disable(model, [other for other in config["disabled"] if other != _known(config, name)])
+
+
+def _known(config, name):
+    if name not in config["names"]:
+        raise ValueError(f"no expert is called {name!r}; there are {', '.join(config['names'])}")
+    return name
+
+
+def _disable(model, disabled):
+    names = model.moe_config["names"]
+    model.moe_config["disabled"] = disabled
+    for layer in layers(model):
+        layer.router.disabled = [names.index(name) for name in disabled]
+
+
 def save(model, folder):
     """Write what unify added - experts, routing vectors, lambdas, configuration; not the seed's weights - to a folder.
 
     The files are written aside and moved in, the configuration last: a folder that has one is complete.
     """
-    folder = Path(folder).absolute()
     tensors = {}
     for name, layer in zip(model.moe_config["ffn_names"], layers(model)):
         for part, module in (("router", layer.router), ("experts", layer.experts)):
             tensors |= {f"{name}.{part}.{key}": t.contiguous() for key, t in module.state_dict().items()}
+    write(folder, model.moe_config, tensors)
+
+
+def write(folder, config, tensors):
+    """What `save` writes, from the configuration and the tensors {"model.layers.0.mlp.router.vectors": (K, d), ...}."""
+    folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
     try:
         save_file(tensors, aside / "moe.safetensors", metadata={"format": "pt"})
-        (aside / "moe_config.json").write_text(json.dumps(model.moe_config, indent=1) + "\n")
+        (aside / "moe_config.json").write_text(json.dumps(config, indent=1) + "\n")
         (folder / "moe_config.json").unlink(missing_ok=True)  # else a crash leaves the old one beside new tensors
         for file in ("moe.safetensors", "moe_config.json"):
             os.replace(aside / file, folder / file)
@@ -415,20 +620,103 @@ def save(model, folder):
         shutil.rmtree(aside)
 
 
-def load(folder, model):
-    """The unified model of `save` from its folder and a fresh seed model, which is changed in place and returned."""
-    config = json.loads((Path(folder) / "moe_config.json").read_text())
-    tensors = load_file(Path(folder) / "moe.safetensors")
-    scaling, lora = config.pop("scaling"), config.pop("kind") == "lora"
-    experts = [{name: {"scaling": scaling[l][p]} if lora else {} for l, name in enumerate(config["ffn_names"])}
+def read(folder):
+    """(configuration, tensors) of a folder that `save` wrote."""
+    config = {"seed": "", "disabled": []} | json.loads((Path(folder) / "moe_config.json").read_text())
+    return config, load_file(Path(folder) / "moe.safetensors")
+
+
+def load(folder, model=None, **options):
+    """The unified model of `save` from its folder. model: a fresh seed model, which is changed in place and returned.
+
+    Without one the seed is loaded through transformers, with `options` (dtype, device_map, ...), from where `save` found
+    it: the hub, or a local folder of that name - the run's own (RUN/run.json, for a model under RUN/moe/), one in
+    METAMOE_CACHE (~/.cache/metamoe) or beside `folder`. FileNotFoundError where it is not there.
+    """
+    config, tensors = read(folder)
+    if model is None:
+        model = _load_seed(Path(folder).absolute(), config["seed"], options)
+    return assemble(model, config, tensors)
+
+
+def _load_seed(folder, seed, options):
+    if not seed:
+        raise FileNotFoundError(f"{folder} does not say what its seed model was: give it, moe.load(folder, model)")
+    source, name = seed, seed.removesuffix("/")
+    if name != seed:
+        run, cache = folder.parent.parent / "run.json", Path(os.environ.get("METAMOE_CACHE") or "~/.cache/metamoe").expanduser()
+        own = json.loads(run.read_text()).get("seed_model") if run.exists() else None
+        places = [place for place in (own and Path(own), cache / name, folder.parent / name) if place and place.name == name]
+        source = next((str(place) for place in places if (place / "config.json").exists()), None)
+        if source is None:
+            raise FileNotFoundError(f"the seed model {name!r} of {folder} is not there, looked for {', '.join(map(str, places))}: give it, moe.load(folder, model)")
+    fix_torchvision()
+    import transformers
+
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(source, **options).eval()
+    except OSError as error:
+        raise FileNotFoundError(f"the seed model {source!r} of {folder} cannot be loaded ({str(error).splitlines()[0]}): give it, moe.load(folder, model)") from None
+
+
+def fix_torchvision():
+    """Let transformers, peft and open_clip import a torchvision whose compiled operators do not load.
+
+    With a CPU build of torch, a CUDA build of torchvision fails on import at the two operators it registers fakes
+    for; defining their schemas first is enough, since nothing here calls them.
+    """
+    global _torchvision_library
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return
+    except RuntimeError as error:
+        if "nms" not in str(error):
+            raise
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]  # the half-imported package
+        _torchvision_library = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            _torchvision_library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def unstack(config, tensors):
+    """(experts, vectors) as `unify` takes them, of what `read` returns."""
+    experts = [{name: {"scaling": config["scaling"][l][p]} if config["kind"] == "lora" else {} for l, name in enumerate(config["ffn_names"])}
                for p in range(len(config["names"]))]
     for key, stack in tensors.items():
         name, found, rest = key.rpartition(".experts.")
         for p, e in enumerate(experts if found else ()):
             e[name][rest.replace(".A", ".lora_A").replace(".B", ".lora_B")] = stack[p]
     vectors = torch.stack([tensors[f"{name}.router.vectors"] for name in config["ffn_names"]], dim=1)  # (K, L, d)
-    model = unify(model, experts=experts, vectors=vectors, **config)
+    return experts, list(vectors)
+
+
+def assemble(model, config, tensors, joining=()):
+    """The unified model of what `read` returns, from a fresh seed model, in place.
+
+    joining: experts to add, (name, {ffn_name: expert of MoELayer}, vectors (L, d)) each; all that is there stays as it is.
+    """
+    experts, vectors = unstack(config, tensors)
+    names, new, more = zip(*joining) if joining else ((), (), ())
+    options = {key: config[key] for key in ("lam", "top_k", "weighting", "context", "offset")}
+    model = unify(model, config["ffn_names"], experts + list(new), vectors + list(more), names=config["names"] + list(names), **options)
     with torch.no_grad():
         for name, lam in zip(config["ffn_names"], lambda_parameters(model)):
             lam.copy_(tensors[f"{name}.router.lam"])
+    _disable(model, list(config["disabled"]))
     return model
+
+
+def remove_expert(config, tensors, name):
+    """(configuration, tensors) of the model without the expert, its weights and routing vectors gone, of what `read`
+    returns: its outputs are those of `disable_expert`. ValueError where there is no such expert, or no other one left.
+    """
+    keep = [p for p, other in enumerate(config["names"]) if other != _known(config, name)]
+    if not keep:
+        raise ValueError(f"{name!r} is the last expert: a model without one has no FFN")
+    names, top_k = [config["names"][p] for p in keep], min(config["top_k"], len(keep))
+    scaling = [own and [own[p] for p in keep] for own in config["scaling"]]
+    config = config | {"names": names, "top_k": top_k, "scaling": scaling, "disabled": [n for n in config["disabled"] if n != name]}
+    return config, {key: t if key.endswith(".router.lam") else t[keep] for key, t in tensors.items()}
+

@@ -11,13 +11,19 @@ Reads RUN/run.json, RUN/public/ and the clients' uploads, nothing else of theirs
     btm           no model: evaluate.py averages the private-only experts' predictions
     unrestricted  the upper bound: as metamoe from private-only experts, final training on ALL CLIENTS' PRIVATE DATA
 
-Each switch of the paper's ablations is a flag; a model made with one wants a --name of its own.
+Each switch of the paper's ablations is a flag; a model made with one wants a --name of its own. From a model that is there:
+
+    --without NAME   writes RUN/moe/MODEL-without-NAME, the model without that client's expert: no training, the others renormalised
+    --extend MODEL   adds the clients of the run that RUN/moe/MODEL lacks, from their uploads; its experts and routers keep
+                     their trained weights, and the final training is run again, on the union of all proxies
+    --export DIR     also writes the model as a folder that transformers loads without this project (trust_remote_code=True)
 """
 
 import argparse
 import json
 import math
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -26,8 +32,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moe
-from backbones import PRESETS, load_backbone, processes, read_expert, train, use_checkpointing
-from rundir import UserError, atomic, finished, open_run, read_json, read_manifest, read_records, run_main, sha256
+from backbones import PRESETS, import_transformers, load_backbone, processes, read_expert, train, use_checkpointing
+from rundir import UserError, atomic, finished, folder_bytes, open_run, read_json, read_manifest, read_records, run_main, sha256
 from rundir import upload_variant, usable_public, write_json
 
 # What makes a method: which uploads, the router's context and start, what the final training trains and on what.
@@ -65,6 +71,9 @@ def parse_args():
     parser.add_argument("--optimizer", choices=["adamw", "sgd"], help="sgd: with Nesterov momentum 0.9")
     parser.add_argument("--weight-decay", type=float, help="of the optimiser (never of lambda)")
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="language models: recompute activations in the backward instead of keeping them (default: the backbone's preset)")
+    parser.add_argument("--without", metavar="NAME", help="leave the expert NAME out of the model (--name, else the method's) and write it as a model of its own")
+    parser.add_argument("--extend", metavar="MODEL", help="add the clients that the model RUN/moe/MODEL lacks and train again, to a model --name")
+    parser.add_argument("--export", metavar="DIR", help="also write the model there as a Hugging Face folder (language models; context: the prefix's mean)")
     parser.add_argument("--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where the hardware computes in it")
@@ -170,6 +179,98 @@ def build(backbone, run_dir, run, uploads, settings):
     )
 
 
+def extend(backbone, run_dir, run, uploads, settings):
+    """The model RUN/moe/EXTEND with the experts of the clients it lacks, before the final training."""
+    config, tensors = moe.read(run_dir / "moe" / settings["extend"]["model"])
+    new = [(name, upload) for name, upload in zip(run["clients"], uploads) if name not in config["names"]]
+    joining = [(name, read_expert(upload), load_file(upload / "router.safetensors")["vectors"]) for name, upload in new]
+    return moe.assemble(backbone.model, config, tensors, joining)
+
+
+def extended(args, run_dir, run, settings, variant):
+    """What `done.json` records of the model that is extended; UserError where it does not go with these settings."""
+    folder = run_dir / "moe" / args.extend
+    if not (folder / "moe_config.json").exists():
+        raise UserError(f"--extend {args.extend}: there is no such MoE in {run_dir / 'moe'}")
+    if args.name in (None, args.extend):
+        raise UserError(f"--extend {args.extend}: give the extended model a --name of its own")
+    made, config = read_json(folder / "done.json"), read_json(folder / "moe_config.json")
+    for key in ("method", "top_k", "weighting", "offset", "context", "seed_expert"):
+        if made[key] != settings[key]:
+            raise UserError(f"--{key.replace('_', '-')} {settings[key]}: {args.extend} was made with {made[key]}, and is extended with the same alone")
+    if made["variant"] != variant:
+        raise UserError(f"--extend {args.extend}: made from the uploads {made['variant']}, now {variant}: pass the same --data and --selection")
+    if not set(run["clients"]) - set(config["names"]):
+        raise UserError(f"--extend {args.extend}: has an expert of every client of this run already")
+    return {"model": args.extend, "moe": sha256(folder / "moe.safetensors")}
+
+
+def leave_out(args, run_dir):
+    """RUN/moe/MODEL-without-NAME; returns its folder."""
+    base = args.name or args.method
+    source, folder = run_dir / "moe" / base, run_dir / "moe" / f"{base}-without-{args.without}"
+    if not (source / "moe_config.json").exists():
+        raise UserError(f"--without {args.without}: there is no MoE {base} in {run_dir / 'moe'}: make it first, or name another with --name")
+    made = read_json(source / "done.json")
+    if made["method"] != args.method:
+        raise UserError(f"--method {args.method}: {base} was made with {made['method']}")
+    settings = made | {"name": folder.name, "without": made.get("without", []) + [args.without], "from": sha256(source / "moe.safetensors")}
+    if finished(folder, settings, args.force):
+        print(f"unify_moe: {folder.name}: is there already, skipped")
+        return folder
+    try:
+        config, tensors = moe.remove_expert(*moe.read(source), args.without)
+    except ValueError as error:
+        raise UserError(f"--without {args.without}: {error}") from None
+    with atomic(folder) as part:
+        part.mkdir(parents=True)
+        moe.write(part, config, tensors)
+        write_json(part / "done.json", settings)
+    print(f"unify_moe: {folder.name}: {len(config['names'])} experts ({', '.join(config['names'])}), no training")
+    return folder
+
+
+def check_export(args, run):
+    """The folder to export to is free, or holds an earlier export; the model is one that can be exported."""
+    if PRESETS[run["backbone"]]["kind"] != "text" or args.method in ("soup", "btm"):
+        raise UserError(f"--export {args.export}: an MoE of a language model alone; {run['backbone']}, {args.method} is none")
+    folder = Path(args.export)
+    earlier = all((folder / file).exists() for file in ("config.json", "modeling_metamoe.py"))
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not earlier:
+        raise UserError(f"--export {args.export}: is there already and holds no export: name another folder")
+
+
+def export(run, source, folder, force):
+    """Write the model RUN/moe/NAME as a Hugging Face folder: weights, configuration, tokenizer, code."""
+    settings = {"model": source.name, "moe": sha256(source / "moe.safetensors"), "config": sha256(source / "moe_config.json")}
+    if finished(folder, settings, force):
+        print(f"unify_moe: {folder}: is there already, skipped")
+        return
+    backbone = load_backbone(run["backbone"], run["seed_model"], "cpu", "bfloat16")
+    backbone.model = None  # the weights are wanted as they are stored
+    model = moe.load(source, import_transformers().AutoModelForCausalLM.from_pretrained(backbone.source, dtype="auto"))
+    seed = type(model.config).__name__, type(model).__name__
+    layers = [{key: list(t.shape) for key, t in layer.state_dict().items() if key.startswith(("experts.", "router."))} for layer in moe.layers(model)]
+    if any(layer != layers[0] for layer in layers):
+        raise UserError(f"--export {folder}: the experts' shapes differ from layer to layer")
+    # tools pad on the right without a mask, and do not say where a prompt ends: the prefix needs neither
+    context = "none" if model.moe_config["context"] == "none" else "prefix"
+    with atomic(folder) as part:
+        model.save_pretrained(part)
+        backbone.tokenizer.save_pretrained(part)
+        config = read_json(part / "config.json")
+        config |= {
+            "model_type": "metamoe", "architectures": ["MetaMoEForCausalLM"], "moe": model.moe_config | {"context": context, "shapes": layers[0]},
+            "auto_map": {"AutoConfig": "modeling_metamoe.MetaMoEConfig", "AutoModelForCausalLM": "modeling_metamoe.MetaMoEForCausalLM"},
+        }
+        write_json(part / "config.json", config)
+        code = (Path(__file__).parent / "export" / "modeling_metamoe.py").read_text()
+        (part / "modeling_metamoe.py").write_text(code.replace("LlamaConfig", seed[0]).replace("LlamaForCausalLM", seed[1]))
+        shutil.copyfile(moe.__file__, part / "moe.py")
+        write_json(part / "done.json", settings)
+    print(f"unify_moe: {folder}: {source.name} as a Hugging Face folder, {folder_bytes(folder) / 1e6:.0f} MB")
+
+
 def resolve(args, run_dir, run):
     """All settings of this model: the method's, the backbone's preset, overridden by flags."""
     preset = PRESETS[run["backbone"]]
@@ -210,6 +311,15 @@ def main():
     args = parse_args()
     run_dir = Path(args.run_dir)
     run = open_run(run_dir, backbone=None)
+    if args.export:
+        check_export(args, run)
+    if args.without and args.extend:
+        raise UserError("--without and --extend: one after the other")
+    if args.without:
+        folder = leave_out(args, run_dir)
+        if args.export:
+            export(run, folder, Path(args.export), args.force)
+        return
     settings = resolve(args, run_dir, run)
     variant = upload_variant(settings["data"], settings["selection"], args.full_ffn)
     uploads = [run_dir / "clients" / name / "upload" / variant for name in run["clients"]]
@@ -217,16 +327,26 @@ def main():
         read_manifest(upload)
     settings["uploads"] = {name: sha256(upload / "manifest.json") for name, upload in zip(run["clients"], uploads)}
     settings["variant"] = variant
+    if args.extend:
+        settings["extend"] = extended(args, run_dir, run, settings, variant)
     folder = run_dir / "moe" / settings["name"]
     with processes(args.device).main_process_first():  # of several processes, under `accelerate launch`
-        if finished(folder, settings, args.force):
-            print(f"unify_moe: {settings['name']}: is there already, skipped")
-            return
+        there = finished(folder, settings, args.force)
+    if there:
+        print(f"unify_moe: {settings['name']}: is there already, skipped")
+    else:
+        make(args, run_dir, run, uploads, settings, folder)
+    if args.export and processes().is_main_process:
+        export(run, folder, Path(args.export), args.force)
+
+
+def make(args, run_dir, run, uploads, settings, folder):
+    """Merge, train and write the model."""
     start, model, losses = time.perf_counter(), None, []
     if args.method not in ("soup", "btm"):
         backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers, run.get("answers"), run.get("loss"))
         start = time.perf_counter()  # unification begins with the seed in memory
-        model = build(backbone, run_dir, run, uploads, settings)
+        model = (extend if args.extend else build)(backbone, run_dir, run, uploads, settings)
         if settings["steps"]:
             checkpointing = use_checkpointing(args.gradient_checkpointing, run, backbone)
             losses = final_training(backbone, model, final_samples(run_dir, run, uploads, settings), label_set(backbone, run_dir, run, settings), run, settings, checkpointing)
@@ -243,7 +363,7 @@ def main():
         write_json(part / "timing.json", {"unify_seconds": seconds})
         write_json(part / "done.json", settings)
     trained = f", {len(losses)} final steps, loss {np.mean(losses[:5]):.3f} -> {np.mean(losses[-5:]):.3f}" if losses else ""
-    print(f"unify_moe: {settings['name']}: {len(uploads)} experts ({variant}){trained}, {seconds:.1f} s")
+    print(f"unify_moe: {settings['name']}: {len(uploads)} experts ({settings['variant']}){trained}, {seconds:.1f} s")
 
 
 if __name__ == "__main__":

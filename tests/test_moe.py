@@ -296,6 +296,24 @@ def test_prefix_does_not_see_the_future_and_fixed_routes_by_the_prompt_alone():
     assert (pi(x)[:, :3] - pi(other)[:, :3]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("weighting, top_k", itertools.product(moe.WEIGHTINGS, (1, 2, 3)))
+def test_a_disabled_expert_is_as_if_it_were_not_there(weighting, top_k):
+    layer, ffn, experts = make_layer(top_k=top_k, weighting=weighting, offset=True)
+    x = torch.randn(3, 5, D)
+    layer.state.record = True
+    whole, out = layer(x), int(layer.counts.argmax())
+    layer.counts.zero_()
+    rest, layer.router.disabled = [p for p in range(K) if p != out], [out]
+    other = MoELayer(ffn, [experts[p] for p in rest], Router(layer.router.vectors[rest], 0.7, True), RoutingState(), min(top_k, 2), weighting)
+    pi = layer.router(x, layer.state.context(x))
+    assert (pi[..., out] == 0).all()
+    torch.testing.assert_close(pi.sum(-1), torch.ones(3, 5))
+    torch.testing.assert_close(layer(x), other(x), atol=1e-5, rtol=1e-5)
+    assert layer.counts[out] == 0 and layer.counts.sum() == 15 * min(top_k, 2) and (whole - layer(x)).abs().max() > 1e-2
+    layer.router.disabled = []
+    assert torch.equal(layer(x), whole)
+
+
 def test_clamp():
     router = Router(torch.randn(2, D), 1.0)
     for value, want in ((1.7, 1.0), (-0.2, 0.0), (0.4, 0.4)):
@@ -393,7 +411,8 @@ def test_bf16_runs_and_is_close(top_k, cls, stored):
     if stored == "bfloat16":
         ffn.bfloat16()
         exact = copy.deepcopy(layer)
-        exact.ffn.float()
+        for name in exact.linears:
+            getattr(exact, name).float()
         y = layer(x.bfloat16())
     else:
         exact = layer
@@ -498,20 +517,50 @@ def test_unify_trains_routers_and_experts_alone_and_shares_one_state():
     other = copy.deepcopy(model)
     assert other.routing is not model.routing and all(layer.state is other.routing for layer in moe.layers(other))
     assert json.loads(json.dumps(model.moe_config)) == model.moe_config
-    assert model.config.use_cache is False
 
 
-def test_generation_equals_stepwise_argmax():
-    """With a key-value cache each step would see one token, and route it without its prefix."""
+def test_opt_out_and_in_of_a_model_and_on_disk(tmp_path):
     experts, vectors = uploads()
-    model = moe.unify(tiny_llama(), NAMES, experts, vectors, context="prefix", lam=1.0)
-    ids = torch.randint(50, (1, 6))
-    want = ids
+    model = moe.unify(tiny_llama(), NAMES, experts, vectors, names=["a", "b", "c"], top_k=3, context="prefix")
+    ids = torch.randint(50, (2, 9))
     with torch.no_grad():
-        for _ in range(5):
-            want = torch.cat((want, model(want).logits[:, -1:].argmax(-1)), dim=1)
-        got = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert torch.equal(got, want)
+        whole = model(ids).logits
+        moe.disable_expert(model, "b")
+        moe.disable_expert(model, "b")  # twice is once
+        got = model(ids).logits
+        assert model.moe_config["disabled"] == ["b"] and (got - whole).abs().max() > 1e-3
+        moe.save(model, tmp_path / "m")
+        again = moe.load(tmp_path / "m", tiny_llama())
+        assert again.moe_config["disabled"] == ["b"] and torch.equal(again(ids).logits, got)
+        moe.write(tmp_path / "gone", *moe.remove_expert(*moe.read(tmp_path / "m"), "b"))
+        gone = moe.load(tmp_path / "gone", tiny_llama())
+        assert gone.moe_config["names"] == ["a", "c"] and gone.moe_config["top_k"] == 2 and gone.moe_config["disabled"] == []
+        torch.testing.assert_close(gone(ids).logits, got, atol=1e-5, rtol=1e-5)
+        moe.enable_expert(again, "b")
+        assert torch.equal(again(ids).logits, whole)
+    for change in (moe.disable_expert, moe.enable_expert):
+        with pytest.raises(ValueError, match="no expert is called 'd'; there are a, b, c"):
+            change(model, "d")
+    moe.disable_expert(model, "c")
+    with pytest.raises(ValueError, match="'a' is the last expert"):
+        moe.disable_expert(model, "a")
+    assert model.moe_config["disabled"] == ["b", "c"]
+    one = moe.read(tmp_path / "gone")
+    with pytest.raises(ValueError, match="'c' is the last expert"):
+        moe.remove_expert(*moe.remove_expert(*one, "a"), "c")
+    with pytest.raises(ValueError, match="no expert is called 'b'"):
+        moe.remove_expert(*one, "b")
+
+
+def test_an_expert_joins_and_the_others_stay_as_they_are():
+    for kind in ("lora", "full"):
+        experts, vectors = uploads(kind)
+        model = moe.unify(tiny_llama(), NAMES, experts[:2], vectors[:2], names=["a", "b"], lam=0.8, top_k=2)
+        config, state = model.moe_config, {key: t for key, t in model.state_dict().items() if ".router." in key or ".experts." in key}
+        both = moe.assemble(tiny_llama(), config, state, [("c", experts[2], vectors[2])])
+        want = moe.unify(tiny_llama(), NAMES, experts, vectors, names=["a", "b", "c"], lam=0.8, top_k=2)
+        ids = torch.randint(50, (2, 9))
+        assert torch.equal(both(ids).logits, want(ids).logits) and both.moe_config == want.moe_config
 
 
 def test_counts():
@@ -540,7 +589,7 @@ def test_counts():
 def test_full_experts_do_not_keep_the_seeds_ffn():
     experts, vectors = uploads("full")
     model = moe.unify(tiny_llama(), NAMES, experts, vectors)
-    assert all(layer.ffn is None for layer in moe.layers(model))
+    assert not any(isinstance(module, nn.Linear) for layer in moe.layers(model) for module in layer.modules())
     model(torch.randint(50, (1, 4))).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in moe.expert_parameters(model))
 

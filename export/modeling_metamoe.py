@@ -1,0 +1,34 @@
+"""The unified model of an exported folder: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True).
+
+`unify_moe.py --export` copies this file and moe.py into the folder and puts the seed's own classes in the place of the two below,
+so that all but the FFNs is the seed's code. config.moe is moe.py's configuration, with the shapes of its tensors in a layer.
+"""
+
+import torch
+
+from .moe import MoELayer, assemble, fix_torchvision
+
+fix_torchvision()
+from transformers import LlamaConfig as SeedConfig, LlamaForCausalLM as SeedModel  # noqa: E402
+
+
+class MetaMoEConfig(SeedConfig):
+    model_type = "metamoe"
+    moe: dict | None = None
+
+
+class MetaMoEForCausalLM(SeedModel):
+    """The seed with an MoE layer for every FFN (Eq. 5-6), routed by the running mean over the prefix."""
+
+    config_class = MetaMoEConfig
+    _keep_in_fp32_modules_strict = ["router"]  # in bfloat16 its logits, of size 100, are off by 0.5
+
+    def __init__(self, config):
+        super().__init__(config)
+        shapes = config.moe["shapes"]  # {"experts.gate_proj.A": [K, r, d], ..., "router.vectors": [K, d]}
+        assemble(self, config.moe, {f"{name}.{key}": torch.zeros(shape) for name in config.moe["ffn_names"] for key, shape in shapes.items()})
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MoELayer):
+            module.counts.zero_()  # not in the weights

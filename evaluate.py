@@ -310,7 +310,10 @@ def markdown(results, run):
 
 def cost_tables(run, rows, timings):
     """The paper's Tables 10, 15 and 16 as Markdown, means over the runs: `rows` of one run, `timings` of each."""
-    mean = lambda get: np.mean([get(found) for found in timings])  # noqa: E731
+
+    def mean(get):
+        return np.mean([get(found) for found in timings])
+
     clients, paper = run["clients"], PAPER_COSTS.get(run["backbone"], {})
     lines = ["Proxy selection (Table 10): seconds a client", "", "| | " + " | ".join(clients) + " |", "|---|" + "---:|" * len(clients)]
     if all("embedding_seconds" in found for found in timings):
@@ -340,7 +343,8 @@ def coverage_identity(run_dir, run):
 
 
 def coverage(run_dir, run, backbone, records, split):
-    """{client: {rule: {"distance", "log_det"}}} of the selections there are, and Figure 2: RUN/figure2-NAME.png.
+    """{client: {rule: {"distance", "log_det"}}} of the selections there are, and Figure 2: RUN/figure2-NAME.png
+    (of another split than test, figure2-NAME.SPLIT.png).
 
     distance: mean over private test samples of 1 - cosine to the nearest proxy, on the seed's features. log_det:
     log det L_S of the proxies, Eq. 4's diversity. The figure is one t-SNE of private test data, up to 2,000 of D_0 and all

@@ -490,7 +490,7 @@ def test_other_settings_are_refused_and_redone_with_force(run, name, needed, fol
     changed = {path for path in before | after if before.get(path) != after.get(path)}
     assert f"{folder}/done.json" in changed
     # a selection is redone from the embeddings on
-    roots = (folder.replace("hotels", r"\w+"), r"clients/\w+/upload", r"clients/\w+/selection/relevance.npy", "public/features.npy")
+    roots = (folder.replace("hotels", r"\w+"), r"clients/\w+/upload", r"clients/\w+/selection/(relevance.npy|timing.json)", "public/(features.npy|timing.json)")
     assert all(re.match("|".join(roots), path) for path in changed), changed
     assert stage(name, run, *flags).out.count("skipped") >= 1
 

@@ -53,7 +53,7 @@ PRESETS = {
     "vit-b-32": PAPER_CLIP | {"architecture": "ViT-B-32-quickgelu", "pretrained": "openai"},
     "vit-b-16": PAPER_CLIP | {"architecture": "ViT-B-16-quickgelu", "pretrained": "openai"},
     "llama-3.2-3b": PAPER_LLAMA | {"seed_model": "meta-llama/Llama-3.2-3B"},
-    "llama-3.1-8b": PAPER_LLAMA | {"seed_model": "meta-llama/Llama-3.1-8B"},
+    "llama-3.1-8b": PAPER_LLAMA | {"seed_model": "meta-llama/Llama-3.1-8B", "gradient_checkpointing": True},  # for 80 GB
     # The embedded vision default: a CLIP small enough to train here, on drawn letters (glyph_clip/).
     "glyph-clip": {
         "kind": "clip", "data": "glyphs", "architecture": "glyph-clip", "pretrained": "", "template": "{}", "resize": 32, "flip": False,
@@ -278,13 +278,16 @@ class TextBackbone(Backbone):
     # --- records to tokens
 
     def encode(self, record, answer=None):
-        """(prompt ids, answer ids) of at most max_length - 1 (EOS): too long a prompt keeps its end, an answer its beginning."""
+        """(prompt ids, answer ids) of at most max_length - 1 (EOS): too long a prompt keeps its end (and its BOS, which
+        language models rely on), an answer its beginning."""
         prompt = self.tokenizer(record["prompt"])["input_ids"]
         room = self.max_length // 2
         if self.whole_text:  # an answer may have all that a short prompt leaves
             room = max(room, self.max_length - 1 - len(prompt))
         ids = [] if answer is None else self.tokenizer(answer, add_special_tokens=False)["input_ids"][:room]
-        return prompt[-(self.max_length - len(ids) - 1) :], ids
+        begin = prompt[:1] if prompt[:1] == [self.tokenizer.bos_token_id] else []
+        room = self.max_length - len(ids) - 1
+        return prompt if len(prompt) <= room else begin + prompt[len(prompt) - room + len(begin) :], ids
 
     def form(self, record):
         """The record as this run trains on it: of a multiple choice the answer's letter, with `answers` "letters"."""

@@ -394,9 +394,10 @@ def unit(features):
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
-def pool(run_dirs, split):
+def pool(run_dirs, split, scoring):
     """The table over runs that differ in their seed: mean and standard deviation, MetaMoE's paired differences over all samples."""
-    stem = "results.json" if split == "test" else f"results.{split}.json"
+    run = open_run(run_dirs[0], backbone=None)
+    stem = ("results" if split == "test" else f"results.{split}") + suffix(run, scoring or PRESETS[run["backbone"]].get("scoring")) + ".json"
     for run_dir in run_dirs:
         if not (Path(run_dir) / stem).exists():
             raise UserError(f"--run-dir {run_dir}: holds no {stem}: evaluate it alone first")
@@ -406,23 +407,27 @@ def pool(run_dirs, split):
         if {**found["run"], "seed": 0} != {**first, "seed": 0} or [r["model"] for r in found["rows"]] != [r["model"] for r in runs[0]["rows"]]:
             raise UserError(f"--run-dir {run_dir}: made with other settings or models than {run_dirs[0]}; only the seed may differ")
     clients = first["clients"]
+    perplexity = [name for name in clients if "perplexity" in runs[0]["rows"][0]["clients"][name]]
+    choices = [name for name in clients if name not in perplexity]
+    heads = " | ".join(f"{name} (perplexity)" if name in perplexity else name for name in clients)
     right = {}  # row -> {(client, seed): 0/1 array}
     for found in runs:
         for row in found["rows"]:
-            right.setdefault(row["model"], {}).update({(name, found["run"]["seed"]): np.array([int(c) for c in row["clients"][name]["right"]], float) for name in clients})
+            right.setdefault(row["model"], {}).update({(name, found["run"]["seed"]): np.array([int(c) for c in row["clients"][name]["right"]], float) for name in choices})
     for tables in zip(*(sections(found["rows"]) for found in runs)):  # the same table of each run
         if tables[0][0]:
             print(f"\n{tables[0][0]}\n")
-        print("| | " + " | ".join(clients) + " | Average | MetaMoE minus this |\n|---|" + "---:|" * (len(clients) + 2))
+        print("| | " + heads + " | Average | MetaMoE minus this |\n|---|" + "---:|" * (len(clients) + 2))
         for labelled in zip(*(rows for _, rows in tables)):
             (label, first_row), rows = labelled[0], [row for _, row in labelled]
-            columns = [[row["clients"][name]["accuracy"] for row in rows] for name in clients] + [[row["average"] for row in rows]]
+            columns = [[row["clients"][name]["perplexity" if name in perplexity else "accuracy"] for row in rows] for name in clients]
+            columns += [[row["average"] for row in rows]] if choices else []
             cells = [f"{np.mean(c):.2f} ± {np.std(c, ddof=1) if len(c) > 1 else 0:.2f}" for c in columns]
             gap = ""
-            if "metamoe" in right and first_row["model"] != "metamoe":
+            if right.get("metamoe") and first_row["model"] != "metamoe":
                 found = paired_bootstrap(right["metamoe"], right[first_row["model"]], 0)
                 gap = "{:+.2f} ({:+.2f} to {:+.2f})".format(found["difference"], *found["interval"])
-            print(f"| {label} | " + " | ".join(cells) + f" | {gap} |")
+            print(f"| {label} | " + " | ".join(cells + [""] * (not choices)) + f" | {gap} |")
     if all("coverage" in found for found in runs):
         print("\nDistance of a private test sample to its nearest proxy; log det L_S\n")
         print("| | " + " | ".join(clients) + " |\n|---|" + "---:|" * len(clients))
@@ -438,7 +443,7 @@ def pool(run_dirs, split):
 def main():
     args = parse_args()
     if len(args.run_dir) > 1:
-        return pool(args.run_dir, args.split)
+        return pool(args.run_dir, args.split, args.scoring)
     run_dir = Path(args.run_dir[0])
     run = open_run(run_dir, backbone=None)
     if processes(args.device).num_processes > 1:

@@ -34,6 +34,9 @@ Options, each also an environment variable:
 --candidates N      CANDIDATES       n, candidates of the DPP               }
 --proxies N         PROXIES          m, proxies a client                    }
 --seed-model PATH   SEED_MODEL       another seed model (hub id, local folder, or a checkpoint that open_clip reads)
+--answers WAY       ANSWERS          language models train on a choice's text or its letter: text, letters  } default:
+--loss WAY          LOSS             their loss: of the answer, or of the whole text: answer, text         } the preset
+--scoring WAY       SCORING          how their choices are scored: letters, generate, likelihood           } of each
 --workers N         WORKERS          processes that decode images (default: one a core with CUDA, else none)
 --device NAME       DEVICE           auto, cpu or cuda (default: auto)
 --dtype NAME        DTYPE            auto, float32 or bfloat16 (default: auto)
@@ -61,7 +64,7 @@ while [ $# -gt 0 ]; do
         --client)
             [[ "${2:-}" == ?*=?* ]] || fail "--client needs NAME=PATH (bash run_all.sh --help)"
             own+=(--client "$2"); shift 2 ;;
-        --run-dir | --seed | --clients | --methods | --train-size | --validation-size | --test-size | --public-size | --candidates | --proxies | --data-root | --data | --public | --workers | --seed-model | --device | --dtype)
+        --run-dir | --seed | --clients | --methods | --train-size | --validation-size | --test-size | --public-size | --candidates | --proxies | --data-root | --data | --public | --workers | --seed-model | --answers | --loss | --scoring | --device | --dtype)
             [ $# -ge 2 ] || fail "$1 needs a value (bash run_all.sh --help)"
             name=${1#--}; name=${name//-/_}
             printf -v "${name^^}" %s "$2"; shift 2 ;;
@@ -78,7 +81,10 @@ done
 if [ "${ABLATIONS:-0}" = 1 ] && [[ " $METHODS " != *" flexolmo "* || " $METHODS " != *" metamoe "* ]]; then
     fail "--ablations compares variants of flexolmo and metamoe: --methods must hold both"
 fi
-if [ -z "$BACKBONE" ]; then  # the paper's own where it can run, else the one that always can
+if [ -z "$BACKBONE" ] && [ ${#own[@]} != 0 ]; then
+    BACKBONE=smollm2-135m
+    echo "run_all: no backbone named: taking $BACKBONE (--client: data of your own; for images name a CLIP)"
+elif [ -z "$BACKBONE" ]; then  # the paper's own where it can run, else the one that always can
     root=${DATA_ROOT:-data}
     if ! nvidia-smi -L 2>/dev/null | grep -q GPU; then
         BACKBONE=smollm2-135m why="no CUDA GPU here"
@@ -102,6 +108,10 @@ began=$SECONDS
 common=(--run-dir "$RUN_DIR" --device "${DEVICE:-auto}" --dtype "${DTYPE:-auto}")
 run=(--backbone "$BACKBONE" --seed "$SEED")
 [ -z "${SEED_MODEL:-}" ] || run+=(--seed-model "$SEED_MODEL")
+[ -z "${ANSWERS:-}" ] || run+=(--answers "$ANSWERS")
+[ -z "${LOSS:-}" ] || run+=(--loss "$LOSS")
+scoring=()
+[ -z "${SCORING:-}" ] || scoring=(--scoring "$SCORING")
 [ -z "${WORKERS:-}" ] || common+=(--workers "$WORKERS")
 [ -z "${CLIENTS:-}" ] || run+=(--clients $CLIENTS)
 [ -z "${DATA_ROOT:-}" ] || run+=(--data-root "$DATA_ROOT")
@@ -146,8 +156,8 @@ if [ "${ABLATIONS:-0}" = 1 ]; then
     ablate random-init --init random
     ablate literal --weighting literal
     ablate renormalized --weighting renormalized
-    "$PYTHON" evaluate.py "${common[@]}" --figure
+    "$PYTHON" evaluate.py "${common[@]}" ${scoring[@]+"${scoring[@]}"} --figure
 else
-    "$PYTHON" evaluate.py "${common[@]}"
+    "$PYTHON" evaluate.py "${common[@]}" ${scoring[@]+"${scoring[@]}"}
 fi
-echo "run_all: $BACKBONE, seed $SEED, done in $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s: $RUN_DIR/results.md"
+echo "run_all: $BACKBONE, seed $SEED, done in $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s: tables in $RUN_DIR/"

@@ -179,13 +179,13 @@ def join_run(args, settings, found, joined, known):
     return run, [name]
 
 
-def prepare_data(run_dir, run, skip_bad=False):
-    """Write run.json, D_0 and every client's parts, whatever of it is not there. In a real federation each party holds its own; here one archive does."""
+def read_data(run_dir, run, skip_bad=False):
+    """(D_0 or None, {client: parts}) of what the run has not got yet. In a real federation each party holds its own; here one archive does."""
     own, preset, sources = run.get("own", {}), PRESETS[run["backbone"]], run.get("sources", {})
     new = [name for name in run["clients"] if not (run_dir / "clients" / name / "private" / "done.json").exists()]
     new_public = not (run_dir / "public" / "done.json").exists()
     if not new and not new_public:
-        return
+        return None, {}
     sizes = {part: run[f"{part}_size"] for part in ("train", "validation", "test")}
     data, known, brought = preset["data"], [name for name in new if name not in own], sources.get("public")
     public, parts, theirs = None, {}, {}
@@ -207,17 +207,22 @@ def prepare_data(run_dir, run, skip_bad=False):
             tasks.check_images([record for records in parts[name].values() for record in records], name)
     if new_public and run["candidates"] > len(public):
         raise UserError(f"--candidates {run['candidates']} is more than the {len(public)} public samples there are: n must be at most |D_0| (and --proxies at most n)")
+    return public, parts
+
+
+def write_data(run_dir, run, public, parts):
+    """Write run.json and what read_data has found."""
     if not (run_dir / "run.json").exists() or read_json(run_dir / "run.json") != run:
         write_json(run_dir / "run.json", run)
-    for name in new:
+    for name in parts:
         with atomic(run_dir / "clients" / name / "private") as folder:
             for part, records in parts[name].items():
                 write_records(folder / f"{part}.jsonl", records)
             write_json(folder / "done.json", {"seed": run["seed"], **{part: len(records) for part, records in parts[name].items()}})
-    if new_public:
+    if public is not None:
         with atomic(run_dir / "public") as folder:
             write_records(folder / "records.jsonl", public)
-            if preset["kind"] == "clip":
+            if PRESETS[run["backbone"]]["kind"] == "clip":
                 write_json(folder / "classes.json", sorted({record["answer"] for record in public}))
             write_json(folder / "done.json", {"records": len(public)})
 
@@ -359,9 +364,11 @@ def main():
             print(f"select_proxies: {name}: {args.selection} selection is there already, skipped")
     if not todo:
         return
+    data = read_data(run_dir, run, args.skip_bad_records) if processes().is_main_process else None  # what is wrong in it shows before the seed is loaded
     backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers)
     with main_first():
-        prepare_data(run_dir, run, args.skip_bad_records)
+        if data:
+            write_data(run_dir, run, *data)
     public = read_records(run_dir / "public" / "records.jsonl")
     features = public_features(run_dir, backbone, public, args.dtype)
     usable = usable_public(run_dir, public)

@@ -241,7 +241,7 @@ def socialiqa(row):
 
 
 def alpaca(row):
-    """A row of tatsu-lab/alpaca: `instruction`, `input` (often empty), `output`. None where the output is empty (28 of 52,002)."""
+    """A row of tatsu-lab/alpaca: `instruction`, `input` (often empty), `output`. None where the output is empty."""
     instruction, given, output = row["instruction"].strip(), row["input"].strip(), row["output"].strip()
     if not output:
         return None

@@ -236,7 +236,7 @@ def test_image_clients_and_public_set_of_ones_own(photos, tmp_path):
     """The data of a CLIP run, without the CLIP."""
     run = {"backbone": "vit-b-32", "seed_model": "", "seed": 0, "clients": ["zoo"], "candidates": 20, "proxies": 4, "public_size": 0,
            "train_size": 0, "validation_size": 0, "test_size": 0, "sources": {"root": None, "public": str(photos)}, "own": {"zoo": {"path": str(photos)} | SHARES}}
-    select_proxies.prepare_data(tmp_path / "run", run)
+    select_proxies.write_data(tmp_path / "run", run, *select_proxies.read_data(tmp_path / "run", run))
     assert read_json(tmp_path / "run" / "clients" / "zoo" / "private" / "done.json") == {"seed": 0, "train": 74, "validation": 9, "test": 9}
     assert read_json(tmp_path / "run" / "public" / "classes.json") == ["cat", "emu", "small dog"] and len(read_records(tmp_path / "run" / "public" / "records.jsonl")) == 92
     assert read_json(tmp_path / "run" / "run.json") == run
@@ -381,7 +381,7 @@ run = {"backbone": "smollm2-135m", "seed": 0, "clients": ["acme"], "candidates":
        "test_size": 0, "sources": {"public": str(folder / "big.jsonl")}, "own": {"acme": {"path": str(folder / "big.jsonl")} | sizes}}
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
-select_proxies.prepare_data(folder / "run", run)
+select_proxies.write_data(folder / "run", run, *select_proxies.read_data(folder / "run", run))
 for path in sorted((folder / "run").rglob("*.jsonl")):
     records = rundir.read_records(path)
     assert sum(1 for record in records) == len(records) == len(records + [])

@@ -198,7 +198,7 @@ def test_unrestricted_says_that_it_breaks_privacy(finished):
     assert finished[1]["stdout"].count("TRAINED ON ALL CLIENTS' PRIVATE DATA") == 1
 
 
-def test_the_fixtures_layout_is_that_of_prepare_data(tmp_path, seed_model, pristine, monkeypatch):
+def test_the_fixtures_layout_is_that_of_write_data(tmp_path, seed_model, pristine, monkeypatch):
     """The run directory of these tests is what select_proxies.py makes of an archive (here a synthetic one)."""
     synthetic_archive(monkeypatch)
     sizes = [f"--{key.replace('_', '-')}={value}" for key, value in SIZES.items()]

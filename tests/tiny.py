@@ -1,4 +1,4 @@
-"""A tiny seed model and a run directory with synthetic data, in the layout that select_proxies.prepare_data writes."""
+"""A tiny seed model and a run directory with synthetic data, in the layout that select_proxies.write_data writes."""
 
 import json
 import os

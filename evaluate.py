@@ -206,6 +206,11 @@ def is_right(scores, records):
     return np.array([float(len(values) > 0 and record["choices"][int(np.argmax(values))] == record["answer"]) for values, record in zip(scores, records)])
 
 
+def perplexity(scores):
+    """exp of the mean negative log-probability of the answers' tokens."""
+    return math.exp(-np.concatenate(scores).mean())
+
+
 def wilson(successes, n, z=1.959964):
     """Wilson's 95% interval of a proportion, in percent."""
     p = successes / n
@@ -258,15 +263,15 @@ def paper_numbers(run, model):
 def markdown(results, run):
     """The paper's Table 3 layout: accuracy in percent; then ablations, intervals, differences, routing shares, coverage, bytes."""
     clients, scoring = run["clients"], results.get("scoring")
-    perplexity = [name for name in clients if "perplexity" in results["rows"][0]["clients"][name]]
-    heads = [f"{name} (perplexity)" if name in perplexity else name for name in clients]
+    perplexities = [name for name in clients if "perplexity" in results["rows"][0]["clients"][name]]
+    heads = [f"{name} (perplexity)" if name in perplexities else name for name in clients]
     lines = [f"# {run['backbone']}, seed {run['seed']}, {results['split']} split" + (f", {SCORINGS[scoring]}" if scoring else ""), "", "Accuracy in percent."]
     if paper_numbers(run, "metamoe"):
         changed = [key for key, value in PRESETS[run["backbone"]].items() if run.get(key, value) != value and key != "seed_model"]
         changed += ["seed_model"] if run["seed_model"] else []
         lines[-1] = "Accuracy in percent, behind it in brackets the paper's." + f" This run's {', '.join(changed)} are not the paper's." * bool(changed)
-    if perplexity:
-        lines[-1] += f" Of {', '.join(perplexity)} the perplexity of the answers: lower is better, and it is in no average and no difference."
+    if perplexities:
+        lines[-1] += f" Of {', '.join(perplexities)} the perplexity of the answers: lower is better, and it is in no average and no difference."
     if scoring == "generate" and any(row["model"] == "btm" for row in results["rows"]):
         lines[-1] += " BTM combines the probabilities of the letters: its row is that of `--scoring letters`."
     for heading, rows in sections(results["rows"]):
@@ -274,14 +279,14 @@ def markdown(results, run):
         lines += ["| | " + " | ".join(heads) + " | Average |", "|---|" + "---:|" * (len(clients) + 1)]
         for label, row in rows:
             paper = paper_numbers(run, row["model"])
-            measured = {name: row["clients"][name]["perplexity" if name in perplexity else "accuracy"] for name in clients} | {"average": row["average"]}
+            measured = {name: row["clients"][name]["perplexity" if name in perplexities else "accuracy"] for name in clients} | {"average": row["average"]}
             cells = ["" if value is None else f"{value:.2f}" + (f" ({paper[key]:.2f})" if key in paper else "") for key, value in measured.items()]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines += ["", "## Intervals"]
     lines += ["", "Wilson 95% intervals; MetaMoE's average minus the row's, in points, with a paired bootstrap 95% interval.", "",
               "| | " + " | ".join(f"{name} (n = {results['n'][name]})" for name in clients) + " | MetaMoE minus this |", "|---|" + "---:|" * (len(clients) + 1)]
     for row in results["rows"]:
-        cells = ["" if name in perplexity else "{:.1f} to {:.1f}".format(*row["clients"][name]["wilson"]) for name in clients]
+        cells = ["" if name in perplexities else "{:.1f} to {:.1f}".format(*row["clients"][name]["wilson"]) for name in clients]
         gap = row.get("metamoe_minus")
         cells.append("{:+.2f} ({:+.2f} to {:+.2f})".format(gap["difference"], *gap["interval"]) if gap else "")
         lines.append(f"| {row['title']} | " + " | ".join(cells) + " |")
@@ -295,9 +300,11 @@ def markdown(results, run):
             lines.append(f"| {row['title']} | " + " | ".join(cells) + f" | {np.mean(row['lambda']):.3f} |")
     for model, table in results.get("opt_out", {}).items():
         lines += ["", f"{title(model, run)} with one client's expert left out, without training: accuracy in percent.", "",
-                  "| left out | " + " | ".join(clients) + " | Average |", "|---|" + "---:|" * (len(clients) + 1)]
-        for without, accuracy in table.items():
-            lines.append(f"| {without or 'none'} | " + " | ".join(f"{accuracy[name]:.2f}" for name in clients) + f" | {np.mean(list(accuracy.values())):.2f} |")
+                  "| left out | " + " | ".join(heads) + " | Average |", "|---|" + "---:|" * (len(clients) + 1)]
+        for without, values in table.items():
+            accuracy = [values[name] for name in clients if name not in perplexities]
+            cells = [f"{values[name]:.2f}" for name in clients] + [f"{np.mean(accuracy):.2f}" if accuracy else ""]
+            lines.append(f"| {without or 'none'} | " + " | ".join(cells) + " |")
     if "coverage" in results:
         lines += ["", "How the proxies cover a client's private test data: mean distance (1 - cosine) of a test sample to its nearest proxy, and log det L_S of the proxies.", "",
                   "| | " + " | ".join(f"{name}: distance | log det" for name in clients) + " |", "|---|" + "---:|" * (2 * len(clients))]
@@ -394,22 +401,21 @@ def unit(features):
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
-def pool(run_dirs, split, scoring):
-    """The table over runs that differ in their seed: mean and standard deviation, MetaMoE's paired differences over all samples."""
-    run = open_run(run_dirs[0], backbone=None)
-    stem = ("results" if split == "test" else f"results.{split}") + suffix(run, scoring or PRESETS[run["backbone"]].get("scoring")) + ".json"
+def pool(run_dirs, file):
+    """The table over runs that differ in their seed, from the results in `file` of each: mean and standard deviation, MetaMoE's paired
+    differences over all samples."""
     for run_dir in run_dirs:
-        if not (Path(run_dir) / stem).exists():
-            raise UserError(f"--run-dir {run_dir}: holds no {stem}: evaluate it alone first")
-    runs = [read_json(Path(run_dir) / stem) for run_dir in run_dirs]
+        if not (Path(run_dir) / file).exists():
+            raise UserError(f"--run-dir {run_dir}: holds no {file}: evaluate it alone first")
+    runs = [read_json(Path(run_dir) / file) for run_dir in run_dirs]
     first = runs[0]["run"]
     for run_dir, found in zip(run_dirs, runs):
         if {**found["run"], "seed": 0} != {**first, "seed": 0} or [r["model"] for r in found["rows"]] != [r["model"] for r in runs[0]["rows"]]:
             raise UserError(f"--run-dir {run_dir}: made with other settings or models than {run_dirs[0]}; only the seed may differ")
     clients = first["clients"]
-    perplexity = [name for name in clients if "perplexity" in runs[0]["rows"][0]["clients"][name]]
-    choices = [name for name in clients if name not in perplexity]
-    heads = " | ".join(f"{name} (perplexity)" if name in perplexity else name for name in clients)
+    perplexities = [name for name in clients if "perplexity" in runs[0]["rows"][0]["clients"][name]]
+    choices = [name for name in clients if name not in perplexities]
+    heads = " | ".join(f"{name} (perplexity)" if name in perplexities else name for name in clients)
     right = {}  # row -> {(client, seed): 0/1 array}
     for found in runs:
         for row in found["rows"]:
@@ -420,7 +426,7 @@ def pool(run_dirs, split, scoring):
         print("| | " + heads + " | Average | MetaMoE minus this |\n|---|" + "---:|" * (len(clients) + 2))
         for labelled in zip(*(rows for _, rows in tables)):
             (label, first_row), rows = labelled[0], [row for _, row in labelled]
-            columns = [[row["clients"][name]["perplexity" if name in perplexity else "accuracy"] for row in rows] for name in clients]
+            columns = [[row["clients"][name]["perplexity" if name in perplexities else "accuracy"] for row in rows] for name in clients]
             columns += [[row["average"] for row in rows]] if choices else []
             cells = [f"{np.mean(c):.2f} ± {np.std(c, ddof=1) if len(c) > 1 else 0:.2f}" for c in columns]
             gap = ""
@@ -442,8 +448,6 @@ def pool(run_dirs, split, scoring):
 
 def main():
     args = parse_args()
-    if len(args.run_dir) > 1:
-        return pool(args.run_dir, args.split, args.scoring)
     run_dir = Path(args.run_dir[0])
     run = open_run(run_dir, backbone=None)
     if processes(args.device).num_processes > 1:
@@ -452,6 +456,9 @@ def main():
     if args.scoring and own is None:
         raise UserError(f"--scoring is for language models: {run['backbone']} is scored by its class prompts")
     scoring = args.scoring or own
+    stem = ("results" if args.split == "test" else f"results.{args.split}") + suffix(run, scoring)
+    if len(args.run_dir) > 1:
+        return pool(args.run_dir, f"{stem}.json")
     records = {name: read_records(run_dir / "clients" / name / "private" / f"{args.split}.jsonl") for name in run["clients"]}
     if not all(records.values()):
         raise UserError(f"--split {args.split}: a client has no samples in it; make the run with --{args.split}-size of at least 1")
@@ -476,8 +483,8 @@ def main():
         average = float(np.mean([c["accuracy"] for c in per_client.values()])) if per_client else None
         for name in run["clients"]:
             if not is_choice(records[name]):
-                tokens = np.concatenate(found[row]["scores"][name])
-                per_client[name] = {"perplexity": math.exp(-tokens.mean()), "tokens": len(tokens), "n": len(records[name])}
+                scores = found[row]["scores"][name]
+                per_client[name] = {"perplexity": perplexity(scores), "tokens": sum(map(len, scores)), "n": len(records[name])}
         rows.append({"model": row, "title": title(row, run), "clients": per_client, "average": average})
         if right.get("metamoe") and row != "metamoe":
             rows[-1]["metamoe_minus"] = paired_bootstrap(right["metamoe"], right[row], run["seed"])
@@ -500,9 +507,9 @@ def main():
     for row, names in left_out.items():
         scores = {name: score(row, run_dir / "moe" / row, backbone_of, run_dir, run, args, records, scoring, name)["scores"] for name in ["", *names]}
         results["opt_out"][row] = {
-            without: {name: 100 * float(is_right(found[name], records[name]).mean()) for name in run["clients"]} for without, found in scores.items()
+            without: {name: 100 * float(is_right(found[name], records[name]).mean()) if is_choice(records[name]) else perplexity(found[name]) for name in run["clients"]}
+            for without, found in scores.items()
         }
-    stem = ("results" if args.split == "test" else f"results.{args.split}") + suffix(run, scoring)
     write_json(run_dir / f"{stem}.json", results)
     text = markdown(results, run)
     with atomic(run_dir / f"{stem}.md") as temporary:

@@ -241,9 +241,9 @@ def test_embedding_d0_goes_on_where_a_kill_stopped_it(backbone, public, tmp_path
     embed, clock, skips = backbone.embed, itertools.count(0, 31), []
     monkeypatch.setattr(select_proxies.time, "perf_counter", lambda: next(clock))  # every batch is late enough for a note
 
-    def killed(records, label, skip=0, stop=3):
+    def killed(records, label, skip=0, every=1, stop=3):
         skips.append(skip)
-        for number, batch in enumerate(embed(records, label, skip, batch=8)):
+        for number, batch in enumerate(embed(records, label, skip, every, batch=8)):
             if number == stop:
                 raise KeyboardInterrupt
             yield batch

@@ -124,6 +124,17 @@ def other_seed(folder, kind):
     model.save_pretrained(folder)
 
 
+def load_elsewhere(place, folders, ids, mask):
+    """What LOADED writes, run in a folder of its own without this project."""
+    place.mkdir()
+    (place / "job.json").write_text(json.dumps({"folders": {k: str(f) for k, f in folders.items()}, "ids": ids, "mask": mask, "whole": IDS.tolist()}))
+    (place / "load.py").write_text(LOADED)
+    environment = {k: v for k, v in tiny.environment(HF_MODULES_CACHE=str(place / "modules")).items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "load.py", "job.json"], cwd=place, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return load_file(place / "out.safetensors")
+
+
 def test_an_export_runs_without_this_repository(made, seed_model, tmp_path):
     folders, want = {"llama": made / "export"}, {"llama": moe.load(made / "run" / "moe" / "metamoe")}
     for kind in ("mistral", "qwen2"):
@@ -137,14 +148,7 @@ def test_an_export_runs_without_this_repository(made, seed_model, tmp_path):
         unify_moe.export({"backbone": "smollm2-135m", "seed_model": str(tmp_path / kind)}, source, tmp_path / f"export-{kind}", False)
         folders[kind], want[kind] = tmp_path / f"export-{kind}", moe.load(source, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / kind))
     ids, mask = [[0, 0, 0, 5, 9, 30], [7, 8, 9, 10, 11, 12]], [[0, 0, 0, 1, 1, 1], [1] * 6]
-    place = tmp_path / "elsewhere"
-    place.mkdir()
-    (place / "job.json").write_text(json.dumps({"folders": {k: str(f) for k, f in folders.items()}, "ids": ids, "mask": mask, "whole": IDS.tolist()}))
-    (place / "load.py").write_text(LOADED)
-    environment = {k: v for k, v in tiny.environment(HF_MODULES_CACHE=str(place / "modules")).items() if k != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "load.py", "job.json"], cwd=place, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    out = load_file(place / "out.safetensors")
+    out = load_elsewhere(tmp_path / "elsewhere", folders, ids, mask)
     for name, model in want.items():
         assert model.routing.mode == ("none" if name == "qwen2" else "fixed")
         model.routing.mode = "none" if name == "qwen2" else "prefix"
@@ -191,6 +195,35 @@ def test_export_of_a_model_that_is_there(run, tmp_path):
     for (method, folder), message in say.items():
         assert message in refused(run, "--method", method, "--export", folder)
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["thesis.tex"] and not (tmp_path / "d").exists()
+
+
+@pytest.mark.slow
+def test_the_real_seed_from_uploads_to_an_export(tmp_path):
+    """The default's own seed on a few dozen texts: all that its users get."""
+    run, seed = tmp_path / "run", backbones.default_seed("smollm2-135m")
+    tiny.make_run(run, seed)
+    for name, *flags in (
+        ("select_proxies", "--selection", "dpp"), ("train_expert", "--data", "aligned", "--epochs", "3", "--lr", "0.001", "--batch-size", "6", "--warmup-steps", "1"),
+        ("unify_moe", "--method", "metamoe", "--batch-size", "6", "--export", tmp_path / "export"),
+        *(("evaluate", "--models", "zeroshot", "metamoe", "--scoring", scoring) for scoring in ("letters", "generate")),
+        ("evaluate", "--models", "zeroshot", "metamoe", "--opt-out"),
+    ):
+        result = stage(name, run, *flags)
+        assert result.code == 0, result.err
+    found = {scoring: {row["model"]: row["average"] for row in read_json(run / f"results{scoring}.json")["rows"]} for scoring in ("", ".letters", ".generate")}
+    assert found[""]["metamoe"] > found[""]["zeroshot"] + 5 and all(0 <= average <= 100 for rows in found.values() for average in rows.values())
+    table = read_json(run / "results.json")["opt_out"]["metamoe"]
+    assert set(table) == {"", *CLIENTS}
+    model, tokenizer = moe.load(run / "moe" / "metamoe"), transformers.AutoTokenizer.from_pretrained(seed)
+    batch = tokenizer("play some quiet jazz\nAnswer:", return_tensors="pt")
+    expected, whole = model.generate(**batch, max_new_tokens=6, do_sample=False), logits(model, batch["input_ids"])
+    moe.disable_expert(model, "intent")
+    assert (logits(model, batch["input_ids"]) - whole).abs().max() > 1e-3
+    moe.enable_expert(model, "intent")
+    assert torch.equal(model.generate(**batch, max_new_tokens=6, do_sample=False), expected)
+    out = load_elsewhere(tmp_path / "elsewhere", {"llama": tmp_path / "export"}, [[0, 0, 0, 5, 9, 30], [7, 8, 9, 10, 11, 12]], [[0, 0, 0, 1, 1, 1], [1] * 6])
+    model.routing.mode = "prefix"
+    torch.testing.assert_close(out["llama.logits"], logits(model), atol=1e-5, rtol=1e-5)
 
 
 # --- opting out and in

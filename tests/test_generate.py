@@ -100,11 +100,11 @@ def reference(model, row, new):
 
 
 def assert_same(got, want, margins):
-    """Equal up to a step that a rounding error may turn over; returns how many tokens were compared."""
+    """Equal, or equal up to a step that a rounding error may turn over; returns how many tokens are equal."""
     for step, (g, w, margin) in enumerate(zip(got, want, margins)):
-        if margin < TIE:
+        if g != w:
+            assert margin < TIE, f"step {step}: {g}, not {w}, margin {margin}"
             return step
-        assert g == w, f"step {step}: {g}, not {w}, margin {margin}"
     assert len(got) == len(want)
     return len(want)
 
@@ -426,7 +426,7 @@ def test_the_default_generates_the_same_tokens_with_and_without_cache_and_in_any
     for options in (dict(batch=20, use_cache=True), dict(batch=4, use_cache=True), dict(batch=20, use_cache=False)):
         for got, want, margin in zip(greedy(model, rows, 32, **options), wants, margins):
             compared += assert_same(got, want, margin)
-    assert compared > 0.5 * 3 * 20 * 32, compared
+    assert compared > 0.9 * 3 * 20 * 32, compared
 
 
 @torch.no_grad()

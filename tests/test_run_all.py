@@ -36,6 +36,10 @@ def test_without_a_backbone_the_papers_is_taken_where_it_can_run(tmp_path, data)
     assert "taking smollm2-135m (no CUDA GPU here)" in run_all(tmp_path, "--data-root", data)[0]
 
 
+def test_own_data_are_for_the_language_default(tmp_path, data):
+    assert "taking smollm2-135m (--client" in run_all(tmp_path, "--client", "shop=shop.jsonl", "--data-root", data, gpu=True)[0]
+
+
 @pytest.mark.parametrize("missing", DATASETS)
 def test_a_missing_dataset_is_the_reason(tmp_path, data, missing):
     (data / missing).rmdir()

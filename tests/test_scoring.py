@@ -323,10 +323,32 @@ def test_perplexity_and_btms_mixture(run):
     assert rows["btm"]["perplexity"] == pytest.approx(np.exp(np.mean(mixture))) and rows["btm"]["tokens"] == len(mixture)
 
 
+def test_opting_out_with_instruction_data(run):
+    result = drive.call("evaluate", "--run-dir", run, *COMMON, "--models", "metamoe", "--opt-out")
+    assert result.code == 0, result.err
+    found = read_json(run / "results.json")
+    clients, table = found["rows"][0]["clients"], found["opt_out"]["metamoe"]
+    assert table[""] == {name: clients[name]["perplexity" if name == "hotels" else "accuracy"] for name in CLIENTS}
+    assert table["hotels"]["hotels"] != table[""]["hotels"] and "| left out | intent | hotels (perplexity) | question | Average |" in result.out
+    assert f"| none | {table['']['intent']:.2f} | {table['']['hotels']:.2f} | {table['']['question']:.2f} | {(table['']['intent'] + table['']['question']) / 2:.2f} |" in result.out
+    drive.call("evaluate", "--run-dir", run, *COMMON)
+
+
+def test_the_table_over_runs_is_of_one_scoring(run, capsys):
+    for scoring in ("letters", None):
+        result = drive.call("evaluate", "--run-dir", run, run, *(["--scoring", scoring] if scoring else []))
+        assert result.code == 0, result.err
+        assert "| | intent | hotels (perplexity) | question | Average | MetaMoE minus this |" in result.out
+        for row in read_json(run / f"results{'.letters' if scoring else ''}.json")["rows"]:
+            cells = [row["clients"]["intent"]["accuracy"], row["clients"]["hotels"]["perplexity"], row["clients"]["question"]["accuracy"], row["average"]]
+            assert f"| {row['title']} | " + " | ".join(f"{cell:.2f} ± 0.00" for cell in cells) in result.out
+    assert "holds no results.validation.generate.json" in drive.call("evaluate", "--run-dir", run, run, "--scoring", "generate", "--split", "validation").err
+
+
 def test_what_is_scored_is_not_scored_again(run):
-    before = drive.snapshot(run, "timings.json")
+    before = drive.snapshot(run, "timings.json", "timings.md")
     result = drive.call("evaluate", "--run-dir", run, *COMMON, "--scoring", "generate")
-    assert result.code == 0 and drive.snapshot(run, "timings.json") == before
+    assert result.code == 0 and drive.snapshot(run, "timings.json", "timings.md") == before
 
 
 def refused(stage, run_dir, *flags):

@@ -272,15 +272,15 @@ def test_pool_prints_means_deviations_and_paired_differences(tmp_path, capsys):
         return tmp_path / str(seed)
 
     runs = [write(0, "1111", "0000"), write(1, "1110", "1000")]
-    evaluate.pool(runs, "test")
+    evaluate.pool(runs, "results.json")
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| zeroshot | 12.50 ± 17.68 | 12.50 ± 17.68 | +75.00 (")
     assert lines[3] == "| metamoe | 87.50 ± 17.68 | 87.50 ± 17.68 |  |"
     with pytest.raises(UserError, match="evaluate it alone first"):
-        evaluate.pool([runs[0], tmp_path], "test")
+        evaluate.pool([runs[0], tmp_path], "results.json")
     (runs[1] / "results.json").write_text(json.dumps({"run": {"seed": 1, "clients": ["b"]}, "rows": []}))
     with pytest.raises(UserError, match="only the seed may differ"):
-        evaluate.pool(runs, "test")
+        evaluate.pool(runs, "results.json")
 
 
 RUN = {"backbone": "vit-b-32", "seed": 0, "seed_model": "", "clients": ["flowers", "pets", "eurosat"], "candidates": 3000, "proxies": 500}

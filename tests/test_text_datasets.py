@@ -236,7 +236,7 @@ def test_selection_on_the_papers_datasets(tmp_path, seed_model):
     assert result.code == 0, result.err
     done = {name: read_json(tmp_path / "run" / "clients" / name / "private" / "done.json") for name in ("commonsenseqa", "socialiqa")}
     assert done == {"commonsenseqa": {"seed": 0, "train": 26, "validation": 4, "test": 8}, "socialiqa": {"seed": 0, "train": 26, "validation": 4, "test": 8}}
-    assert sorted(p.name for p in (tmp_path / "run" / "public").iterdir()) == ["done.json", "features.npy", "records.jsonl", "unreadable.json"]
+    assert sorted(p.name for p in (tmp_path / "run" / "public").iterdir()) == ["done.json", "features.npy", "records.jsonl", "timing.json", "unreadable.json"]
     assert "skipped" in drive.call("select_proxies", *command).out
     features = np.load(tmp_path / "run" / "public" / "features.npy")
     backbone = backbones.load_backbone("llama-3.2-3b", seed_model, "cpu", "float32")
@@ -247,9 +247,12 @@ def test_selection_on_the_papers_datasets(tmp_path, seed_model):
 
 
 def test_without_the_hub_or_data_there_is_one_line(tmp_path, seed_model):
+    write("original", "commonsenseqa", tmp_path / "data" / "commonsenseqa", {"train": rows_of("commonsenseqa", 30), "validation": rows_of("commonsenseqa", 8, 100)})
+    write("disk", "alpaca", tmp_path / "data" / "alpaca", {"train": rows_of("alpaca", 40)})
+    local = ["--data-root", tmp_path / "data", "--clients", "commonsenseqa", "--validation-size", 4, "--candidates", 12, "--proxies", 4]
     before = sorted(tmp_path.rglob("*"))
     for flags, say in (
-        (["--backbone", "llama-3.1-8b"], "meta-llama/Llama-3.1-8B"),
+        (["--backbone", "llama-3.1-8b", *local], "meta-llama/Llama-3.1-8B"),
         (["--backbone", "llama-3.1-8b", "--seed-model", seed_model], "tau/commonsense_qa"),
         (["--backbone", "llama-3.1-8b", "--seed-model", seed_model, "--data", "intent=x"], "NAME one of commonsenseqa"),
     ):

@@ -363,6 +363,8 @@ def main():
         if name not in todo:
             print(f"select_proxies: {name}: {args.selection} selection is there already, skipped")
     if not todo:
+        if processes().is_main_process:
+            write_data(run_dir, run, None, {})  # a client whose work is there joins (again)
         return
     data = read_data(run_dir, run, args.skip_bad_records) if processes().is_main_process else None  # what is wrong in it shows before the seed is loaded
     backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers)

@@ -16,7 +16,7 @@ import drive
 import select_proxies
 import tasks
 import tiny
-from rundir import Records, UserError, read_json, read_records, write_records
+from rundir import Records, UserError, read_json, read_records, write_json, write_records
 from test_stages import refused, stage, synthetic_archive
 
 SHARES = {"train": 0, "validation": 0, "test": 0}
@@ -365,6 +365,10 @@ def test_a_join_that_was_killed_goes_on(tmp_path, files, seed_model):
     shutil.rmtree(run_dir / "clients" / "acme")
     assert stage("select_proxies", run_dir, "--join", f"acme={files}/acme.jsonl").code == 0
     assert drive.snapshot(run_dir, "timing.json") == whole and read_json(run_dir / "clients" / "acme" / "private" / "done.json")["test"] == 9
+    left = {key: value for key, value in read_json(run_dir / "run.json").items() if key != "own"}
+    write_json(run_dir / "run.json", left | {"clients": tiny.CLIENTS})  # it had left: all its work is there still
+    assert "skipped" in stage("select_proxies", run_dir, "--join", f"acme={files}/acme.jsonl", "--test-size", "9").out
+    assert drive.snapshot(run_dir, "timing.json") == whole
 
 
 # --- large files

@@ -26,3 +26,11 @@ def seed_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "seed"
     tiny.make_seed_model(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """On tensors this small, threads only wait for each other, and long where the machine is busy."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(THREADS)

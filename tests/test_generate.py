@@ -19,12 +19,7 @@ import transformers  # noqa: E402
 K, VOCAB, TIE = 3, 60, 1e-4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def seed(layers=3, d=16, h=24):

@@ -49,13 +49,7 @@ class CLIPMLP(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(x)))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small, threads only wait for each other, and long where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 LINEARS = {Gated: ("gate_proj", "up_proj", "down_proj"), TwoLayer: ("c_fc", "c_proj"), CLIPMLP: ("fc1", "fc2")}

@@ -25,12 +25,7 @@ METHODS = ["soup", "btm", "btx", "flexolmo", "metamoe", "unrestricted"]
 CLOCKS = ("timing.json", "timings.json", "timings.md")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the model is too small for two
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

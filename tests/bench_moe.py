@@ -1,9 +1,11 @@
-"""Cost of one MoE layer against the dense FFN it replaces: `python tests/bench_moe.py`; the last line is the ratio.
+"""Cost of one MoE layer against the dense FFN it replaces: `python tests/bench_moe.py` prints a table of ratios.
 
-Dense is the base FFN alone. The two are timed in turn, so that both see the same machine, and medians are compared.
+Dense is the base FFN alone, frozen as its weights are in the MoE layer. The two are timed in turn, so that both see the same machine, and
+medians are compared.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -47,34 +49,20 @@ def interleaved(repeats, **functions):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--experts", type=int, default=3, help="number of experts K")
-    parser.add_argument("--top-k", type=int, default=1, help="experts a token")
-    parser.add_argument("--rank", type=int, default=16, help="LoRA rank")
-    parser.add_argument("--d", type=int, default=768, help="width")
-    parser.add_argument("--hidden", type=int, default=3072, help="hidden width of the FFN")
-    parser.add_argument("--batch", type=int, default=64, help="sequences")
-    parser.add_argument("--tokens", type=int, default=50, help="tokens a sequence")
-    parser.add_argument("--gated", action="store_true", help="LLaMA's FFN instead of CLIP's")
-    parser.add_argument("--context", choices=("fixed", "prefix", "none"), default="fixed", help="the router's context")
-    parser.add_argument("--repeats", type=int, default=15, help="timed calls of each")
-    args = parser.parse_args()
-
+def measure(gated, count, top_k, args):
+    """{what: ratio of MoE to dense} and the dense forward's milliseconds."""
     torch.manual_seed(0)
-    dense = (Gated if args.gated else TwoLayer)(args.d, args.hidden)
-    linears = FFNS[0 if args.gated else 1][0]
+    dense = (Gated if gated else TwoLayer)(args.d, args.hidden)
     experts = []
-    for _ in range(args.experts):
+    for _ in range(count):
         e = {"scaling": 2.0}
-        for name in linears:
+        for name in FFNS[0 if gated else 1][0]:
             linear = getattr(dense, name)
             e[f"{name}.lora_A"] = torch.randn(args.rank, linear.in_features) * 0.02
             e[f"{name}.lora_B"] = torch.randn(linear.out_features, args.rank) * 0.02
         experts.append(e)
     # vectors of equal size in random directions: the experts get about equal shares of the tokens
-    router = Router(torch.randn(args.experts, args.d))
-    moe = MoELayer(dense, experts, router, RoutingState(mode=args.context), top_k=args.top_k)
+    moe = MoELayer(dense, experts, Router(torch.randn(count, args.d)), RoutingState(mode=args.context), top_k=top_k)
     x = torch.randn(args.batch, args.tokens, args.d)
 
     def forward(layer):
@@ -86,13 +74,26 @@ if __name__ == "__main__":
     def both(layer):
         layer(z).sum().backward()
 
-    moe.state.record = True
-    forward(moe)
-    moe.state.record = False
-    print(f"{args}\n{torch.get_num_threads()} threads, torch {torch.__version__}, tokens per expert {moe.counts.tolist()}")
     t = interleaved(args.repeats, dense=lambda: forward(dense), moe=lambda: forward(moe))
-    # the dense FFN is frozen too, as its weights are in the MoE layer
     g = interleaved(args.repeats, dense=lambda: both(dense), moe=lambda: both(moe))
-    for what, s in (("forward + backward", g), ("forward", t)):
-        print(f"{what}: dense {1e3 * s['dense']:.1f} ms, MoE {1e3 * s['moe']:.1f} ms, {s['moe'] / s['dense']:.2f}x")
-    print(f"{t['moe'] / t['dense']:.2f}x")
+    return t["moe"] / t["dense"], g["moe"] / g["dense"], 1e3 * t["dense"]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--experts", type=int, nargs="+", default=[3, 32], help="numbers of experts K")
+    parser.add_argument("--top-k", type=int, nargs="+", default=[1, 2], help="experts a token")
+    parser.add_argument("--ffn", choices=("two-layer", "gated"), nargs="+", default=["two-layer", "gated"], help="CLIP's FFN, LLaMA's")
+    parser.add_argument("--rank", type=int, default=16, help="LoRA rank")
+    parser.add_argument("--d", type=int, default=768, help="width")
+    parser.add_argument("--hidden", type=int, default=3072, help="hidden width of the FFN")
+    parser.add_argument("--batch", type=int, default=64, help="sequences")
+    parser.add_argument("--tokens", type=int, default=50, help="tokens a sequence")
+    parser.add_argument("--context", choices=("fixed", "prefix", "none"), default="fixed", help="the router's context")
+    parser.add_argument("--repeats", type=int, default=15, help="timed calls of each")
+    args = parser.parse_args()
+    print(f"rank {args.rank}, d = {args.d}, hidden {args.hidden}, {args.batch} x {args.tokens} tokens, float32, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print("| FFN | K | top-k | dense forward, ms | MoE, forward | MoE, forward and backward |\n|---|---:|---:|---:|---:|---:|")
+    for ffn, top_k, count in itertools.product(args.ffn, args.top_k, args.experts):
+        forward, both, dense = measure(ffn == "gated", count, top_k, args)
+        print(f"| {ffn} | {count} | {top_k} | {dense:.1f} | {forward:.2f}x | {both:.2f}x |", flush=True)

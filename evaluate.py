@@ -29,6 +29,7 @@ ABLATIONS = {
         "flexolmo-random": "FlexOlmo, random", "flexolmo": "FlexOlmo, similarity", "flexolmo-dpp": "FlexOlmo, DPP",
         "metamoe-random": "MetaMoE, random", "metamoe-similarity": "MetaMoE, similarity", "metamoe": "MetaMoE, DPP",
     },
+    "What the DPP chooses from": {"metamoe": "the most relevant candidates", "metamoe-dpp-all": "the whole public set"},
     "Context-aware router (Tables 6, 7)": {"metamoe-no-context": "token alone", "metamoe": "with context"},
     "Proxy-aligned experts (Tables 8, 9, 13)": {
         "metamoe-private-experts": "private data alone", "metamoe-proxy-experts": "proxies alone", "metamoe": "private data and proxies",
@@ -326,7 +327,7 @@ def cost_tables(run, rows, timings):
     if all("embedding_seconds" in found for found in timings):
         lines.append("| embedding D_0, once for all clients |" + f" {mean(lambda t: t['embedding_seconds']):.2f} |" * len(clients))
     for label, key, rule in (("private features and relevance head", "relevance_seconds", None), ("random", "selection_seconds", "random"),
-                             ("similarity", "selection_seconds", "similarity"), ("DPP", "selection_seconds", "dpp")):
+                             ("similarity", "selection_seconds", "similarity"), ("DPP", "selection_seconds", "dpp"), ("DPP, whole public set", "selection_seconds", "dpp-all")):
         values = [[found.get(key, {}).get(name) if rule is None else found[key][name].get(rule) for found in timings] for name in clients]
         if all(value is not None for found in values for value in found):
             lines.append(f"| {label} | " + " | ".join(f"{np.mean(found):.3f}" for found in values) + " |")
@@ -366,7 +367,7 @@ def coverage(run_dir, run, backbone, records, split):
     public = np.load(run_dir / "public" / "features.npy", mmap_mode="r")
     found = {}
     for name in run["clients"]:
-        paths = {rule: run_dir / "clients" / name / "selection" / rule / "selection.json" for rule in ("random", "similarity", "dpp")}
+        paths = {rule: run_dir / "clients" / name / "selection" / rule / "selection.json" for rule in ("random", "similarity", "dpp", "dpp-all")}
         proxies = {rule: np.array(read_json(path)["proxies"]) for rule, path in paths.items() if path.exists()}
         private = unit(backbone.features(records[name], label=f"embedding {name}"))
         found[name] = {}
@@ -383,7 +384,7 @@ def coverage(run_dir, run, backbone, records, split):
             axis.scatter(*others.T, s=4, c="#c8c8c8", linewidths=0, label="public set")
             axis.scatter(*own.T, s=9, c="#1f77b4", linewidths=0, label=f"{name}, private test data")
             axis.scatter(*others[np.searchsorted(shown, chosen)].T, s=18, c="#d62728", edgecolors="white", linewidths=0.4, label="proxies")
-            label = {"random": "random", "similarity": "most relevant", "dpp": "relevance-weighted DPP"}[rule]
+            label = {"random": "random", "similarity": "most relevant", "dpp": "relevance-weighted DPP", "dpp-all": "DPP, whole public set"}[rule]
             axis.set_title(label + "\ndistance {distance:.3f}, log det {log_det:.0f}".format(**found[name][rule]))
             axis.set_xticks([]), axis.set_yticks([])
         figure.suptitle(f"{run['backbone']}: proxies for {name} (m = {run['proxies']}), t-SNE of the seed's features")

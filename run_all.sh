@@ -31,7 +31,7 @@ Options, each also an environment variable:
 --validation-size N VALIDATION_SIZE  private validation samples a client    } the backbone's preset
 --test-size N       TEST_SIZE        test samples a client                  } in backbones.py
 --public-size N     PUBLIC_SIZE      public samples, |D_0|                  }
---candidates N      CANDIDATES       n, candidates of the DPP               }
+--candidates N      CANDIDATES       n, candidates of the DPP (0: all)      }
 --proxies N         PROXIES          m, proxies a client                    }
 --seed-model PATH   SEED_MODEL       another seed model (hub id, local folder, or a checkpoint that open_clip reads)
 --answers WAY       ANSWERS          language models train on a choice's text or its letter: text, letters  } default:
@@ -138,13 +138,14 @@ done
 if [ "${ABLATIONS:-0}" = 1 ]; then
     # What the methods above did not need: the other selections' uploads, experts of proxies alone.
     "$PYTHON" select_proxies.py "${common[@]}" "${run[@]}" --selection random
-    for upload in "private random" "private dpp" "aligned random" "aligned similarity" "proxies dpp"; do
+    "$PYTHON" select_proxies.py "${common[@]}" "${run[@]}" --selection dpp-all
+    for upload in "private random" "private dpp" "aligned random" "aligned similarity" "aligned dpp-all" "proxies dpp"; do
         "$PYTHON" train_expert.py "${common[@]}" --data ${upload% *} --selection ${upload#* }
     done
     for selection in random dpp; do
         "$PYTHON" unify_moe.py "${common[@]}" --method flexolmo --selection $selection --name flexolmo-$selection
     done
-    for selection in random similarity; do
+    for selection in random similarity dpp-all; do
         "$PYTHON" unify_moe.py "${common[@]}" --method metamoe --selection $selection --name metamoe-$selection
     done
     "$PYTHON" unify_moe.py "${common[@]}" --method flexolmo --data aligned --selection dpp --name flexolmo-aligned

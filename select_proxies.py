@@ -22,7 +22,7 @@ from glyph_clip import world
 from rundir import UserError, atomic, check_client, finished, open_run, read_json, read_records, run_main, usable_public
 from rundir import write_json, write_records
 
-RULES = ("dpp", "similarity", "random")
+RULES = ("dpp", "similarity", "random", "dpp-all")
 MOST_PRIVATE = 20_000  # private samples that a relevance head is fitted on
 
 
@@ -46,11 +46,11 @@ def parse_args():
     parser.add_argument("--validation-size", type=int, help="private validation samples a client")
     parser.add_argument("--test-size", type=int, help="test samples a client")
     parser.add_argument("--public-size", type=int, help="public samples, |D_0|")
-    parser.add_argument("--candidates", type=int, help="n: most relevant public samples that the DPP chooses from")
+    parser.add_argument("--candidates", "--pool", type=int, help="n: most relevant public samples that the DPP chooses from (0: all of them, no pre-filter)")
     parser.add_argument("--proxies", type=int, help="m: proxies a client")
     parser.add_argument("--answers", choices=["text", "letters"], help="language models, multiple choice: train on the answer's text, or list the choices in the prompt and train on the answer's letter (default: the backbone's preset, also below)")
     parser.add_argument("--loss", choices=["answer", "text"], help="language models: loss on the answer (router context: the prompt's mean) or on the whole text (context: the mean so far)")
-    parser.add_argument("--selection", choices=RULES, default="dpp", help="rule that chooses the proxies (default: %(default)s)")
+    parser.add_argument("--selection", choices=RULES, default="dpp", help="rule that chooses the proxies; dpp-all: the DPP without the pre-filter (default: %(default)s)")
     parser.add_argument("--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where the hardware computes in it")
@@ -125,7 +125,7 @@ def start_run(args):
         settings = {key: defaults[key] if value is None else value for key, value in settings.items()}
     run = found or settings
     # the relevance head needs 2 samples of each class for its folds, and two halves of D_0
-    for key, least in {"train_size": 2, "validation_size": 0, "test_size": 1, "public_size": 4, "candidates": 1, "proxies": 1}.items():
+    for key, least in {"train_size": 2, "validation_size": 0, "test_size": 1, "public_size": 4, "candidates": 0, "proxies": 1}.items():
         may_be_0 = data in ("images", "qa") or (run.get("sources", {}).get("public") if key == "public_size" else only_own)
         if run[key] < least and not (may_be_0 and key.endswith("_size") and run[key] == 0):
             raise UserError(f"--{key.replace('_', '-')} {run[key]}: must be at least {least}")
@@ -135,10 +135,11 @@ def start_run(args):
         raise UserError(f"--clients {' '.join(run['clients'])}: each client once")
     for name in alone:
         check_client(run, name)
-    if run["proxies"] > run["candidates"]:
+    if run["proxies"] > run["candidates"] > 0:
         raise UserError(f"--proxies {run['proxies']} is more than --candidates {run['candidates']}: m must be at most n")
-    if run["candidates"] > run["public_size"] > 0:
-        raise UserError(f"--candidates {run['candidates']} is more than --public-size {run['public_size']}: n must be at most |D_0|")
+    for key, letter in (("candidates", "n"), ("proxies", "m")):
+        if run[key] > run["public_size"] > 0:
+            raise UserError(f"--{key} {run[key]} is more than --public-size {run['public_size']}: {letter} must be at most |D_0|")
     return open_run(args.run_dir, create=False, **settings), alone or run["clients"]  # not before the data and the seed model are there
 
 
@@ -205,9 +206,16 @@ def read_data(run_dir, run, skip_bad=False):
     if data == "images":
         for name in known:
             tasks.check_images([record for records in parts[name].values() for record in records], name)
-    if new_public and run["candidates"] > len(public):
-        raise UserError(f"--candidates {run['candidates']} is more than the {len(public)} public samples there are: n must be at most |D_0| (and --proxies at most n)")
+    if new_public:
+        check_sizes(run, len(public), "public samples there are")
     return public, parts
+
+
+def check_sizes(run, count, what):
+    """UserError where n or m is more than the `count` public samples."""
+    for key, letter in (("candidates", "n"), ("proxies", "m")):
+        if run[key] > count:
+            raise UserError(f"--{key} {run[key]} is more than the {count} {what}: {letter} must be at most that")
 
 
 def write_data(run_dir, run, public, parts):
@@ -324,13 +332,19 @@ def relevance(public, private, seed, usable=None):
 
 def choose(rule, features, scores, run, client, usable):
     """Indices into D_0 of the client's proxies, in the order they were chosen."""
-    m = run["proxies"]
-    candidates = np.argsort(-scores, kind="stable")[: run["candidates"]]  # C_p, Algorithm 1 line 5
-    if rule == "similarity":
-        return candidates[:m]
+    m, n = run["proxies"], run["candidates"]
     if rule == "random":
         rng = np.random.default_rng([run["seed"], 11, run["clients"].index(client)])
         return rng.choice(usable, m, replace=False)
+    ranked = np.argsort(-scores, kind="stable")
+    if rule == "similarity":
+        return ranked[:m]
+    if rule == "dpp" and n:
+        candidates = ranked[:n]  # C_p, Algorithm 1 line 5
+    elif len(usable) < len(scores):
+        candidates = np.asarray(usable)
+    else:
+        return dpp.relevance_weighted_dpp(features, scores, m)  # from the disk, without a copy of all
     return candidates[dpp.relevance_weighted_dpp(features[candidates], scores[candidates], m)]
 
 
@@ -353,6 +367,7 @@ def main():
     run, names = start_run(args)
     main_first = processes(args.device).main_process_first  # of several processes, under `accelerate launch`
     settings = {key: run[key] for key in ("seed", "candidates", "proxies")} | {"selection": args.selection, "dtype": args.dtype}
+    settings |= {"candidates": 0} if args.selection == "dpp-all" else {}
     folders = {name: run_dir / "clients" / name / "selection" / args.selection for name in names}
     with main_first():
         todo = [name for name in names if not finished(folders[name], settings, args.force)]
@@ -374,8 +389,7 @@ def main():
     public = read_records(run_dir / "public" / "records.jsonl")
     features = public_features(run_dir, backbone, public, args.dtype)
     usable = usable_public(run_dir, public)
-    if run["candidates"] > len(usable):
-        raise UserError(f"--candidates {run['candidates']} is more than the {len(usable)} readable public samples: n must be at most that")
+    check_sizes(run, len(usable), "readable public samples")
     with main_first():
         backbone.public_classes(run_dir / "public")  # their text features, once for all stages
     for name in todo:

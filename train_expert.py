@@ -30,7 +30,7 @@ def parse_args():
     parser.add_argument("--run-dir", required=True, help="folder of the run, made by select_proxies.py")
     parser.add_argument("--client", help="train this one alone (default: every client of the run)")
     parser.add_argument("--data", choices=DATA, default="aligned", help="train on private + proxies, private only, proxies only (default: %(default)s)")
-    parser.add_argument("--selection", default="dpp", choices=["dpp", "similarity", "random"], help="whose proxies to train on and upload (default: %(default)s)")
+    parser.add_argument("--selection", default="dpp", choices=["dpp", "similarity", "random", "dpp-all"], help="whose proxies to train on and upload (default: %(default)s)")
     parser.add_argument("--full-ffn", action="store_true", help="train and upload the FFN weights themselves instead of LoRA factors")
     parser.add_argument("--rank", type=int, help="LoRA rank (default: the backbone's preset, like all below)")
     parser.add_argument("--alpha", type=int, help="LoRA alpha; the update is scaled by alpha / rank")

@@ -53,7 +53,7 @@ def parse_args():
     parser.add_argument("--method", required=True, choices=METHODS, help="see above")
     parser.add_argument("--name", help="folder of the model under RUN/moe/ (default: the method)")
     parser.add_argument("--data", choices=["aligned", "private", "proxies"], help="which experts: trained on private + proxies, private, proxies (default: the method's, like all below)")
-    parser.add_argument("--selection", choices=["dpp", "similarity", "random"], help="uploads of which proxy selection")
+    parser.add_argument("--selection", choices=["dpp", "similarity", "random", "dpp-all"], help="uploads of which proxy selection")
     parser.add_argument("--full-ffn", action="store_true", help="uploads of experts trained with --full-ffn")
     parser.add_argument("--context", choices=["on", "off"], help="router on the blend with the sequence mean (Eq. 6), or on the token alone")
     parser.add_argument("--init", choices=["uploaded", "random"], help="routing vectors start at the clients' means, or random")

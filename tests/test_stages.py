@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 import drive
+import select_proxies
 import tasks
 import tiny
+from dpp import relevance_weighted_dpp
 from rundir import atomic, read_json, write_json, write_manifest
 from tiny import CLIENTS, COMMON, SIZES
 
@@ -314,6 +316,32 @@ def test_proxies_are_sorted_indices_without_scores(finished):
         assert set(proxies) == set(read_json(client / "selection" / rule / "selection.json")["proxies"])
 
 
+def test_without_the_pre_filter_the_dpp_chooses_from_all(fresh, tmp_path, seed_model):
+    """The rule dpp-all of a run with candidates, and the rule dpp of a run without (--pool 0)."""
+    assert stage("select_proxies", fresh).code == stage("select_proxies", fresh, "--selection", "dpp-all").code == 0
+    tiny.make_run(tmp_path / "whole", seed_model, candidates=0)
+    assert stage("select_proxies", tmp_path / "whole", "--pool", "0").code == 0
+    features, differs = np.load(fresh / "public" / "features.npy"), False
+    for name in CLIENTS:
+        relevance = np.load(fresh / "clients" / name / "selection" / "relevance.npy")
+        want = relevance_weighted_dpp(features, relevance, SIZES["proxies"]).tolist()
+        found = {folder.name: read_json(folder / "selection.json")["proxies"] for folder in (fresh / "clients" / name / "selection").glob("dpp*")}
+        assert found["dpp-all"] == want == read_json(tmp_path / "whole" / "clients" / name / "selection" / "dpp" / "selection.json")["proxies"]
+        few = read_json(fresh / "run.json") | {"candidates": SIZES["proxies"]}
+        differs |= set(select_proxies.choose("dpp", features, relevance, few, name, range(len(features))).tolist()) != set(want)
+        # an unreadable sample has no features and no relevance
+        features[7], relevance[7] = np.nan, 0
+        usable = [i for i in range(len(features)) if i != 7]
+        chosen = select_proxies.choose("dpp-all", features, relevance, read_json(fresh / "run.json"), name, usable).tolist()
+        assert chosen == [usable[i] for i in relevance_weighted_dpp(features[usable], relevance[usable], SIZES["proxies"])]
+        features = np.load(fresh / "public" / "features.npy")
+    assert differs  # a pre-filter would have shown
+    for command in (["train_expert", "--selection", "dpp-all", "--epochs", "1"], ["unify_moe", "--method", "metamoe", "--selection", "dpp-all", "--name", "metamoe-dpp-all"], ["evaluate"]):
+        result = stage(command[0], fresh, *command[1:])
+        assert result.code == 0, result.err
+    assert "| the whole public set |" in (fresh / "results.md").read_text()
+
+
 def test_no_private_text_and_no_path_is_in_an_upload_or_a_model(finished, seed_model):
     run_dir, _ = finished
     secrets = [tiny.SECRET, str(run_dir), str(seed_model), str(Path.home()), str(tiny.REPO)]
@@ -541,6 +569,8 @@ def test_validation_results_stand_beside_the_test_results(run):
     (["--client", "nobody"], "nobody"),
     (["--proxies", "9", "--candidates", "8", "--public-size", "48"], "m must be at most n"),
     (["--candidates", "99", "--public-size", "48"], "n must be at most |D_0|"),
+    (["--pool", "0", "--proxies", "49", "--public-size", "48"], "m must be at most |D_0|"),
+    (["--pool", "-1"], "--candidates -1"),
     (["--train-size", "1"], "--train-size"),
     (["--train-size", "0"], "--train-size"),
     (["--test-size", "0"], "--test-size"),

@@ -336,7 +336,7 @@ def test_without_the_pre_filter_the_dpp_chooses_from_all(fresh, tmp_path, seed_m
         assert chosen == [usable[i] for i in relevance_weighted_dpp(features[usable], relevance[usable], SIZES["proxies"])]
         features = np.load(fresh / "public" / "features.npy")
     assert differs  # a pre-filter would have shown
-    for command in (["train_expert", "--selection", "dpp-all", "--epochs", "1"], ["unify_moe", "--method", "metamoe", "--selection", "dpp-all", "--name", "metamoe-dpp-all"], ["evaluate"]):
+    for command in (["train_expert", "--selection", "dpp-all", "--epochs", "1"], ["unify_moe", "--method", "metamoe", "--selection", "dpp-all", "--name", "metamoe-dpp-all"], ["evaluate", "--models", "metamoe-dpp-all"]):
         result = stage(command[0], fresh, *command[1:])
         assert result.code == 0, result.err
     assert "| the whole public set |" in (fresh / "results.md").read_text()

@@ -6,15 +6,23 @@ L~ = Diag(r) L Diag(r), with L_ij = cos(z_i, z_j), has (greedily) the largest lo
 
     indices = relevance_weighted_dpp(features, relevance, k)    # features (n, d), relevance (n,)
 
+Features may be float16 on disk (np.load(..., mmap_mode="r")) and n a million: the search is exact, yet lazy (it
+looks again only at items that could be next) and blocked (matrix products, no n x n kernel, no n x k factor).
+
 This file needs numpy and torch alone and may be copied on its own. Equation numbers are the paper's.
-The incremental Cholesky factor is that of Chen, Zhang & Zhou, "Fast Greedy MAP Inference for Determinantal
-Point Process to Improve Recommendation Diversity" (NeurIPS 2018).
+Sources: the incremental Cholesky factor is that of Chen, Zhang & Zhou, "Fast Greedy MAP Inference for Determinantal
+Point Process to Improve Recommendation Diversity" (NeurIPS 2018); gains of earlier steps as bounds, that of Hemmi,
+Oki, Sakaue, Fujii & Iwata, "Lazy and Fast Greedy MAP Inference for Determinantal Point Process" (NeurIPS 2022).
 """
 
+import math
 import warnings
 
 import numpy as np
 import torch
+
+POOL = 128  # items that compete at a time: more of them, fewer rounds of larger matrices
+ROWS = 256  # features in memory at a time, in float64
 
 
 def relevance_weighted_dpp(features, relevance, k, return_gains=False):
@@ -25,10 +33,11 @@ def relevance_weighted_dpp(features, relevance, k, return_gains=False):
 
     Each step takes the item of largest gain 2 log r_i + log rho_i, where rho_i is the part of the unit
     vector z_i / |z_i| that the items chosen so far leave unexplained. The scale of r is therefore
-    irrelevant. O(n (d + k)) time a step and O(n (d + k)) memory.
+    irrelevant. At most O(n d) time a step (far less where r or z set items apart), O(n + k d) memory beside features.
 
     Args:
-        features: (n, d), one embedding a row; only the direction counts. NumPy array, list or torch tensor.
+        features: (n, d), one embedding a row; only the direction counts. NumPy array (also a memory map), list or torch
+            tensor; float16, bfloat16 and float32 stay as they are and are read in stretches.
         relevance: (n,), at least 0, of the same kind as features.
         k: how many items to pick, 1 <= k <= n.
         return_gains: also return each step's gain; the gains add up to log det(L~_S).
@@ -51,8 +60,10 @@ def relevance_weighted_dpp(features, relevance, k, return_gains=False):
     """
     if isinstance(features, torch.Tensor) != isinstance(relevance, torch.Tensor):
         raise TypeError("features and relevance must be both torch tensors or both NumPy arrays (or lists)")
-    z = _to_tensor(features, "features")
-    r = _to_tensor(relevance, "relevance").to(z)
+    z = features.detach() if isinstance(features, torch.Tensor) else np.asarray(features)
+    if z.dtype not in (np.float16, np.float32, torch.float16, torch.bfloat16, torch.float32):
+        z = _to_tensor(z, "features")
+    r = _to_tensor(relevance, "relevance")
     if z.ndim != 2 or z.shape[1] == 0:
         raise ValueError(f"features must have shape (n, d) with d >= 1, got {tuple(z.shape)}")
     if r.shape != z.shape[:1]:
@@ -62,13 +73,28 @@ def relevance_weighted_dpp(features, relevance, k, return_gains=False):
         raise ValueError("relevance must not be negative")
     if not r.any():
         raise ValueError("relevance is zero for every item")
-    largest = z.abs().amax(1, keepdim=True)
-    if not largest.all():
-        raise ValueError(f"features has a zero row ({int((largest == 0).int().argmax())}), whose cosine is undefined")
-    z = z / largest  # first, so that squares of huge or tiny entries neither overflow nor vanish
-    z /= torch.linalg.vector_norm(z, dim=1, keepdim=True)
 
-    order, gains = _greedy(lambda j: z @ z[j], 2 * r.log(), k, torch.finfo(r.dtype).eps)
+    def rows(index):
+        x = z[index] if isinstance(z, torch.Tensor) else torch.from_numpy(z[index.numpy()])
+        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # exact, and a quick way to float64
+
+    for part in torch.arange(len(z), device=r.device).split(ROWS):
+        largest = rows(part).abs().amax(1)
+        if not largest.isfinite().all():
+            raise ValueError("features contains NaN or inf")
+        if not largest.all():
+            raise ValueError(f"features has a zero row ({int(part[largest == 0][0])}), whose cosine is undefined")
+
+    def unit(index):
+        """The unit vectors z_i / |z_i|, (len(index), d)."""
+        x = rows(index)
+        if x.dtype == r.dtype:  # first, so that squares of huge or tiny entries neither overflow nor vanish
+            x = x / x.abs().amax(1, keepdim=True)
+        x = x.to(r.dtype)
+        return x.mul_(1 / torch.linalg.vector_norm(x, dim=1, keepdim=True))  # quicker than a division
+
+    tol = _tolerance(torch.finfo(r.dtype).eps)
+    order, gains = _with_fillers(lambda log_weight: _lazy_greedy(unit, log_weight, k, tol), 2 * r.log(), k, tol)
     return _like(features, order, gains, return_gains)
 
 
@@ -77,7 +103,7 @@ def greedy_map(kernel, k, return_gains=False):
 
         log det(L_{S + i}) - log det(L_S) = log L_ii + log rho_i      (App. B: sigma^2 = L_ii rho_i)
 
-    where rho_i is the share of L_ii that the items chosen so far leave unexplained. O(nk) time a step.
+    where rho_i is the share of L_ii that the items chosen so far leave unexplained. O(nk) time a step, on the CPU.
 
     Args:
         kernel: (n, n), symmetric and positive semidefinite (the latter is not checked), such as L~ of Eq. 3.
@@ -110,55 +136,117 @@ def greedy_map(kernel, k, return_gains=False):
 
     # The entries of a float32 kernel stay that coarse when upcast, and so does rho. (float32 features are no such
     # trouble: an error e in a vector is one of e^2, about 1e-14, in its rho.)
-    eps = max(torch.finfo(c.dtype).eps, _eps(kernel))
-    order, gains = _greedy(lambda j: c[j], diagonal.log(), k, eps)
+    tol = _tolerance(max(torch.finfo(c.dtype).eps, _eps(kernel)))
+    order, gains = _with_fillers(lambda log_weight: _greedy(c, torch.ones_like(diagonal), log_weight, k, tol)[:2], diagonal.log(), k, tol)
     return _like(kernel, order, gains, return_gains)
 
 
-def _greedy(row, log_weight, k, eps):
-    """Greedy MAP for Diag(w) C Diag(w): row(j) gives row j of C (unit diagonal), log_weight is 2 log w, both (n,).
+def _lazy_greedy(unit, log_weight, k, tol):
+    """Greedy MAP for Diag(w) C Diag(w), C_ij = unit(i) unit(j)^T, log_weight = 2 log w (n,). Returns indices and gains, at most k.
 
-    eps is the rounding error of C. Returns indices (k,) and gains (k,).
+    With Q (t, d) an orthonormal basis of the t items chosen so far, rho_i = 1 - |Q unit(i)|^2. It can only fall, and the
+    gain with it, so the gain of an earlier step bounds today's. A round (1) brings the best bounds up to date until
+    the best POOL of them are gains, (2) runs the plain greedy among those for as long as no other item's bound is in its way,
+    and (3) extends Q by what was chosen.
     """
-    # Dividing by sqrt(rho_j) magnifies rounding to eps / sqrt(rho_j) at worst. With no pivot below eps^(2/3) that
-    # stays under eps^(2/3), so whatever lies below is noise.
-    tol = eps ** (2 / 3)
-    rho = torch.ones_like(log_weight)  # the diagonal of C, less what the chosen items explain
-    factor = rho.new_empty(k, len(rho))  # row t: entry t of y (App. B) for each of the n items, chosen or not
-    order = torch.empty(k, dtype=torch.int64, device=rho.device)
-    gains = torch.full_like(factor[:, 0], -torch.inf)
-    free = torch.ones_like(rho, dtype=torch.bool)
-    positive = log_weight > -torch.inf
-    finite_weight = torch.where(positive, log_weight, 0.0)  # items of weight 0 compete by rho alone
-    picked = rank = 0
+    bound = log_weight.clone()  # of each item's gain
+    rho = torch.ones_like(bound)
+    seen = torch.zeros_like(bound, dtype=torch.int64)  # the rows of Q that rho takes into account, 0 .. seen - 1
+    order, gains = seen[:0], bound[:0]
+    basis = unit(order).new_empty(k, unit(order).shape[1])  # Q
 
-    for group in positive, ~positive:
-        while picked < k:
-            live = free & group & (rho > tol)
-            gain = torch.where(live, finite_weight + rho.log(), -torch.inf)  # Eq. 4 with i minus Eq. 4 without
-            best = gain.max()
-            if best == -torch.inf:
+    def settle(index, value):
+        alive = value > tol
+        rho[index], seen[index] = value, torch.where(alive, len(order), k)  # k: never out of date
+        bound[index] = torch.where(alive, log_weight[index] + value.log(), -torch.inf)
+
+    while len(order) < k:
+        q = basis[: len(order)]
+        width = POOL
+        while True:
+            value, best = bound.topk(min(width, len(bound)))
+            front = best[:POOL]
+            if value[len(front) - 1] >= value[0] - tol:  # ties, and there may be more: the lowest indices come first
+                front = best = (bound >= value[0] - tol).nonzero()[:, 0]
+            if (seen[front] >= len(q)).all():
                 break
-            j = int((gain >= best - tol).int().argmax())  # the lowest index among the ties
-            order[picked] = j
-            gains[picked] = log_weight[j] + rho[j].log()
-            free[j] = False
-            y = (row(j) - factor[:rank, j] @ factor[:rank]) / rho[j].sqrt()  # App. B: P y = k, its last line
-            rho -= y * y  # App. B: sigma^2 = L_xx - |y|^2
-            factor[rank] = y
-            picked, rank = picked + 1, rank + 1
-        # What is left of the group adds no direction, hence leaves every rho as it is: no need to go one by one.
-        rest = (free & group).nonzero()[:, 0]
-        rest = rest[finite_weight[rest].argsort(descending=True, stable=True)][: k - picked]
-        order[picked : picked + len(rest)] = rest
-        picked += len(rest)
+            stale = best[seen[best] < len(q)].sort().values
+            for part in stale[seen[stale].argsort(stable=True)].split(ROWS):  # those that lack the same rows together
+                first = seen[part]
+                new = torch.arange(int(first[0]), len(q), device=part.device)
+                y = (q[new[0] :] @ unit(part).T) * (new[:, None] >= first)
+                settle(part, rho[part] - (y * y).sum(0))
+            width *= 2  # so that few searches are enough also where all must be looked at
+        if value[0] == -torch.inf:
+            break
 
-    fillers = int((gains == -torch.inf).sum())
+        pool = front[:POOL].sort().values
+        bound[pool] = -torch.inf
+        z = unit(pool)
+        y = z @ q.T
+        chosen, gained, left = _greedy(z @ z.T - y @ y.T, 1 - (y * y).sum(1), log_weight[pool], k - len(q), tol, float(bound.max()))
+        new = torch.linalg.qr((z[chosen] - y[chosen] @ q).T)[0].T  # Gram-Schmidt: the first i rows span the first i chosen
+        if (gained - log_weight[pool[chosen]]).min() < -10:  # log rho: what little is left, scaled up, is not quite orthogonal
+            new -= (new @ q.T) @ q
+        basis[len(q) : len(q) + len(new)] = new
+        order, gains = torch.cat([order, pool[chosen]]), torch.cat([gains, gained])
+        settle(pool, left)
+    return order, gains
+
+
+def _greedy(c, rho, log_weight, k, tol, floor=-math.inf):
+    """Greedy MAP for Diag(w) C Diag(w), c = C (n, n), of diagonal rho, log_weight = 2 log w, both (n,).
+
+    Ends after k items, when all are spent, or when the best gain after the first is not above floor by tol.
+    Returns indices (at most k,), gains and what rho has become, on the device of c; computed on the CPU.
+    """
+    device, (c, rho, log_weight) = c.device, (x.cpu().numpy() for x in (c, rho, log_weight))
+    rho = rho.copy()
+    factor = np.empty((min(k, len(rho)), len(rho)), rho.dtype)  # row t: entry t of y (App. B) for each of the n items, chosen or not
+    order, gains = [], []
+    while len(order) < len(factor):
+        gain = log_weight + np.log(rho, where=rho > tol, out=np.full_like(rho, -np.inf))  # Eq. 4 with i minus Eq. 4 without
+        best = gain.max()
+        if best == -np.inf or order and best <= floor + tol:
+            break
+        j, t = int((gain >= best - tol).argmax()), len(order)  # the lowest index among the ties
+        y = (c[j] - factor[:t, j] @ factor[:t]) / np.sqrt(rho[j])  # App. B: P y = k, its last line
+        rho -= y * y  # App. B: sigma^2 = L_xx - |y|^2
+        rho[j] = 0
+        factor[t] = y
+        order.append(j)
+        gains.append(gain[j])
+    return tuple(torch.as_tensor(x, device=device) for x in (np.array(order, np.int64), np.array(gains, rho.dtype), rho))
+
+
+def _with_fillers(greedy, log_weight, k, tol):
+    """greedy(log_weight) with items of weight 0 after all others and, where that ends before k items, the rest by weight; warns then."""
+    positive = log_weight > -torch.inf
+    lowest = log_weight[positive].min() if positive.any() else 0.0
+    # A gain is above its log weight + log tol: below the lowest of these, items of weight 0 compete by rho alone.
+    order, gains = greedy(torch.where(positive, log_weight, lowest + math.log(tol) - 1))
+    gains = gains[positive[order]]
+    fillers = k - len(gains)
     if fillers:
+        rest = torch.ones_like(positive)
+        rest[order] = False
+        rest = rest.nonzero()[:, 0]
+        rest = rest[log_weight[rest].argsort(descending=True, stable=True)]
+        order = torch.cat([x[positive[x] == sign] for sign in (True, False) for x in (order, rest)])[:k]
+        gains = torch.cat([gains, gains.new_full((fillers,), -torch.inf)])
         warnings.warn(
             f"the kernel's numerical rank is used up: {fillers} of the {k} items add nothing to the determinant and "
             "were filled in by relevance (by the diagonal, for an explicit kernel)", RuntimeWarning, stacklevel=3)
     return order, gains
+
+
+def _tolerance(eps):
+    """Below which rho is noise, eps being the rounding error of the kernel's entries.
+
+    Dividing by sqrt(rho_j) magnifies rounding to eps / sqrt(rho_j) at worst. With no pivot below eps^(2/3) that stays under
+    eps^(2/3), so whatever lies below is noise.
+    """
+    return eps ** (2 / 3)
 
 
 def _to_tensor(x, name):

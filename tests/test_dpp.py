@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from bench_dpp import plain
 from dpp import greedy_map, relevance_weighted_dpp
 
 
@@ -430,6 +431,53 @@ def test_no_gradient_is_tracked_and_no_input_changed():
     assert torch.equal(features, before[0]) and torch.equal(relevance, before[1]) and torch.equal(kernel, kernel_before)
 
 
+def family(kind, seed, n=3000, d=48):
+    """(features (n, d), relevance (n,), how many to choose) of one kind of data."""
+    rng = np.random.default_rng(seed)
+    features, relevance, k = rng.normal(size=(n, d)), np.exp(rng.normal(size=n)), 40
+    if kind == "clustered":
+        features = rng.normal(size=(30, d))[rng.integers(30, size=n)] + 0.2 * features
+    if kind == "near-duplicates":
+        features = features[rng.integers(n // 10, size=n)] + 1e-3 * rng.normal(size=(n, d))
+    if kind == "rank-deficient":
+        features, k = features[:, :30] @ rng.normal(size=(30, d)), 29
+    if kind == "skewed":  # as a client's, and far beyond
+        relevance = 1 / (1 + np.exp(9 - rng.choice([1, 4, 20]) * features[:, 0]))
+    if kind == "uniform":
+        relevance = np.full(n, 0.3)
+    if kind == "few dimensions":
+        features, k = features[:, :6], 6
+    return features, relevance, k
+
+
+@pytest.mark.parametrize("kind", ("random", "clustered", "near-duplicates", "rank-deficient", "skewed", "uniform", "few dimensions"))
+@pytest.mark.parametrize("seed", range(4))
+def test_the_lazy_search_finds_what_the_plain_one_finds(kind, seed):
+    features, relevance, k = family(kind, seed)
+    for dtype in (np.float64, np.float32, np.float16):
+        stored = features.astype(dtype)
+        order, gains = silent(relevance_weighted_dpp, stored, relevance, k, return_gains=True)
+        assert order.tolist() == plain(stored, relevance, k).tolist()
+    z = stored[order].astype(float)
+    assert gains.sum() == pytest.approx(log_det(kernel_of(z, relevance[order]), np.arange(k)), abs=1e-6)
+
+
+def test_more_items_than_compete_at_a_time():
+    """Several rounds, among them some of many ties, and to the end of the rank."""
+    rng = np.random.default_rng(0)
+    features, relevance = rng.normal(size=(2000, 400)), np.exp(rng.normal(size=2000).round(1))
+    assert relevance_weighted_dpp(features, relevance, 395).tolist() == plain(features, relevance, 395).tolist()
+    many = np.concatenate([features[:300], features[:300], features[:300]])
+    assert relevance_weighted_dpp(many, np.ones(900), 299).tolist() == plain(many, np.ones(900), 299).tolist()
+
+
+def test_features_on_disk(tmp_path):
+    features, relevance, k = family("clustered", 5)
+    np.save(tmp_path / "features.npy", features.astype(np.float16))
+    on_disk = np.load(tmp_path / "features.npy", mmap_mode="r")
+    assert relevance_weighted_dpp(on_disk, relevance, k).tolist() == plain(features.astype(np.float16), relevance, k).tolist()
+
+
 def test_never_forms_the_n_by_n_kernel():
     n = 200_000  # n x n would take 320 GB
     features, relevance = problem(14, n, 8)
@@ -448,11 +496,11 @@ def test_memory_is_linear_in_n():
                 largest = max(largest, result.numel())
             return result
 
-    n, d, k = 1000, 8, 6
+    n, d, k = 100_000, 8, 6
     features, relevance = problem(15, n, d)
     with Watch():
-        relevance_weighted_dpp(features, relevance, k)
-    assert n * k <= largest <= n * max(d, k)
+        relevance_weighted_dpp(features.astype(np.float16), relevance, k)
+    assert largest == n  # a number an item: no n x k, no second copy of the features
 
 
 def test_speed_at_the_papers_size():

@@ -38,6 +38,7 @@ def embedding(backbone, public, private, rounds):
     """(bare samples/s, the stage's, the stage's with the relevance heads)."""
     bare, stage, heads = [], [], []
     best = min((512, 1024, 2048, 4096), key=lambda tokens: bare_forwards(backbone, public[:500], tokens))
+    own = [np.concatenate([values for _, values in backbone.embed(records)]) for records in private]
     for _ in range(rounds):
         bare.append(bare_forwards(backbone, public, best))
         with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +46,6 @@ def embedding(backbone, public, private, rounds):
             start = time.perf_counter()
             features = select_proxies.public_features(Path(folder), backbone, public, "auto")
             stage.append(time.perf_counter() - start)
-            own = [np.concatenate([values for _, values in backbone.embed(records)]) for records in private]
             start = time.perf_counter()
             for embedded in own:
                 select_proxies.relevance(features, embedded, 0)

@@ -6,6 +6,7 @@ it, against a step of a plain PEFT model with transformers' own loss on the same
 """
 
 import argparse
+import contextlib
 import statistics
 import sys
 import tempfile
@@ -44,7 +45,8 @@ def embedding(backbone, public, private, rounds):
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "public").mkdir()
             start = time.perf_counter()
-            features = select_proxies.public_features(Path(folder), backbone, public, "auto")
+            with contextlib.redirect_stdout(None):
+                features = select_proxies.public_features(Path(folder), backbone, public, "auto")
             stage.append(time.perf_counter() - start)
             start = time.perf_counter()
             for embedded in own:

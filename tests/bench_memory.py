@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import moe  # noqa: E402
 from backbones import import_transformers  # noqa: E402
+from bench_models import unified  # noqa: E402
 
 # the published configurations: layers, width, FFN width, heads, key-value heads, vocabulary, tied embeddings
 MODELS = {"llama-3.2-3b": (28, 3072, 8192, 24, 8, 128256, True), "llama-3.1-8b": (32, 4096, 14336, 32, 8, 128256, False)}
@@ -32,11 +32,7 @@ def layer_bytes(config, rank, experts, batch, tokens):
         frozen = sum(p.numel() for p in model.model.layers[0].parameters())
         names = [f"model.layers.{l}.mlp" for l in range(layers)]
         if experts:
-            shapes = {linear: model.get_submodule(names[0]).get_submodule(linear).weight.shape for linear in LINEARS}
-            expert = {"scaling": 2.0} | {f"{linear}.lora_{leaf}": torch.randn(*shape) * 0.01 for linear, (out, into) in shapes.items()
-                                         for leaf, shape in (("A", (rank, into)), ("B", (out, rank)))}
-            vectors = [torch.randn(layers, config.hidden_size) for _ in range(experts)]
-            model = moe.unify(model, names, [dict.fromkeys(names, expert)] * experts, vectors, context="prefix")
+            model = unified(model, names, rank, experts, context="prefix")
         else:
             from peft import LoraConfig, get_peft_model
 

@@ -35,7 +35,8 @@ def llama():
     return model, [f"layers.{i}.mlp" for i in range(16)], lambda batch: torch.randint(5, 128000, (batch, TOKENS))
 
 
-def unified(model, names, rank=16, count=3):
+def unified(model, names, rank=16, count=3, **options):
+    """The model with `count` random experts in every FFN; options: of moe.unify."""
     experts = []
     for _ in range(count):
         expert = {name: {"scaling": 2.0} for name in names}
@@ -45,7 +46,7 @@ def unified(model, names, rank=16, count=3):
                     expert[name] |= {f"{linear}.lora_A": torch.randn(rank, module.in_features) * 0.02, f"{linear}.lora_B": torch.randn(module.out_features, rank) * 0.02}
         experts.append(expert)
     width = next(m.in_features for m in model.get_submodule(names[0]).modules() if isinstance(m, torch.nn.Linear))
-    return moe.unify(model, names, experts, torch.randn(count, len(names), width))
+    return moe.unify(model, names, experts, torch.randn(count, len(names), width), **options)
 
 
 @torch.inference_mode()

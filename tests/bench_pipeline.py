@@ -21,6 +21,7 @@ import moe  # noqa: E402
 import select_proxies  # noqa: E402
 import tasks  # noqa: E402
 from backbones import epoch_batches, load_backbone  # noqa: E402
+from bench_models import unified  # noqa: E402
 
 
 def bare_forwards(backbone, records, tokens):
@@ -85,21 +86,6 @@ def steps(backbone, records, batch_size, ours, plain, count):
     return statistics.median(times["ours"][warm:]), statistics.median(times["plain"][warm:])
 
 
-def unified(backbone, rank):
-    """The MoE of three random experts."""
-    torch.manual_seed(0)
-    experts = []
-    for _ in range(3):
-        expert = {}
-        for name in backbone.ffn_names:
-            expert[name] = {"scaling": 2.0}
-            for linear in backbone.ffn_linears:
-                out, into = backbone.model.get_submodule(f"{name}.{linear}").weight.shape
-                expert[name] |= {f"{linear}.lora_A": torch.randn(rank, into) * 0.01, f"{linear}.lora_B": torch.randn(out, rank) * 0.01}
-        experts.append(expert)
-    return moe.unify(backbone.model, backbone.ffn_names, experts, torch.randn(3, len(backbone.ffn_names), backbone.width))
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--public", type=int, default=1000, help="public records to embed (default: %(default)s)")
@@ -116,7 +102,7 @@ if __name__ == "__main__":
     bare, stage, whole = embedding(backbone, public, private, args.rounds)
     print(f"| embedding D_0, samples/s | {bare:.1f} | {stage:.1f} | {stage / bare:.2f} |")
     print(f"| with three clients' relevance heads | {bare:.1f} | {whole:.1f} | {whole / bare:.2f} |", flush=True)
-    for label, batch_size, build in (("a step of an expert, ms", 8, lambda b: b.add_lora(16, 32, 0)), ("a step of the final training, ms", 16, lambda b: unified(b, 16))):
+    for label, batch_size, build in (("a step of an expert, ms", 8, lambda b: b.add_lora(16, 32, 0)), ("a step of the final training, ms", 16, lambda b: unified(b.model, b.ffn_names))):
         ours = fresh()
         model, plain = build(ours), fresh().add_lora(16, 32, 0)
         here, there = steps(ours, private[0] + private[1], batch_size, model, plain, args.steps)

@@ -325,7 +325,46 @@ class MoELayer(nn.Module):
         return chosen, pi / (total.detach() if self.weighting == "stopgrad" else total)
 
     def _mix(self, x, chosen, weight):
-        """Eq. 5 for x (N, d), chosen and weight (N, k): y (N, d). The N k (token, expert) pairs are sorted by expert."""
+        """Eq. 5 for x (N, d), chosen and weight (N, k): y (N, d)."""
+        return (self._mix_masked if self._masked(x) else self._mix_sorted)(x, chosen, weight)
+
+    def _masked(self, x):
+        """Whether LoRA experts run as masks. That multiplies N r (K - 1) more for every width, sorting makes K times as many products,
+        of sizes that are new in every batch: launches and a wait on CUDA, new code for bfloat16 on a CPU. Which is more, N decides, not K."""
+        return self.kind == "lora" and len(x) <= (2048 if x.device.type == "cpu" else 65536)
+
+    def _mix_masked(self, x, chosen, weight):
+        """All tokens through all experts' A at once, (K r, d_in), a mask that leaves each its own expert's r numbers, all B at once."""
+        *ups, down = self.linears
+        experts = torch.arange(len(self.counts), device=x.device)
+        masks = ((chosen.unsqueeze(-1) == experts) * x.new_tensor(self.scaling)).unsqueeze(-1).unbind(1)  # k of (N, K, 1)
+
+        def weights(name):
+            """W, its bias, A (K r, d_in), B (K r, d_out)."""
+            linear, stack = getattr(self, name), self.experts[name] if name in self.experts else {}
+            W, bias, A, B = (None if t is None else t.to(x.dtype) for t in (linear.weight, linear.bias, stack.get("A"), stack.get("B")))
+            return W, bias, A if A is None else A.flatten(0, 1), B if B is None else B.mT.flatten(0, 1)
+
+        def low(z, A, mask):
+            return (F.linear(z, A).view(len(z), len(experts), -1) * mask).flatten(1)  # (N, K r)
+
+        # the base projections run once a token: W z ahead of the choices, and W_down, linear, behind their weighted sum
+        base = [(F.linear(x, W, bias), A, B) for W, bias, A, B in map(weights, ups)]
+        W, bias, A, B = weights(down)
+        for j, (mask, w) in enumerate(zip(masks, weight.split(1, dim=1))):
+            add = Tensor.addmm_ if j == len(masks) - 1 else Tensor.addmm  # the last one in place: a copy costs more than the product
+            h = self._activate([y if A is None else add(y, low(x, A, mask), B) for y, A, B in base])  # (N, h)
+            if len(masks) == 1:
+                y = F.linear(h, W, bias)
+                return (y if A is None else y.addmm_(low(h, A, mask), B)) * w
+            own = 0 if A is None else low(h, A, mask * w.unsqueeze(-1))
+            hidden, inner = (h * w, own) if j == 0 else (hidden.addcmul_(h, w), inner + own)
+        y = F.linear(hidden, W)
+        y = y if A is None else y.addmm_(inner, B)
+        return y if bias is None else y + weight.sum(1, keepdim=True) * bias  # (N, d) Eq. 5
+
+    def _mix_sorted(self, x, chosen, weight):
+        """The N k (token, expert) pairs sorted by expert, each expert's products over its own."""
         n, k = chosen.shape
         sizes = chosen.flatten().bincount(minlength=len(self.counts)).tolist()  # pairs per expert
         order = chosen.flatten().argsort(stable=True)  # (N k)
@@ -337,14 +376,13 @@ class MoELayer(nn.Module):
             y = y * weight.flatten()[order].unsqueeze(1)  # (N k, d)
             y = y[torch.empty_like(order).scatter_(0, order, torch.arange(n * k, device=x.device))]
             return y if k == 1 else y.view(n, k, -1).sum(1)  # (N, d) Eq. 5
-        # the base projections run once a token: W z ahead of the experts, and W_down, linear, behind their weighted sum
-        *ups, down = self.linears
-        base = [F.linear(x, weights[name][0][0], weights[name][1][0]) for name in ups]  # (N, h) each
+        *ups, down = self.linears  # the base projections once a token, as above
+        base = [F.linear(x, weights[name][0][0], weights[name][1][0])[token].unsafe_split_with_sizes(sizes) for name in ups]  # (n_p, h) each
         W, bias, A, B = weights[down]
         hidden, low = x.new_zeros(n, W[0].shape[1]), x.new_zeros(n, W[0].shape[0])  # (N, h), (N, d)
-        for p, (t, w) in enumerate(zip(token.split(sizes), weight.flatten()[order].split(sizes))):
-            z = x[t]  # (n_p, d)
-            h = self._activate([self._linear(p, z, *weights[name], y[t]) for name, y in zip(ups, base)])
+        slices = zip(token.split(sizes), x[token].split(sizes), weight.flatten()[order].split(sizes), *base)
+        for p, (t, z, w, *own) in enumerate(slices):
+            h = self._activate([self._linear(p, z, *weights[name], y) for name, y in zip(ups, own)])
             h = h * w.unsqueeze(1)  # (n_p, h)
             hidden.index_add_(0, t, h)
             if A[p] is not None:

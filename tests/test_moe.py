@@ -55,6 +55,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LINEARS = {Gated: ("gate_proj", "up_proj", "down_proj"), TwoLayer: ("c_fc", "c_proj"), CLIPMLP: ("fc1", "fc2")}
 
 
+@pytest.fixture(params=("masked", "sorted"))
+def both_ways(request, monkeypatch):
+    """The test runs twice: all experts' ranks at once behind a mask, which few tokens take, and tokens sorted by expert."""
+    monkeypatch.setattr(MoELayer, "_masked", lambda layer, x: layer.kind == "lora" and request.param == "masked")
+
+
 def make_expert(ffn, kind, rank=R, scaling=1.5):
     e = {"scaling": scaling} if kind == "lora" else {}
     for name in LINEARS[type(ffn)]:
@@ -140,6 +146,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("cls, kind, top_k, weighting, mode", SETTINGS)
+@pytest.mark.usefixtures("both_ways")
 def test_forward_and_gradients_equal_naive(cls, kind, top_k, weighting, mode):
     layer, ffn, _ = make_layer(cls, kind, mode=mode, top_k=top_k, weighting=weighting, offset=mode == "prefix")
     x = torch.randn(3, 5, D, requires_grad=True)
@@ -291,6 +298,7 @@ def test_prefix_does_not_see_the_future_and_fixed_routes_by_the_prompt_alone():
 
 
 @pytest.mark.parametrize("weighting, top_k", itertools.product(moe.WEIGHTINGS, (1, 2, 3)))
+@pytest.mark.usefixtures("both_ways")
 def test_a_disabled_expert_is_as_if_it_were_not_there(weighting, top_k):
     layer, ffn, experts = make_layer(top_k=top_k, weighting=weighting, offset=True)
     x = torch.randn(3, 5, D)
@@ -321,6 +329,7 @@ def test_clamp():
 
 @pytest.mark.parametrize("mode", moe.CONTEXTS)
 @pytest.mark.parametrize("top_k", (1, 2))
+@pytest.mark.usefixtures("both_ways")
 def test_outputs_do_not_depend_on_batch_or_padding(mode, top_k):
     layer, _, _ = make_layer(mode=mode, top_k=top_k, lam=0.6)
     sequences = [torch.randn(n, D) for n in (3, 7, 5)]
@@ -338,6 +347,7 @@ def test_outputs_do_not_depend_on_batch_or_padding(mode, top_k):
 
 
 @pytest.mark.parametrize("kind", ("lora", "full"))
+@pytest.mark.usefixtures("both_ways")
 def test_permuting_the_experts_permutes_only_indices(kind):
     for top_k in (1, 2, 3):
         layer, ffn, experts = make_layer(kind=kind, top_k=top_k)
@@ -350,6 +360,7 @@ def test_permuting_the_experts_permutes_only_indices(kind):
 
 
 @pytest.mark.parametrize("cls, kind", itertools.product((Gated, TwoLayer), ("lora", "full")))
+@pytest.mark.usefixtures("both_ways")
 def test_equal_experts_and_one_expert_are_that_expert(cls, kind):
     torch.manual_seed(1)
     ffn, x = cls(), torch.randn(3, 5, D)
@@ -361,6 +372,7 @@ def test_equal_experts_and_one_expert_are_that_expert(cls, kind):
         torch.testing.assert_close(layer(x), want, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_ranks_may_differ_and_linears_be_left_out():
     torch.manual_seed(2)
     ffn, x = Gated(), torch.randn(3, 5, D)
@@ -379,6 +391,7 @@ def test_ranks_may_differ_and_linears_be_left_out():
 
 
 @pytest.mark.parametrize("kind", ("lora", "full"))
+@pytest.mark.usefixtures("both_ways")
 def test_seed_expert_is_the_seed_and_lora_stays_it(kind):
     torch.manual_seed(3)
     ffn, x = Gated(), torch.randn(3, 5, D)
@@ -395,9 +408,35 @@ def test_seed_expert_is_the_seed_and_lora_stays_it(kind):
                 assert parameter.grad[0].abs().max() == 0
 
 
+def test_few_tokens_are_masked_and_many_sorted(monkeypatch):
+    """Where the layer changes from one way to the other, its outputs and gradients do not."""
+    taken = []
+    for way in ("_mix_masked", "_mix_sorted"):
+        own = getattr(MoELayer, way)
+        monkeypatch.setattr(MoELayer, way, lambda *args, own=own, way=way: taken.append(way) or own(*args))
+    for top_k in (1, 2):
+        layer, _, _ = make_layer(top_k=top_k, mode="none")
+        x, found = torch.randn(2049, D), []
+        for count in (2048, 2049):
+            y = layer(x[:count])[:2048]
+            found.append((y, *torch.autograd.grad(y.square().sum(), list(layer.experts.parameters()))))
+        for few, many in zip(*found):
+            torch.testing.assert_close(few, many, atol=1e-4, rtol=1e-3)
+    make_layer(kind="full")[0](torch.randn(3, 5, D))
+    assert taken == ["_mix_masked", "_mix_sorted"] * 2 + ["_mix_sorted"]
+
+
+def test_masked_compiles_to_one_graph():
+    """Nothing in it waits for the tokens' experts to be known."""
+    layer, _, _ = make_layer(top_k=2)
+    x = torch.randn(3, 5, D)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+
+
 # ---------------------------------------------------------------- precision
 
 @pytest.mark.parametrize("top_k, cls, stored", itertools.product((1, 2), (Gated, TwoLayer), ("float32", "bfloat16")))
+@pytest.mark.usefixtures("both_ways")
 def test_bf16_runs_and_is_close(top_k, cls, stored):
     """autocast over fp32 weights, and a seed that is stored in bf16; experts and router are fp32 in both."""
     layer, ffn, _ = make_layer(cls, top_k=top_k, mode="prefix")

@@ -349,19 +349,22 @@ class MoELayer(nn.Module):
             return (F.linear(z, A).view(len(z), len(experts), -1) * mask).flatten(1)  # (N, K r)
 
         # the base projections run once a token: W z ahead of the choices, and W_down, linear, behind their weighted sum
-        base = [(F.linear(x, W, bias), A, B) for W, bias, A, B in map(weights, ups)]
-        W, bias, A, B = weights(down)
-        for j, (mask, w) in enumerate(zip(masks, weight.split(1, dim=1))):
+        base, hidden = [(F.linear(x, W, bias), A, B) for W, bias, A, B in map(weights, ups)], []
+        for j, mask in enumerate(masks):
             add = Tensor.addmm_ if j == len(masks) - 1 else Tensor.addmm  # the last one in place: a copy costs more than the product
-            h = self._activate([y if A is None else add(y, low(x, A, mask), B) for y, A, B in base])  # (N, h)
-            if len(masks) == 1:
-                y = F.linear(h, W, bias)
-                return (y if A is None else y.addmm_(low(h, A, mask), B)) * w
-            own = 0 if A is None else low(h, A, mask * w.unsqueeze(-1))
-            hidden, inner = (h * w, own) if j == 0 else (hidden.addcmul_(h, w), inner + own)
-        y = F.linear(hidden, W)
-        y = y if A is None else y.addmm_(inner, B)
-        return y if bias is None else y + weight.sum(1, keepdim=True) * bias  # (N, d) Eq. 5
+            hidden.append(self._activate([y if A is None else add(y, low(x, A, mask), B) for y, A, B in base]))  # k of (N, h)
+        W, bias, A, B = weights(down)
+        if len(masks) == 1:
+            y = F.linear(hidden[0], W, bias)
+            return (y if A is None else y.addmm_(low(hidden[0], A, masks[0]), B)) * weight
+        weight = weight.split(1, dim=1)  # k of (N, 1)
+        total = hidden[0] * weight[0]
+        for h, w in zip(hidden[1:], weight[1:]):
+            total.addcmul_(h, w)
+        y = F.linear(total, W)
+        if A is not None:
+            y.addmm_(sum(low(h, A, mask * w.unsqueeze(-1)) for h, mask, w in zip(hidden, masks, weight)), B)
+        return y if bias is None else y + sum(weight) * bias  # (N, d) Eq. 5
 
     def _mix_sorted(self, x, chosen, weight):
         """The N k (token, expert) pairs sorted by expert, each expert's products over its own."""

@@ -49,10 +49,11 @@ def interleaved(repeats, **functions):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def measure(gated, count, top_k, args):
+def measure(gated, count, top_k, batch, args):
     """{what: ratio of MoE to dense} and the dense forward's milliseconds."""
     torch.manual_seed(0)
-    dense = (Gated if gated else TwoLayer)(args.d, args.hidden)
+    dtype = getattr(torch, args.dtype)
+    dense = (Gated if gated else TwoLayer)(args.d, args.hidden).to(dtype)
     experts = []
     for _ in range(count):
         e = {"scaling": 2.0}
@@ -63,7 +64,7 @@ def measure(gated, count, top_k, args):
         experts.append(e)
     # vectors of equal size in random directions: the experts get about equal shares of the tokens
     moe = MoELayer(dense, experts, Router(torch.randn(count, args.d)), RoutingState(mode=args.context), top_k=top_k)
-    x = torch.randn(args.batch, args.tokens, args.d)
+    x = torch.randn(batch, args.tokens, args.d, dtype=dtype)
 
     def forward(layer):
         with torch.no_grad():
@@ -87,13 +88,14 @@ if __name__ == "__main__":
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank")
     parser.add_argument("--d", type=int, default=768, help="width")
     parser.add_argument("--hidden", type=int, default=3072, help="hidden width of the FFN")
-    parser.add_argument("--batch", type=int, default=64, help="sequences")
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 64], help="sequences")
     parser.add_argument("--tokens", type=int, default=50, help="tokens a sequence")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the seed's weights and the tokens")
     parser.add_argument("--context", choices=("fixed", "prefix", "none"), default="fixed", help="the router's context")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of each")
     args = parser.parse_args()
-    print(f"rank {args.rank}, d = {args.d}, hidden {args.hidden}, {args.batch} x {args.tokens} tokens, float32, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| FFN | K | top-k | dense forward, ms | MoE, forward | MoE, forward and backward |\n|---|---:|---:|---:|---:|---:|")
-    for ffn, top_k, count in itertools.product(args.ffn, args.top_k, args.experts):
-        forward, both, dense = measure(ffn == "gated", count, top_k, args)
-        print(f"| {ffn} | {count} | {top_k} | {dense:.1f} | {forward:.2f}x | {both:.2f}x |", flush=True)
+    print(f"rank {args.rank}, d = {args.d}, hidden {args.hidden}, {args.tokens} tokens a sequence, {args.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print("| tokens | FFN | K | top-k | dense forward, ms | MoE, forward | MoE, forward and backward |\n|---:|---|---:|---:|---:|---:|---:|")
+    for batch, ffn, top_k, count in itertools.product(args.batch, args.ffn, args.top_k, args.experts):
+        forward, both, dense = measure(ffn == "gated", count, top_k, batch, args)
+        print(f"| {batch * args.tokens:,} | {ffn} | {count} | {top_k} | {dense:.1f} | {forward:.2f}x | {both:.2f}x |", flush=True)

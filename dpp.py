@@ -184,10 +184,14 @@ def _lazy_greedy(unit, log_weight, k, tol):
         bound[pool] = -torch.inf
         z = unit(pool)
         y = z @ q.T
-        chosen, gained, left = _greedy(z @ z.T - y @ y.T, 1 - (y * y).sum(1), log_weight[pool], k - len(q), tol, float(bound.max()))
-        new = torch.linalg.qr((z[chosen] - y[chosen] @ q).T)[0].T  # Gram-Schmidt: the first i rows span the first i chosen
-        if (gained - log_weight[pool[chosen]]).min() < -10:  # log rho: what little is left, scaled up, is not quite orthogonal
-            new -= (new @ q.T) @ q
+        chosen, gained, left, factor = _greedy(z @ z.T - y @ y.T, 1 - (y * y).sum(1), log_weight[pool], k - len(q), tol, float(bound.max()))
+        new, least = z[chosen] - y[chosen] @ q, (gained - log_weight[pool[chosen]]).min()  # log rho of the least that was left
+        if least > -5:
+            new = torch.linalg.solve_triangular(factor[:, chosen].T, new, upper=False)  # Gram-Schmidt: the first i rows span the first i chosen
+        else:  # the same, slower, and orthogonal whatever the factor's condition
+            new = torch.linalg.qr(new.T)[0].T
+            if least < -10:  # what little is left, scaled up, is not quite orthogonal
+                new -= (new @ q.T) @ q
         basis[len(q) : len(q) + len(new)] = new
         order, gains = torch.cat([order, pool[chosen]]), torch.cat([gains, gained])
         settle(pool, left)
@@ -198,25 +202,27 @@ def _greedy(c, rho, log_weight, k, tol, floor=-math.inf):
     """Greedy MAP for Diag(w) C Diag(w), c = C (n, n), of diagonal rho, log_weight = 2 log w, both (n,).
 
     Ends after k items, when all are spent, or when the best gain after the first is not above floor by tol.
-    Returns indices (at most k,), gains and what rho has become, on the device of c; computed on the CPU.
+    Returns indices (t <= k,), gains, what rho has become (0 where spent), and the factor (t, n), on the device of c; computed on the CPU.
     """
     device, (c, rho, log_weight) = c.device, (x.cpu().numpy() for x in (c, rho, log_weight))
-    rho = rho.copy()
+    rho = np.where(rho > tol, rho, 0)
     factor = np.empty((min(k, len(rho)), len(rho)), rho.dtype)  # row t: entry t of y (App. B) for each of the n items, chosen or not
     order, gains = [], []
-    while len(order) < len(factor):
-        gain = log_weight + np.log(rho, where=rho > tol, out=np.full_like(rho, -np.inf))  # Eq. 4 with i minus Eq. 4 without
-        best = gain.max()
-        if best == -np.inf or order and best <= floor + tol:
-            break
-        j, t = int((gain >= best - tol).argmax()), len(order)  # the lowest index among the ties
-        y = (c[j] - factor[:t, j] @ factor[:t]) / np.sqrt(rho[j])  # App. B: P y = k, its last line
-        rho -= y * y  # App. B: sigma^2 = L_xx - |y|^2
-        rho[j] = 0
-        factor[t] = y
-        order.append(j)
-        gains.append(gain[j])
-    return tuple(torch.as_tensor(x, device=device) for x in (np.array(order, np.int64), np.array(gains, rho.dtype), rho))
+    with np.errstate(divide="ignore"):  # log 0 of the spent
+        while len(order) < len(factor):
+            gain = log_weight + np.log(rho)  # Eq. 4 with i minus Eq. 4 without
+            best = gain.max()
+            if best == -np.inf or order and best <= floor + tol:
+                break
+            j, t = int((gain >= best - tol).argmax()), len(order)  # the lowest index among the ties
+            y = (c[j] - factor[:t, j] @ factor[:t]) / math.sqrt(rho[j])  # App. B: P y = k, its last line
+            rho -= y * y  # App. B: sigma^2 = L_xx - |y|^2
+            rho[rho <= tol] = 0
+            rho[j] = 0
+            factor[t] = y
+            order.append(j)
+            gains.append(gain[j])
+    return tuple(torch.as_tensor(x, device=device) for x in (np.array(order, np.int64), np.array(gains, rho.dtype), rho, factor[: len(order)]))
 
 
 def _with_fillers(greedy, log_weight, k, tol):

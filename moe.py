@@ -336,17 +336,16 @@ class MoELayer(nn.Module):
     def _mix_masked(self, x, chosen, weight):
         """All tokens through all experts' A at once, (K r, d_in), a mask that leaves each its own expert's r numbers, all B at once."""
         *ups, down = self.linears
-        experts = torch.arange(len(self.counts), device=x.device)
-        masks = ((chosen.unsqueeze(-1) == experts) * x.new_tensor(self.scaling)).unsqueeze(-1).unbind(1)  # k of (N, K, 1)
+        # the scalings one by one: a tensor of them would be a copy to the device, and a wait, in every layer
+        masks = torch.stack([(chosen == p).to(x.dtype) * s for p, s in enumerate(self.scaling)], dim=-1).unsqueeze(-1).unbind(1)  # k of (N, K, 1)
 
         def weights(name):
             """W, its bias, A (K r, d_in), B (K r, d_out)."""
-            linear, stack = getattr(self, name), self.experts[name] if name in self.experts else {}
-            W, bias, A, B = (None if t is None else t.to(x.dtype) for t in (linear.weight, linear.bias, stack.get("A"), stack.get("B")))
+            W, bias, A, B = self._tensors(name, x.dtype)
             return W, bias, A if A is None else A.flatten(0, 1), B if B is None else B.mT.flatten(0, 1)
 
         def low(z, A, mask):
-            return (F.linear(z, A).view(len(z), len(experts), -1) * mask).flatten(1)  # (N, K r)
+            return (F.linear(z, A).view(len(z), len(self.scaling), -1) * mask).flatten(1)  # (N, K r)
 
         # the base projections run once a token: W z ahead of the choices, and W_down, linear, behind their weighted sum
         base, hidden = [(F.linear(x, W, bias), A, B) for W, bias, A, B in map(weights, ups)], []
@@ -393,20 +392,24 @@ class MoELayer(nn.Module):
         y = F.linear(hidden, W[0]) + low
         return y if bias[0] is None else y + weight.sum(1, keepdim=True) * bias[0]  # (N, d) Eq. 5
 
+    def _tensors(self, name, dtype):
+        """W, bias, A, B of a linear in dtype, None where there is no such tensor; what is the experts' own has K in front."""
+        stack = self.experts[name] if name in self.experts else None
+        base = stack if self.kind == "full" else getattr(self, name)
+        found = [getattr(module, leaf, None) for module, leaf in ((base, "weight"), (base, "bias"), (stack, "A"), (stack, "B"))]
+        return [None if t is None else t.to(dtype) for t in found]
+
     def _weights(self, dtype):
         """{linear: (W, bias, A, B)} in dtype, each a list over experts, of None where there is no such tensor."""
-        weights, none = {}, [None] * len(self.counts)
+        weights, K = {}, len(self.counts)
+
+        def own(t):  # unbind: one gradient for a whole stack, not one of its size for every expert
+            return [None] * K if t is None else t.unbind(0)
+
         for name in self.linears:
-            seed, stack = getattr(self, name, None), self.experts[name] if name in self.experts else None
-            own = stack if self.kind == "full" else seed
-            weights[name] = []
-            for module, leaf in ((own, "weight"), (own, "bias"), (stack, "A"), (stack, "B")):
-                t = getattr(module, leaf, None)
-                if t is None:
-                    weights[name].append(none)
-                else:  # unbind: one gradient for a whole stack, not one of its size for every expert
-                    t = t.to(dtype)
-                    weights[name].append(t.unbind(0) if module is stack else [t] * len(none))
+            W, bias, A, B = self._tensors(name, dtype)
+            base = (own(W), own(bias)) if self.kind == "full" else ([W] * K, [bias] * K)
+            weights[name] = *base, own(A), own(B)
         return weights
 
     def _expert(self, p, z, weights):

@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import moe  # noqa: E402
 from backbones import import_transformers, pick_device, pick_dtype  # noqa: E402
+from bench_moe import random_expert  # noqa: E402
 
 TOKENS = 128
 
@@ -37,14 +38,7 @@ def llama():
 
 def unified(model, names, rank=16, count=3, **options):
     """The model with `count` random experts in every FFN; options: of moe.unify."""
-    experts = []
-    for _ in range(count):
-        expert = {name: {"scaling": 2.0} for name in names}
-        for name in names:
-            for linear, module in model.get_submodule(name).named_children():
-                if isinstance(module, torch.nn.Linear):
-                    expert[name] |= {f"{linear}.lora_A": torch.randn(rank, module.in_features) * 0.02, f"{linear}.lora_B": torch.randn(module.out_features, rank) * 0.02}
-        experts.append(expert)
+    experts = [{name: random_expert(model.get_submodule(name), rank) for name in names} for _ in range(count)]
     width = next(m.in_features for m in model.get_submodule(names[0]).modules() if isinstance(m, torch.nn.Linear))
     return moe.unify(model, names, experts, torch.randn(count, len(names), width), **options)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from moe import FFNS, MoELayer, Router, RoutingState  # noqa: E402
+from moe import MoELayer, Router, RoutingState  # noqa: E402
 
 
 class Gated(nn.Module):
@@ -37,6 +37,15 @@ class TwoLayer(nn.Module):
         return self.c_proj(self.gelu(self.c_fc(x)))
 
 
+def random_expert(ffn, rank):
+    """A LoRA expert of random weights for the linears of an FFN."""
+    expert = {"scaling": 2.0}
+    for name, module in ffn.named_children():
+        if isinstance(module, nn.Linear):
+            expert |= {f"{name}.lora_A": torch.randn(rank, module.in_features) * 0.02, f"{name}.lora_B": torch.randn(module.out_features, rank) * 0.02}
+    return expert
+
+
 def interleaved(repeats, **functions):
     """Median seconds of each function, one call of each a round, the order reversed every other round."""
     times = {name: [] for name in functions}
@@ -54,14 +63,7 @@ def measure(gated, count, top_k, batch, args):
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
     dense = (Gated if gated else TwoLayer)(args.d, args.hidden).to(dtype)
-    experts = []
-    for _ in range(count):
-        e = {"scaling": 2.0}
-        for name in FFNS[0 if gated else 1][0]:
-            linear = getattr(dense, name)
-            e[f"{name}.lora_A"] = torch.randn(args.rank, linear.in_features) * 0.02
-            e[f"{name}.lora_B"] = torch.randn(linear.out_features, args.rank) * 0.02
-        experts.append(e)
+    experts = [random_expert(dense, args.rank) for _ in range(count)]
     # vectors of equal size in random directions: the experts get about equal shares of the tokens
     moe = MoELayer(dense, experts, Router(torch.randn(count, args.d)), RoutingState(mode=args.context), top_k=top_k)
     x = torch.randn(batch, args.tokens, args.d, dtype=dtype)

@@ -29,7 +29,7 @@ Options, each also an environment variable:
 --methods "A B"     METHODS          of soup btm btx flexolmo metamoe unrestricted (default: all of them)
 --train-size N      TRAIN_SIZE       private training samples a client      } defaults of these six:
 --validation-size N VALIDATION_SIZE  private validation samples a client    } the backbone's preset
---test-size N       TEST_SIZE        test samples a client                  } in backbones.py
+--test-size N       TEST_SIZE        test samples a client                  } in metamoe/presets.py
 --public-size N     PUBLIC_SIZE      public samples, |D_0|                  }
 --candidates N      CANDIDATES       n, candidates of the DPP (0: all)      }
 --proxies N         PROXIES          m, proxies a client                    }

@@ -18,9 +18,23 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from backbones import PRESETS, load_backbone, processes, train, unwrap, use_checkpointing
-from rundir import UserError, atomic, check_client, finished, folder_bytes, open_run, read_json, read_records, run_main
-from rundir import sha256, upload_variant, write_json, write_manifest
+from metamoe.backbones import load_backbone
+from metamoe.backbones.distributed import processes
+from metamoe.backbones.training import train, use_checkpointing
+from metamoe.errors import UserError, run_main
+from metamoe.presets import PRESETS
+from metamoe.records import read_records
+from metamoe.rundir import (
+    atomic,
+    check_client,
+    finished,
+    folder_bytes,
+    open_run,
+    read_json,
+    sha256,
+    write_json,
+)
+from metamoe.uploads import save_expert, upload_variant, write_manifest
 
 DATA = ("aligned", "private", "proxies")
 
@@ -90,16 +104,6 @@ def train_client(run_dir, run, name, args, settings):
     return f"{len(private)} private + {len(proxies)} proxies, {steps} steps, loss {sum(losses[:5]) / len(losses[:5]):.3f} -> {sum(losses[-5:]) / len(losses[-5:]):.3f}"
 
 
-def save_expert(model, backbone, folder, full_ffn):
-    if full_ffn:
-        state = {f"{ffn}.{key}": value.contiguous() for ffn in backbone.ffn_names for key, value in unwrap(model).get_submodule(ffn).state_dict().items()}
-        save_file(state, folder / "ffn.safetensors")
-    else:
-        config = model.peft_config["default"]
-        config.base_model_name_or_path = Path(backbone.source).name  # not the client's paths
-        config.target_modules = sorted(config.target_modules)  # a set, which would be written in another order each time
-        model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-        (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's model-card template
 
 
 def selection_file(client, rule):

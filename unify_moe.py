@@ -20,31 +20,27 @@ Each switch of the paper's ablations is a flag; a model made with one wants a --
 """
 
 import argparse
-import json
 import math
 import re
-import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import moe
-from backbones import PRESETS, import_transformers, load_backbone, processes, read_expert, train, use_checkpointing
-from rundir import UserError, atomic, finished, folder_bytes, open_run, read_json, read_manifest, read_records, run_main, sha256
-from rundir import upload_variant, usable_public, write_json
-
-# What makes a method: which uploads, the router's context and start, what the final training trains and on what.
-METHODS = {
-    "metamoe": {"data": "aligned", "selection": "dpp", "context": "on", "init": "uploaded", "train": "all", "samples": "proxies"},
-    "flexolmo": {"data": "private", "selection": "similarity", "context": "off", "init": "uploaded", "train": "router", "samples": "proxies"},
-    "btx": {"data": "private", "selection": "similarity", "context": "off", "init": "random", "train": "all", "samples": "public"},
-    "unrestricted": {"data": "private", "selection": "similarity", "context": "on", "init": "uploaded", "train": "all", "samples": "private"},
-    "soup": {"data": "private", "selection": "similarity"},
-    "btm": {"data": "private", "selection": "similarity"},
-}
+from metamoe.backbones import load_backbone
+from metamoe.backbones.distributed import processes
+from metamoe.backbones.training import train, use_checkpointing
+from metamoe.errors import UserError, run_main
+from metamoe.methods import METHODS
+from metamoe.presets import PRESETS
+from metamoe.records import read_records, usable_public
+from metamoe.rivals.soup import average, save_soup
+from metamoe.rundir import atomic, finished, open_run, read_json, sha256, write_json
+from metamoe.serving.export import check_export, export
+from metamoe.uploads import read_expert, read_manifest, upload_variant
 
 
 def parse_args():
@@ -81,35 +77,8 @@ def parse_args():
     return parser.parse_args()
 
 
-def average(experts):
-    """ModelSoup: the mean of the experts' weights. The mean of products B_p A_p is one LoRA expert of rank K r, exactly."""
-    soup = {}
-    for ffn, first in experts[0].items():
-        soup[ffn] = {}
-        for key in first:
-            tensors = [expert[ffn][key] for expert in experts]
-            if key == "scaling":
-                soup[ffn][key] = 1.0
-            elif key.endswith("lora_A"):
-                soup[ffn][key] = torch.cat(tensors)  # (K r, d_in)
-            elif key.endswith("lora_B"):
-                soup[ffn][key] = torch.cat([t * expert[ffn]["scaling"] / len(experts) for t, expert in zip(tensors, experts)], 1)  # (d_out, K r)
-            else:
-                soup[ffn][key] = torch.stack(tensors).mean(0)
-    return soup
 
 
-def save_soup(soup, upload, folder):
-    """The soup as what a client uploads: a PEFT adapter, or ffn.safetensors."""
-    if (upload / "ffn.safetensors").exists():
-        save_file({f"{ffn}.{key}": t for ffn, expert in soup.items() for key, t in expert.items()}, folder / "ffn.safetensors")
-        return
-    tensors = {f"base_model.model.{ffn}.{key}.weight": t.contiguous() for ffn, expert in soup.items() for key, t in expert.items() if key != "scaling"}
-    rank = next(t for key, t in tensors.items() if "lora_A" in key).shape[0]
-    config = json.loads((upload / "adapter" / "adapter_config.json").read_text()) | {"r": rank, "lora_alpha": rank}
-    (folder / "adapter").mkdir()
-    save_file(tensors, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "adapter" / "adapter_config.json", config)
 
 
 def final_samples(run_dir, run, uploads, settings):
@@ -230,45 +199,8 @@ def leave_out(args, run_dir):
     return folder
 
 
-def check_export(args, run):
-    """The folder to export to is free, or holds an earlier export; the model is one that can be exported."""
-    if PRESETS[run["backbone"]]["kind"] != "text" or args.method in ("soup", "btm"):
-        raise UserError(f"--export {args.export}: an MoE of a language model alone; {run['backbone']}, {args.method} is none")
-    folder = Path(args.export)
-    earlier = all((folder / file).exists() for file in ("config.json", "modeling_metamoe.py"))
-    if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not earlier:
-        raise UserError(f"--export {args.export}: is there already and holds no export: name another folder")
 
 
-def export(run, source, folder, force):
-    """Write the model RUN/moe/NAME as a Hugging Face folder: weights, configuration, tokenizer, code."""
-    settings = {"model": source.name, "moe": sha256(source / "moe.safetensors"), "config": sha256(source / "moe_config.json")}
-    if finished(folder, settings, force):
-        print(f"unify_moe: {folder}: is there already, skipped")
-        return
-    backbone = load_backbone(run["backbone"], run["seed_model"], "cpu", "bfloat16")
-    backbone.model = None  # the weights are wanted as they are stored
-    model = moe.load(source, import_transformers().AutoModelForCausalLM.from_pretrained(backbone.source, dtype="auto"))
-    seed = type(model.config).__name__, type(model).__name__
-    layers = [{key: list(t.shape) for key, t in layer.state_dict().items() if key.startswith(("experts.", "router."))} for layer in moe.layers(model)]
-    if any(layer != layers[0] for layer in layers):
-        raise UserError(f"--export {folder}: the experts' shapes differ from layer to layer")
-    # tools pad on the right without a mask, and do not say where a prompt ends: the prefix needs neither
-    context = "none" if model.moe_config["context"] == "none" else "prefix"
-    with atomic(folder) as part:
-        model.save_pretrained(part)
-        backbone.tokenizer.save_pretrained(part)
-        config = read_json(part / "config.json")
-        config |= {
-            "model_type": "metamoe", "architectures": ["MetaMoEForCausalLM"], "moe": model.moe_config | {"context": context, "shapes": layers[0]},
-            "auto_map": {"AutoConfig": "modeling_metamoe.MetaMoEConfig", "AutoModelForCausalLM": "modeling_metamoe.MetaMoEForCausalLM"},
-        }
-        write_json(part / "config.json", config)
-        code = (Path(__file__).parent / "export" / "modeling_metamoe.py").read_text()
-        (part / "modeling_metamoe.py").write_text(code.replace("LlamaConfig", seed[0]).replace("LlamaForCausalLM", seed[1]))
-        shutil.copyfile(moe.__file__, part / "moe.py")
-        write_json(part / "done.json", settings)
-    print(f"unify_moe: {folder}: {source.name} as a Hugging Face folder, {folder_bytes(folder) / 1e6:.0f} MB")
 
 
 def resolve(args, run_dir, run):

@@ -2,7 +2,7 @@
 
 The tensors that autograd keeps for the backward are counted (`saved_tensors_hooks`) in one decoder layer of the model's own widths,
 randomly initialised, on a few tokens; they grow with layers and tokens. To them come the weights, what is trained (fp32 value, gradient,
-two AdamW moments), the head's float32 logits (`backbones.head_loss` makes them in chunks; twice, with their gradient) and, in the
+two AdamW moments), the head's float32 logits (`head_loss` makes them in chunks; twice, with their gradient) and, in the
 backward, about once more what one layer keeps. Fragmentation, the CUDA context and libraries (1 to 2 GB) are not in it.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from backbones import import_transformers  # noqa: E402
+from metamoe.backbones.base import import_transformers# noqa: E402
 from bench_models import unified  # noqa: E402
 
 # the published configurations: layers, width, FFN width, heads, key-value heads, vocabulary, tied embeddings

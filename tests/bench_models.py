@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import moe  # noqa: E402
-from backbones import import_transformers, pick_device, pick_dtype  # noqa: E402
+from metamoe.backbones.base import import_transformers, pick_device, pick_dtype# noqa: E402
 from bench_moe import random_expert  # noqa: E402
 
 TOKENS = 128

@@ -19,8 +19,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import moe  # noqa: E402
 import select_proxies  # noqa: E402
-import tasks  # noqa: E402
-from backbones import epoch_batches, load_backbone  # noqa: E402
+from metamoe.backbones.embedding import public_features  # noqa: E402
+from metamoe.data import bigbench
+from metamoe.backbones.training import epoch_batches
+from metamoe.backbones import load_backbone# noqa: E402
 from bench_models import unified  # noqa: E402
 
 
@@ -47,7 +49,7 @@ def embedding(backbone, public, private, rounds):
             (Path(folder) / "public").mkdir()
             start = time.perf_counter()
             with contextlib.redirect_stdout(None):
-                features = select_proxies.public_features(Path(folder), backbone, public, "auto")
+                features = public_features(Path(folder), backbone, public, "auto")
             stage.append(time.perf_counter() - start)
             start = time.perf_counter()
             for embedded in own:
@@ -93,7 +95,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=25, help="timed training steps (default: %(default)s)")
     args = parser.parse_args()
     name = "smollm2-135m"
-    public, parts = tasks.load_bigbench(list(tasks.CLIENTS), {"train": 400, "validation": 0, "test": 1}, args.public, 0)
+    public, parts = bigbench.load_bigbench(list(bigbench.CLIENTS), {"train": 400, "validation": 0, "test": 1}, args.public, 0)
     private = [part["train"] for part in parts.values()]
     fresh = lambda: load_backbone(name)  # noqa: E731 - PEFT and the MoE change a model in place
     backbone = fresh()

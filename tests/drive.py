@@ -147,9 +147,9 @@ def _ended(pid):
 def main():
     job = json.loads(Path(sys.argv[1]).read_text())
     if "kills" in job:
-        import backbones
+        from metamoe.backbones.base import import_transformers
 
-        backbones.import_transformers()
+        import_transformers()
         report = run_killed(Path(job["run_dir"]), job["pristine"], job["commands"], job["kills"], job["seconds"], job["writes"], job["seed"])
     else:
         opened = set()

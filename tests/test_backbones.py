@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-import backbones
+from metamoe import backbones
+from metamoe import uploads
+from metamoe.backbones import base
+from metamoe.backbones import training
 import moe
 import tiny
-import train_expert
-from rundir import UserError
+from metamoe.errors import UserError
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -164,7 +166,7 @@ def test_routing_vectors_equal_those_of_single_texts(backbone, records, lora):
         model.eval()
     got = backbone.routing_vectors(model, records)
     seen = {}
-    hooks = [backbones.unwrap(model).get_submodule(name).register_forward_hook(lambda module, inputs, output, name=name: seen.setdefault(name, []).append(inputs[0])) for name in backbone.ffn_names]
+    hooks = [base.unwrap(model).get_submodule(name).register_forward_hook(lambda module, inputs, output, name=name: seen.setdefault(name, []).append(inputs[0])) for name in backbone.ffn_names]
     with torch.no_grad():
         for record in records:
             model(input_ids=torch.tensor([backbone.tokenizer(record["prompt"])["input_ids"]]))
@@ -216,14 +218,14 @@ def test_batches_hold_every_index_once_within_the_budget(backbone, seed):
 def test_an_epochs_batches_hold_every_index_once(count, size):
     lengths = np.random.default_rng(0).integers(1, 50, count).tolist()
     steps = -(-count // size)
-    batches = list(backbones.epoch_batches(lengths, size, 2 * steps, 1))
+    batches = list(training.epoch_batches(lengths, size, 2 * steps, 1))
     assert len(batches) == 2 * steps
     for epoch in (batches[:steps], batches[steps:]):
         assert sorted(i for batch in epoch for i in batch) == list(range(count))
     assert all(1 <= len(batch) <= size for batch in batches)
-    assert batches[: steps + 1] == list(backbones.epoch_batches(lengths, size, steps + 1, 1))
+    assert batches[: steps + 1] == list(training.epoch_batches(lengths, size, steps + 1, 1))
     if count > 64:
-        assert batches[:steps] != batches[steps:] and batches != list(backbones.epoch_batches(lengths, size, 2 * steps, 2))
+        assert batches[:steps] != batches[steps:] and batches != list(training.epoch_batches(lengths, size, 2 * steps, 2))
 
 
 # --- training
@@ -231,7 +233,7 @@ def test_an_epochs_batches_hold_every_index_once(count, size):
 
 def teach(backbone, model, records, steps=30, lr=0.01, after_step=None, groups=None):
     groups = groups or [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
-    return backbones.train(backbone, model, records, groups, steps=steps, batch_size=8, warmup_steps=3, optimizer="adamw", weight_decay=0.0, seed=0, label="test", after_step=after_step)
+    return training.train(backbone, model, records, groups, steps=steps, batch_size=8, warmup_steps=3, optimizer="adamw", weight_decay=0.0, seed=0, label="test", after_step=after_step)
 
 
 def test_lora_training_lowers_the_loss_and_touches_the_ffn_factors_alone(backbone, records):
@@ -316,7 +318,7 @@ def test_a_saved_expert_is_the_trained_one(backbone, seed_model, records, tmp_pa
     teach(backbone, model, records, steps=10)
     want = backbone.scores(model, records)
     (tmp_path / "expert").mkdir()
-    train_expert.save_expert(model, backbone, tmp_path / "expert", full)
+    uploads.save_expert(model, backbone, tmp_path / "expert", full)
 
     def check(make, tolerance):
         fresh = backbones.load_backbone("smollm2-135m", seed_model, "cpu", "float32")
@@ -324,7 +326,7 @@ def test_a_saved_expert_is_the_trained_one(backbone, seed_model, records, tmp_pa
             assert a == pytest.approx(b, abs=tolerance)
 
     check(lambda fresh: fresh.with_adapter(tmp_path / "expert"), 1e-5)
-    expert = backbones.read_expert(tmp_path / "expert")
+    expert = uploads.read_expert(tmp_path / "expert")
     check(lambda fresh: moe.unify(fresh.model, fresh.ffn_names, [expert], [torch.zeros(2, 32)]), 1e-4)
     zero = backbones.load_backbone("smollm2-135m", seed_model, "cpu", "float32")
     assert max(np.abs(a - b).max() for a, b in zip(zero.scores(zero.model, records), want)) > 0.5
@@ -335,7 +337,7 @@ def test_the_saved_adapter_is_the_same_bytes_whatever_the_order_of_its_targets(b
     for number in (1, 2):
         (tmp_path / str(number)).mkdir()
         model.peft_config["default"].target_modules = set(sorted(model.peft_config["default"].target_modules, reverse=number == 2))
-        train_expert.save_expert(model, backbone, tmp_path / str(number), False)
+        uploads.save_expert(model, backbone, tmp_path / str(number), False)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "1" / "adapter" / name).read_bytes() == (tmp_path / "2" / "adapter" / name).read_bytes()
     assert sorted(p.name for p in (tmp_path / "1" / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]

@@ -11,13 +11,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import backbones
+from metamoe import backbones  # noqa: E402
+from metamoe.backbones import base  # noqa: E402
+from metamoe import uploads
+from metamoe.backbones.clip import ClipBackbone
+from metamoe.backbones import embedding
+from metamoe.backbones import training
 import moe
-import select_proxies
 import tiny
-from glyph_clip import model as glyph
-from glyph_clip import world
-from rundir import UserError, read_json, read_records
+from metamoe.data.glyphs import model as glyph
+from metamoe.data.glyphs import world
+from metamoe.errors import UserError
+from metamoe.rundir import read_json
+from metamoe.records import read_records
 
 SIZES = {"train": 12, "validation": 4, "test": 8}
 
@@ -66,12 +72,12 @@ def expert(backbone, scale=0.3, seed=0):
 @pytest.mark.parametrize("size", [(300, 400), (500, 260), (224, 224), (256, 999)])
 def test_the_test_transform_is_open_clips(size):
     """With its own resize, which takes the shorter side to the crop's size, pixel by pixel."""
-    backbones.fix_torchvision()
+    base.fix_torchvision()
     from open_clip import image_transform
     from torchvision import transforms
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
-    clip = object.__new__(backbones.ClipBackbone)
+    clip = object.__new__(ClipBackbone)
     clip.size, clip.flip = 224, True
     clip.mean, clip.std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     clip.resize = 224
@@ -83,8 +89,8 @@ def test_the_test_transform_is_open_clips(size):
 
 
 def test_the_training_transform_crops_and_flips_at_random_but_fixed_by_its_generator():
-    backbones.fix_torchvision()
-    clip = object.__new__(backbones.ClipBackbone)
+    base.fix_torchvision()
+    clip = object.__new__(ClipBackbone)
     clip.size, clip.resize, clip.flip, clip.mean, clip.std = 24, 32, True, (0, 0, 0), (1, 1, 1)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8))
     whole = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
@@ -138,7 +144,7 @@ def test_a_class_prompt_is_encoded_once_and_kept(backbone, tmp_path):
 def test_routing_vectors_are_means_over_samples_and_tokens(backbone, records):
     model = expert(backbone)
     got = backbone.routing_vectors(model, records * 15)  # more than one batch
-    visual, inputs = backbones.unwrap(model).visual, []
+    visual, inputs = base.unwrap(model).visual, []
     hooks = [visual.transformer.resblocks[i].mlp.register_forward_pre_hook(lambda module, x: inputs.append(x[0])) for i in range(6)]
     with torch.no_grad():
         visual(pixels(backbone, records))
@@ -159,7 +165,7 @@ def test_lora_sits_on_the_visual_ffns_alone_and_training_lowers_the_loss(backbon
     classes = records[0]["choices"]
     for optimizer, lr in (("adamw", 0.01), ("sgd", 0.05)):
         groups = [{"params": [p.requires_grad_(True) for name, p in model.named_parameters() if name in trained], "lr": lr}]
-        losses = backbones.train(backbone, model, records[:6], groups, steps=25, batch_size=6, warmup_steps=0, optimizer=optimizer,
+        losses = training.train(backbone, model, records[:6], groups, steps=25, batch_size=6, warmup_steps=0, optimizer=optimizer,
                                  weight_decay=0.0, seed=0, label="test", classes=classes)
         assert len(losses) == 25 and np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
     after = {name.replace(".base_layer", "").removeprefix("base_model.model."): p for name, p in model.named_parameters()}
@@ -186,7 +192,7 @@ def unified(weights, tmp_path, seeds):
     for seed in seeds:
         model = expert(backbones.load_backbone("glyph-clip", weights, "cpu", "float32"), seed=seed)
         model.save_pretrained(tmp_path / f"{seed}" / "adapter")
-        experts.append(backbones.read_expert(tmp_path / f"{seed}"))
+        experts.append(uploads.read_expert(tmp_path / f"{seed}"))
     backbone = backbones.load_backbone("glyph-clip", weights, "cpu", "float32")
     vectors = torch.randn(len(seeds), 6, 160, generator=torch.Generator().manual_seed(9))
     return backbone, moe.unify(backbone.model, backbone.ffn_names, experts, vectors), model
@@ -237,9 +243,9 @@ def test_embedding_d0_goes_on_where_a_kill_stopped_it(backbone, public, tmp_path
     records[3]["image"] = str(tmp_path / "cut.jpg")
     for name in ("whole", "run"):
         (tmp_path / name / "public").mkdir(parents=True)
-    whole = select_proxies.public_features(tmp_path / "whole", backbone, records, "float32")
+    whole = embedding.public_features(tmp_path / "whole", backbone, records, "float32")
     embed, clock, skips = backbone.embed, itertools.count(0, 31), []
-    monkeypatch.setattr(select_proxies.time, "perf_counter", lambda: next(clock))  # every batch is late enough for a note
+    monkeypatch.setattr(embedding.time, "perf_counter", lambda: next(clock))  # every batch is late enough for a note
 
     def killed(records, label, skip=0, every=1, stop=3):
         skips.append(skip)
@@ -250,10 +256,10 @@ def test_embedding_d0_goes_on_where_a_kill_stopped_it(backbone, public, tmp_path
 
     monkeypatch.setattr(backbone, "embed", killed)
     with pytest.raises(KeyboardInterrupt):
-        select_proxies.public_features(tmp_path / "run", backbone, records, "float32")
+        embedding.public_features(tmp_path / "run", backbone, records, "float32")
     assert not (tmp_path / "run" / "public" / "features.npy").exists()
     noted = read_json(tmp_path / "run" / "public" / ".progress.json")["seconds"]
-    got = select_proxies.public_features(tmp_path / "run", backbone, records, "float32")
+    got = embedding.public_features(tmp_path / "run", backbone, records, "float32")
     assert skips == [0, 3] and np.allclose(got, whole, atol=1e-5, equal_nan=True) and np.flatnonzero(np.isnan(got[:, 0])).tolist() == [3]
     assert sorted(path.name for path in (tmp_path / "run" / "public").iterdir()) == ["features.npy", "timing.json", "unreadable.json"]
     assert read_json(tmp_path / "run" / "public" / "unreadable.json") == [3]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import drive
 import tiny
-from rundir import read_json
+from metamoe.rundir import read_json
 from tiny import CLIENTS, COMMON
 
 FEW = ["--epochs", "3", "--lr", "0.01", "--batch-size", "5", "--warmup-steps", "2"]  # 18 samples: the last batch holds 3

@@ -11,15 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import backbones
+from metamoe import backbones  # noqa: E402
+from metamoe.backbones import base  # noqa: E402
+from metamoe import uploads
+from metamoe.backbones import training
+from metamoe.serving import export
 import drive
 import moe
 import tiny
-import unify_moe
-from rundir import read_json, write_json
+from metamoe.rundir import read_json, write_json
 from tiny import CLIENTS, COMMON
 
-backbones.fix_torchvision()
+base.fix_torchvision()
 import transformers  # noqa: E402
 
 IDS = torch.arange(2, 42).view(2, 20)
@@ -140,7 +143,7 @@ def test_an_export_runs_without_this_repository(made, seed_model, tmp_path):
         experts = [{name: {"scaling": 1.0, "up_proj.lora_A": torch.randn(3, 32), "up_proj.lora_B": torch.randn(48, 3), "down_proj.lora_A": torch.randn(2, 48), "down_proj.lora_B": torch.randn(32, 2)} for name in names} for _ in range(2)]
         source = tmp_path / "moe" / kind
         moe.save(moe.unify(model, names, experts, torch.randn(2, 2, 32), lam=0.6, top_k=2, offset=True, context="none" if kind == "qwen2" else "fixed"), source)
-        unify_moe.export({"backbone": "smollm2-135m", "seed_model": str(tmp_path / kind)}, source, tmp_path / f"export-{kind}", False)
+        export.export({"backbone": "smollm2-135m", "seed_model": str(tmp_path / kind)}, source, tmp_path / f"export-{kind}", False)
         folders[kind], want[kind] = tmp_path / f"export-{kind}", moe.load(source, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / kind))
     ids, mask = [[0, 0, 0, 5, 9, 30], [7, 8, 9, 10, 11, 12]], [[0, 0, 0, 1, 1, 1], [1] * 6]
     out = load_elsewhere(tmp_path / "elsewhere", folders, ids, mask)
@@ -185,7 +188,7 @@ def test_export_of_a_model_that_is_there(run, tmp_path):
     assert "model 'metamoe' there" in refused(run, "--method", "metamoe", "--without", "hotels", "--export", tmp_path / "a")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "thesis.tex").write_text("")
-    code = tiny.REPO / "export"  # not an export, for all its name and files
+    code = tiny.REPO / "metamoe" / "serving"  # not an export, for all its name and files
     say = {("metamoe", tmp_path / "c"): "holds no export", ("metamoe", code): "holds no export", ("metamoe", tmp_path / "c" / "thesis.tex"): "holds no export", ("soup", tmp_path / "d"): "an MoE of a language model alone"}
     for (method, folder), message in say.items():
         assert message in refused(run, "--method", method, "--export", folder)
@@ -294,7 +297,7 @@ def test_a_client_joins_an_moe_of_two(run, tmp_path):
     assert old_config["names"] == ["intent", "question"] and config["names"] == ["intent", "question", "hotels"]
     assert all(torch.equal(start[key] if key.endswith(".lam") else start[key][:2], t) for key, t in old.items())
     upload = run / "clients" / "hotels" / "upload" / "aligned-dpp"
-    model, vectors, expert = moe.load(run / "moe" / "start"), load_file(upload / "router.safetensors")["vectors"], backbones.read_expert(upload)
+    model, vectors, expert = moe.load(run / "moe" / "start"), load_file(upload / "router.safetensors")["vectors"], uploads.read_expert(upload)
     for i, (name, layer) in enumerate(expert.items()):
         assert torch.equal(start[f"{name}.router.vectors"][2], vectors[i])
         assert torch.equal(start[f"{name}.experts.up_proj.A"][2], layer["up_proj.lora_A"])
@@ -320,10 +323,9 @@ def test_peft_opens_each_upload_as_the_expert_that_was_trained(made, seed_model)
     trained = backbones.load_backbone("smollm2-135m", str(seed_model), "cpu", "float32")
     model = trained.add_lora(4, 8, 0)
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 0.02}]
-    backbones.train(trained, model, records, groups, steps=6, batch_size=3, warmup_steps=0, optimizer="adamw", weight_decay=0.0, seed=0, label="expert")
-    import train_expert
+    training.train(trained, model, records, groups, steps=6, batch_size=3, warmup_steps=0, optimizer="adamw", weight_decay=0.0, seed=0, label="expert")
 
-    train_expert.save_expert(model, trained, made / "hand", False)
+    uploads.save_expert(model, trained, made / "hand", False)
     folders = {"as trained": made / "hand"} | {name: made / "run" / "clients" / name / "upload" / "aligned-dpp" for name in CLIENTS}
     seen = [logits(transformers.AutoModelForCausalLM.from_pretrained(seed_model))]
     for name, folder in folders.items():
@@ -332,7 +334,7 @@ def test_peft_opens_each_upload_as_the_expert_that_was_trained(made, seed_model)
         backbone = backbones.load_backbone("smollm2-135m", str(seed_model), "cpu", "float32")
         torch.testing.assert_close(got, logits(backbone.with_adapter(folder)), atol=1e-5, rtol=1e-5)
         backbone = backbones.load_backbone("smollm2-135m", str(seed_model), "cpu", "float32")
-        alone = moe.unify(backbone.model, backbone.ffn_names, [backbones.read_expert(folder)], torch.zeros(1, 2, 32))
+        alone = moe.unify(backbone.model, backbone.ffn_names, [uploads.read_expert(folder)], torch.zeros(1, 2, 32))
         torch.testing.assert_close(got, logits(alone), atol=1e-4, rtol=1e-4)
         if name == "as trained":
             torch.testing.assert_close(got, logits(model), atol=1e-5, rtol=1e-5)

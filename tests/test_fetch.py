@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import fetch as tasks
+from metamoe.data import fetch as tasks
 
 REPO = Path(__file__).resolve().parent.parent
 SDIST, WHEEL = "metafake-1.0.0.tar.gz", "metafake-1.0.0-py3-none-any.whl"

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import backbones
+from metamoe import backbones  # noqa: E402
+from metamoe.backbones import base  # noqa: E402
 import moe
 
-backbones.fix_torchvision()
+base.fix_torchvision()
 import transformers  # noqa: E402
 
 K, VOCAB, TIE = 3, 60, 1e-4

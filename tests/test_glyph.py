@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from glyph_clip import model as glyph_model
-from glyph_clip import pretrain, world
-from rundir import UserError
+from metamoe.data.glyphs import model as glyph_model
+from metamoe.data.glyphs import pretrain, world
+from metamoe.errors import UserError
 
 SIZES = {"train": 600, "validation": 150, "test": 300}
 FAMILY_OF = {face: family for family, faces in world.FAMILIES.items() for face in faces}

@@ -1,4 +1,4 @@
-"""The image datasets: every layout that tasks.load_images reads, made here as real files in small."""
+"""The image datasets: every layout that images.load_images reads, made here as real files in small."""
 
 import io
 import json
@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import tasks
-from rundir import UserError
+from metamoe.data import decoding
+from metamoe.data import images
+from metamoe.data import splits
+from metamoe.errors import UserError
 
 ALL = {"train": 0, "validation": 0, "test": 0}
 CLASSES = ["Japanese-Chin", "egyptian_mau", "Pug"]  # label order is not alphabetical
@@ -70,7 +72,7 @@ def data(tmp_path):
 def fails(*parts, **kwargs):
     """The one line that load_images ends in; it must contain every one of `parts`."""
     with pytest.raises(UserError) as error:
-        tasks.load_images(**{"clients": ["pets"], "sizes": ALL, "n_public": 0, "seed": 0} | kwargs)
+        images.load_images(**{"clients": ["pets"], "sizes": ALL, "n_public": 0, "seed": 0} | kwargs)
     for part in parts:
         assert str(part) in str(error.value), error.value
     return str(error.value)
@@ -81,11 +83,11 @@ def fails(*parts, **kwargs):
 
 @pytest.mark.parametrize("text, want", [("Saint_Bernard", "saint bernard"), ("hard-leaved pocket orchid", "hard leaved pocket orchid"), ("pug", "pug")])
 def test_class_name(text, want):
-    assert tasks.class_name(text) == want
+    assert images.class_name(text) == want
 
 
 def test_coop_layout(data):
-    public, parts = tasks.load_images(["pets", "flowers", "eurosat"], ALL, 0, 0, {"root": str(data)})
+    public, parts = images.load_images(["pets", "flowers", "eurosat"], ALL, 0, 0, {"root": str(data)})
     split = json.loads((data / "oxford_pets" / "split_zhou_OxfordPets.json").read_text())
     names = ["japanese chin", "egyptian mau", "pug"]
     for part, key in (("train", "train"), ("validation", "val"), ("test", "test")):
@@ -99,7 +101,7 @@ def test_coop_layout(data):
     assert public == [{"image": str(folder / w / f"{w}_{i}.JPEG"), "answer": name, "source": "imagenet"}
                       for w, name in (("n01440764", "tench"), ("n01443537", "great white shark")) for i in range(5)]
     assert json.loads(json.dumps([public, parts])) == [public, parts]
-    tasks.check_images(parts["pets"]["train"], "pets")
+    decoding.check_images(parts["pets"]["train"], "pets")
 
 
 @pytest.mark.parametrize("old, new", [
@@ -108,9 +110,9 @@ def test_coop_layout(data):
     ("oxford_pets/images", "oxford_pets/jpg"),
 ])
 def test_other_spellings(data, old, new):
-    want = tasks.load_images(["pets"], ALL, 0, 0, {"root": str(data)})[1]["pets"]["test"]
+    want = images.load_images(["pets"], ALL, 0, 0, {"root": str(data)})[1]["pets"]["test"]
     (data / old).rename(data / new)
-    found = tasks.load_images(["pets"], ALL, 0, 0, {"root": str(data)})[1]["pets"]["test"]
+    found = images.load_images(["pets"], ALL, 0, 0, {"root": str(data)})[1]["pets"]["test"]
     assert [os.path.basename(r["image"]) for r in found] == [os.path.basename(r["image"]) for r in want]
     assert all(Path(r["image"]).is_file() for r in found)
 
@@ -120,14 +122,14 @@ def test_data_and_public_win_over_the_root_and_may_name_the_image_folder(data, t
     (data / "imagenet").rename(data / "publics")
     monkeypatch.chdir(data)
     for given in ("mine", str(data / "mine" / "images")):
-        public, parts = tasks.load_images(["pets"], ALL, 0, 0, {"root": "/nowhere", "pets": given, "public": "publics/images/train"})
+        public, parts = images.load_images(["pets"], ALL, 0, 0, {"root": "/nowhere", "pets": given, "public": "publics/images/train"})
         assert parts["pets"]["train"][0]["image"] == str(data / "mine" / "images" / "train_0.jpg")
         assert public[0]["answer"] == "tench" and public[0]["image"] == str(data / "publics/images/train/n01440764/n01440764_0.JPEG")
 
 
 def test_sizes_balance_the_classes_and_follow_the_seed(data):
     def load(seed, train=8, test=5):
-        parts = tasks.load_images(["pets"], {"train": train, "validation": 0, "test": test}, 4, seed, {"root": str(data)})[1]["pets"]
+        parts = images.load_images(["pets"], {"train": train, "validation": 0, "test": test}, 4, seed, {"root": str(data)})[1]["pets"]
         return {part: [r["image"] for r in records] for part, records in parts.items()}, Counter(r["answer"] for r in parts["train"])
 
     first, counts = load(0)
@@ -142,15 +144,15 @@ def test_sizes_balance_the_classes_and_follow_the_seed(data):
 
 def test_balanced_gives_small_classes_whole():
     labels = [0] * 50 + [1] * 2 + [2] * 9
-    chosen = tasks.balanced(labels, 20, np.random.default_rng(3))
+    chosen = splits.balanced(labels, 20, np.random.default_rng(3))
     assert Counter(labels[i] for i in chosen) == {0: 9, 1: 2, 2: 9} and chosen == sorted(set(chosen))
     assert chosen != list(range(9)) + list(range(50, 61))
-    assert tasks.balanced(labels, 61, np.random.default_rng(3)) == list(range(61))
+    assert splits.balanced(labels, 61, np.random.default_rng(3)) == list(range(61))
 
 
 def test_the_public_subset_is_one_for_every_seed(data):
     def images(n, seed):
-        return [r["image"] for r in tasks.load_images([], ALL, n, seed, {"root": str(data)})[0]]
+        return [r["image"] for r in images.load_images([], ALL, n, seed, {"root": str(data)})[0]]
 
     every = images(0, 0)
     assert images(4, 0) == images(4, 7) == [image for image in every if image in images(4, 0)] != every[:4]
@@ -161,7 +163,7 @@ def test_the_public_subset_is_one_for_every_seed(data):
 def test_more_than_there_is(data):
     fails("client pets", "--test-size 13", "12 images", sizes={"train": 1, "validation": 1, "test": 13}, sources={"root": str(data)})
     make_coop(data / "oxford_pets", "split_zhou_OxfordPets.json", "images", CLASSES, counts=(6, 0, 4))
-    assert tasks.load_images(["pets"], ALL, 0, 0, {"root": str(data)})[1]["pets"]["validation"] == []
+    assert images.load_images(["pets"], ALL, 0, 0, {"root": str(data)})[1]["pets"]["validation"] == []
     fails("validation part has 0 images", sizes={"train": 1, "validation": 1, "test": 1}, sources={"root": str(data)})
     make_coop(data / "oxford_pets", "split_zhou_OxfordPets.json", "images", CLASSES, counts=(0, 3, 4))
     fails("train part has 0 images", sources={"root": str(data)})
@@ -217,7 +219,7 @@ def test_image_folder_with_kaggles_names(tmp_path):
     (tmp_path / "ILSVRC/Data/CLS-LOC/val").mkdir()
     (tmp_path / "LOC_synset_mapping.txt").write_text("n01440764 tench, Tinca tinca\nn01443537 great white shark, white shark\nn9 other\n")
     for given in (tmp_path, tmp_path / "ILSVRC/Data/CLS-LOC/train"):
-        public = tasks.public_images(0, {"public": str(given)})
+        public = images.public_images(0, {"public": str(given)})
         assert [r["answer"] for r in public] == ["tench"] * 2 + ["great white shark"] * 2
 
 
@@ -228,7 +230,7 @@ def test_image_folder_with_names_for_folders(tmp_path):
     (tmp_path / "cat" / "notes.txt").touch()
     (tmp_path / "cat" / "._cat_0.JPEG").touch()  # what macOS leaves
     save(tmp_path / "val" / "flat.jpg")
-    assert [(os.path.basename(r["image"]), r["answer"]) for r in tasks.public_images(0, {"public": str(tmp_path)})] == [
+    assert [(os.path.basename(r["image"]), r["answer"]) for r in images.public_images(0, {"public": str(tmp_path)})] == [
         ("Steam-Train_0.JPEG", "steam train"), ("Steam-Train_1.JPEG", "steam train"), ("cat_0.JPEG", "cat"), ("cat_1.JPEG", "cat")]
 
 
@@ -266,7 +268,7 @@ def write_hf(kind, folder, **splits):
 
 
 def pixel(image):
-    return tasks.open_image(image).getpixel((0, 0))[0]
+    return decoding.open_image(image).getpixel((0, 0))[0]
 
 
 @pytest.mark.parametrize("kind", ["disk", "parquet"])
@@ -275,7 +277,7 @@ def test_a_local_dataset_with_all_parts(tmp_path, kind):
     write_hf(kind, tmp_path / "pets", train=hf_dataset([2, 0, 1, 0], CLASSES), test=hf_dataset([0, 2], CLASSES, 100), **{middle: hf_dataset([1, 1], CLASSES, 50)})
     photos = hf_dataset([1, 0, 0], ["tench, Tinca tinca", "great-white shark, white shark"], 200)
     write_hf(kind, tmp_path / "imagenet", train=photos, test=hf_dataset([0], ["a", "b"]))
-    public, parts = tasks.load_images(["pets"], ALL, 0, 0, {"root": str(tmp_path)})
+    public, parts = images.load_images(["pets"], ALL, 0, 0, {"root": str(tmp_path)})
     names = ["japanese chin", "egyptian mau", "pug"]
     assert parts["pets"]["train"] == [
         {"image": {"dataset": str(tmp_path / "pets"), "split": "train", "row": row, "column": "image"}, "answer": names[label], "source": "pets",
@@ -292,7 +294,7 @@ def test_missing_parts_are_cut_out_of_train(tmp_path):
     hf_dataset(labels, CLASSES).save_to_disk(str(tmp_path / "single"))
 
     def rows(seed, **sizes):
-        parts = tasks.load_images(["pets"], ALL | sizes, 1, seed, {"pets": str(tmp_path / "single"), "public": str(tmp_path / "single")})[1]["pets"]
+        parts = images.load_images(["pets"], ALL | sizes, 1, seed, {"pets": str(tmp_path / "single"), "public": str(tmp_path / "single")})[1]["pets"]
         counts = {part: Counter(r["answer"] for r in records) for part, records in parts.items()}
         return {part: [r["image"]["row"] for r in records] for part, records in parts.items()}, counts
 
@@ -303,13 +305,13 @@ def test_missing_parts_are_cut_out_of_train(tmp_path):
     assert first == rows(0)[0] and first["test"] != rows(1)[0]["test"]
     assert set(rows(0, train=10)[0]["train"]) < set(first["train"]) and rows(0, train=10)[0]["test"] == first["test"]
     write_hf("disk", tmp_path / "two", train=hf_dataset([0, 1] * 10, CLASSES), test=hf_dataset([2], CLASSES, 90))
-    parts = tasks.load_images(["pets"], ALL, 1, 0, {"pets": str(tmp_path / "two"), "public": str(tmp_path / "two")})[1]["pets"]
+    parts = images.load_images(["pets"], ALL, 1, 0, {"pets": str(tmp_path / "two"), "public": str(tmp_path / "two")})[1]["pets"]
     assert [len(parts[p]) for p in ALL] == [18, 2, 1] and parts["test"][0]["image"]["split"] == "test"
 
 
 def test_a_dataset_below_a_split_file_is_the_dataset(data):
     write_hf("disk", data / "oxford_pets" / "copy", train=hf_dataset([0, 1] * 5, CLASSES))
-    records = tasks.load_images(["pets"], ALL, 0, 0, {"root": str(data), "pets": str(data / "oxford_pets" / "copy")})[1]["pets"]["train"]
+    records = images.load_images(["pets"], ALL, 0, 0, {"root": str(data), "pets": str(data / "oxford_pets" / "copy")})[1]["pets"]["train"]
     assert records[0]["image"]["dataset"] == str(data / "oxford_pets" / "copy")
 
 
@@ -320,13 +322,13 @@ def test_a_hub_id(tmp_path, monkeypatch):
     write_hf("parquet", tmp_path / "hub", train=hf_dataset([0, 1] * 10, ["AnnualCrop", "Forest"]))
     asked, load = [], datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config=None: asked.append((name, config)) or load(str(tmp_path / "hub")))
-    public, parts = tasks.load_images(["eurosat"], ALL, 0, 0, {"public": "me/photos:small"})
+    public, parts = images.load_images(["eurosat"], ALL, 0, 0, {"public": "me/photos:small"})
     assert asked == [("timm/eurosat-rgb", None), ("me/photos", "small")]
     assert parts["eurosat"]["test"][0]["choices"] == ["annual crop land", "forest"]
     assert parts["eurosat"]["test"][0]["image"]["dataset"] == "timm/eurosat-rgb" and "config" not in parts["eurosat"]["test"][0]["image"]
     assert public[1]["image"] == {"dataset": "me/photos", "config": "small", "split": "train", "row": 1, "column": "image"}
     seen = {}
-    assert [tasks.open_image(r["image"], seen).getpixel((0, 0))[0] for r in public[:3]] == [0, 1, 2]
+    assert [decoding.open_image(r["image"], seen).getpixel((0, 0))[0] for r in public[:3]] == [0, 1, 2]
     assert asked[2:] == [("me/photos", "small")] and len(seen) == 1  # opened once
 
 
@@ -358,7 +360,7 @@ def test_datasets_that_do_not_do(tmp_path):
 def test_every_mode_becomes_rgb(tmp_path, mode, format, colour, want):
     path = tmp_path / "image.jpg"  # the Pets have such files: what is in them, not their name, counts
     Image.new(mode, (5, 4), colour).save(path, format)
-    image = tasks.open_image(str(path))
+    image = decoding.open_image(str(path))
     assert image.mode == "RGB" and image.size == (5, 4)
     assert np.abs(np.array(image.getpixel((2, 2))) - want).max() <= (1 if format == "JPEG" else 0)
 
@@ -370,26 +372,26 @@ def test_a_palette_image(tmp_path, transparency):
     image.save(tmp_path / "p.png", **({} if transparency is None else {"transparency": transparency}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tasks.open_image(str(tmp_path / "p.png")).getpixel((0, 0)) == (40, 50, 60)
+        assert decoding.open_image(str(tmp_path / "p.png")).getpixel((0, 0)) == (40, 50, 60)
 
 
 def test_bad_images_are_named(data):
     whole = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole, "JPEG")
     path = data / "oxford_pets" / "images" / "train_2.jpg"
-    records = tasks.load_images(["pets"], ALL, 0, 0, {"root": str(data)})[1]["pets"]["train"]
+    records = images.load_images(["pets"], ALL, 0, 0, {"root": str(data)})[1]["pets"]["train"]
     path.write_bytes(whole.getvalue())
-    tasks.check_images(records, "pets")
+    decoding.check_images(records, "pets")
     for content in (whole.getvalue()[: len(whole.getvalue()) // 2], b"", b"not an image"):
         path.write_bytes(content)
-        with pytest.raises(tasks.BadImage, match=str(path)):
-            tasks.open_image(str(path))
+        with pytest.raises(decoding.BadImage, match=str(path)):
+            decoding.open_image(str(path))
         with pytest.raises(UserError, match=f"client pets: bad image {path}.*replace"):
-            tasks.check_images(records, "pets")
+            decoding.check_images(records, "pets")
     path.unlink()
-    with pytest.raises(tasks.BadImage, match=str(path)):
-        tasks.open_image(str(path))
-    tasks.check_images(records[:2], "pets")
+    with pytest.raises(decoding.BadImage, match=str(path)):
+        decoding.open_image(str(path))
+    decoding.check_images(records[:2], "pets")
 
 
 def test_bad_rows_are_named(tmp_path):
@@ -403,7 +405,7 @@ def test_bad_rows_are_named(tmp_path):
     image = {"dataset": str(tmp_path / "d"), "split": "train", "row": 0, "column": "image"}
     assert pixel(image) == 5
     for row in (1, 2, 3):
-        with pytest.raises(tasks.BadImage, match=f"row {row} of {tmp_path / 'd'}, split train"):
-            tasks.open_image(image | {"row": row})
+        with pytest.raises(decoding.BadImage, match=f"row {row} of {tmp_path / 'd'}, split train"):
+            decoding.open_image(image | {"row": row})
     with pytest.raises(UserError, match=r"column photo.*made with"):
-        tasks.open_image(image | {"column": "photo"})
+        decoding.open_image(image | {"column": "photo"})

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import backbones  # noqa: E402
+from metamoe.backbones import base  # noqa: E402
 import moe  # noqa: E402
 from moe import MoELayer, Router, RoutingState  # noqa: E402
 
@@ -463,7 +463,7 @@ def test_bf16_runs_and_is_close(top_k, cls, stored):
 # ---------------------------------------------------------------- whole models
 
 def tiny_llama(seed=0):
-    backbones.fix_torchvision()  # a CPU build of torch beside the registry's torchvision
+    base.fix_torchvision()  # a CPU build of torch beside the registry's torchvision
     import transformers
 
     torch.manual_seed(seed)

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import backbones
+from metamoe import backbones
+from metamoe.backbones import text
+from metamoe import federation
+from metamoe.records import Records, read_records, write_records
+from metamoe.data import user
 import drive
-import select_proxies
-import tasks
 import tiny
-from rundir import Records, UserError, read_json, read_records, write_json, write_records
+from metamoe.errors import UserError
+from metamoe.rundir import read_json, write_json
 from test_stages import refused, stage, synthetic_archive
 
 SHARES = {"train": 0, "validation": 0, "test": 0}
@@ -37,7 +40,7 @@ def write_lines(path, rows):
 
 
 def load(path, sizes=SHARES, seed=0, **more):
-    return tasks.own_text("acme", str(path), sizes, seed, **more)
+    return user.own_text("acme", str(path), sizes, seed, **more)
 
 
 # --- lazy records
@@ -82,7 +85,7 @@ def test_windows_give_the_features_of_one_pass(seed_model, monkeypatch):
     backbone = backbones.load_backbone("smollm2-135m", seed_model, "cpu", "float32")
     records = tiny.public_records(random.Random(0), 90)
     whole, vectors = backbone.features(records), backbone.routing_vectors(backbone.model, records)
-    monkeypatch.setattr(backbones, "WINDOW", 32)
+    monkeypatch.setattr(text, "WINDOW", 32)
     assert np.allclose(backbone.features(records), whole, atol=1e-5)
     assert np.allclose(backbone.routing_vectors(backbone.model, records), vectors, atol=1e-5)
     batches = list(backbone.embed(records))
@@ -103,7 +106,7 @@ def test_windows_give_the_features_of_one_pass(seed_model, monkeypatch):
     ({"prompt": "  indented", "response": "yes", "choices": None, "id": 7}, "  indented", " yes"),
 ])
 def test_an_instruction_is_used_as_it_is_written(raw, prompt, answer):
-    assert tasks.own_record(raw, "s") == {"source": "s", "input": raw["prompt"].strip(), "prompt": prompt, "answer": answer}
+    assert user.own_record(raw, "s") == {"source": "s", "input": raw["prompt"].strip(), "prompt": prompt, "answer": answer}
 
 
 @pytest.mark.parametrize("raw, answer, choices", [
@@ -113,7 +116,7 @@ def test_an_instruction_is_used_as_it_is_written(raw, prompt, answer):
     ({"prompt": "Q\n", "choices": ["a", "b"], "answer": 1}, "b", ["a", "b"]),
 ])
 def test_an_answer_is_a_choices_text_or_its_index(raw, answer, choices):
-    record = tasks.own_record(raw, "s")
+    record = user.own_record(raw, "s")
     assert record["answer"] == answer and record["choices"] == choices and record["answer"] in record["choices"]
 
 
@@ -209,7 +212,7 @@ def photos(tmp_path):
 
 
 def test_a_folder_of_images_is_split_with_every_class_alike(photos, capsys):
-    load = lambda sizes=SHARES, **more: tasks.own_images("zoo", str(photos), sizes, 0, **more)  # noqa: E731
+    load = lambda sizes=SHARES, **more: user.own_images("zoo", str(photos), sizes, 0, **more)  # noqa: E731
     parts = load()
     counts = {part: [sum(r["answer"] == name for r in records) for name in ("cat", "small dog", "emu")] for part, records in parts.items()}
     assert {part: len(records) for part, records in parts.items()} == {"train": 74, "validation": 9, "test": 9}
@@ -224,7 +227,7 @@ def test_a_folder_of_images_is_split_with_every_class_alike(photos, capsys):
     for wrong, say in ((photos / "Cat", "holds no images in CLASS/"), (photos.parent, "1 classes"), (photos / "none", "no such folder")):
         (photos.parent / "photos" / "list.txt").touch()
         with pytest.raises(UserError, match=say):
-            tasks.own_images("zoo", str(wrong), SHARES, 0) if say != "1 classes" else tasks.own_images("zoo", str(one_class(photos)), SHARES, 0)
+            user.own_images("zoo", str(wrong), SHARES, 0) if say != "1 classes" else user.own_images("zoo", str(one_class(photos)), SHARES, 0)
 
 
 def one_class(photos):
@@ -236,7 +239,7 @@ def test_image_clients_and_public_set_of_ones_own(photos, tmp_path):
     """The data of a CLIP run, without the CLIP."""
     run = {"backbone": "vit-b-32", "seed_model": "", "seed": 0, "clients": ["zoo"], "candidates": 20, "proxies": 4, "public_size": 0,
            "train_size": 0, "validation_size": 0, "test_size": 0, "sources": {"root": None, "public": str(photos)}, "own": {"zoo": {"path": str(photos)} | SHARES}}
-    select_proxies.write_data(tmp_path / "run", run, *select_proxies.read_data(tmp_path / "run", run))
+    federation.write_data(tmp_path / "run", run, *federation.read_data(tmp_path / "run", run))
     assert read_json(tmp_path / "run" / "clients" / "zoo" / "private" / "done.json") == {"seed": 0, "train": 74, "validation": 9, "test": 9}
     assert read_json(tmp_path / "run" / "public" / "classes.json") == ["cat", "emu", "small dog"] and len(read_records(tmp_path / "run" / "public" / "records.jsonl")) == 92
     assert read_json(tmp_path / "run" / "run.json") == run
@@ -385,9 +388,9 @@ run = {"backbone": "smollm2-135m", "seed": 0, "clients": ["acme"], "candidates":
        "test_size": 0, "sources": {"public": str(folder / "big.jsonl")}, "own": {"acme": {"path": str(folder / "big.jsonl")} | sizes}}
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
-select_proxies.write_data(folder / "run", run, *select_proxies.read_data(folder / "run", run))
+federation.write_data(folder / "run", run, *federation.read_data(folder / "run", run))
 for path in sorted((folder / "run").rglob("*.jsonl")):
-    records = rundir.read_records(path)
+    records = read_records(path)
     assert sum(1 for record in records) == len(records) == len(records + [])
     assert len(records[:1000]) == 1000
 print(json.dumps({"before": before, "after": peak()}))

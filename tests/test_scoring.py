@@ -9,12 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import backbones
+from metamoe import backbones
+from metamoe.backbones import base
+from metamoe.backbones import text
+from metamoe.backbones import training
 import drive
 import moe
 import tiny
-from backbones import lettered
-from rundir import UserError, read_json, write_json, write_records
+from metamoe.backbones.text import lettered
+from metamoe.errors import UserError
+from metamoe.rundir import read_json, write_json
+from metamoe.records import write_records
 from test_backbones import score_alone, teach, unified
 from tiny import CLIENTS, COMMON
 
@@ -57,7 +62,7 @@ def tokenizer(kind):
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    from backbones import import_transformers
+    from metamoe.backbones.base import import_transformers
 
     texts = [f"Question: {a} or {b}?\nAnswer: {a}" for a in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" for b in "XYZ"]
     if kind == "metaspace":
@@ -87,7 +92,7 @@ def test_the_real_seeds_letters_are_single_tokens():
     from transformers import AutoTokenizer
 
     folder = backbones.default_seed("smollm2-135m")
-    backbone = backbones.TextBackbone.__new__(backbones.TextBackbone)
+    backbone = text.TextBackbone.__new__(text.TextBackbone)
     backbone.tokenizer, backbone.source = AutoTokenizer.from_pretrained(folder), folder
     shared, ids = backbone.letter_ids()
     assert shared == [] and backbone.tokenizer.convert_ids_to_tokens(ids[:3]) == ["ĠA", "ĠB", "ĠC"]
@@ -102,7 +107,7 @@ def test_a_tokenizer_without_letters_is_refused(make):
     backbone = make()
     words = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "yes": 1}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    backbone.tokenizer = backbones.import_transformers().PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    backbone.tokenizer = base.import_transformers().PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
     with pytest.raises(UserError, match="--scoring likelihood"):
         backbone.letter_ids()
 
@@ -217,7 +222,7 @@ def test_the_loss_in_chunks_is_the_loss():
         head.zero_grad()
         leaf = states.clone().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: made.append(t.numel()) or t, lambda t: t):
-            loss = backbones.head_loss(head, leaf, targets, limit)
+            loss = text.head_loss(head, leaf, targets, limit)
         made.append(None)
         loss.backward()
         results.append((loss.detach(), leaf.grad, head.weight.grad.clone()))
@@ -241,7 +246,7 @@ def test_checkpointing_changes_no_loss(make, records, kind):
             parameters = [*moe.router_parameters(model), *moe.expert_parameters(model)]
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-            losses.append(backbones.train(
+            losses.append(training.train(
                 backbone, model, records, [{"params": parameters, "lr": 0.01}], steps=6, batch_size=8, warmup_steps=0, optimizer="adamw",
                 weight_decay=0.0, seed=0, label="test", checkpointing=checkpointing,
             ))

@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 
 import drive
 import select_proxies
-import tasks
+from metamoe import rundir
+from metamoe.data import bigbench
 import tiny
 from dpp import relevance_weighted_dpp
-from rundir import atomic, read_json, write_json, write_manifest
+from metamoe.rundir import atomic, read_json, write_json
+from metamoe.uploads import write_manifest
 from tiny import CLIENTS, COMMON, SIZES
 
 METHODS = ["soup", "btm", "btx", "flexolmo", "metamoe", "unrestricted"]
@@ -211,8 +213,8 @@ def test_the_fixtures_layout_is_that_of_write_data(tmp_path, seed_model, pristin
 
 
 def synthetic_archive(monkeypatch, per_task=60):
-    """Let tasks.load_bigbench read a small archive made here."""
-    names = [tasks.CLIENTS[name][0] for name in tasks.CLIENTS] + [t if not t.endswith("*") else "natural_instructions/subtask001_a" for t in tasks.PUBLIC]
+    """Let bigbench.load_bigbench read a small archive made here."""
+    names = [bigbench.CLIENTS[name][0] for name in bigbench.CLIENTS] + [t if not t.endswith("*") else "natural_instructions/subtask001_a" for t in bigbench.PUBLIC]
 
     def members(archive, wanted):
         for task in names:
@@ -220,12 +222,12 @@ def synthetic_archive(monkeypatch, per_task=60):
             if wanted(member):
                 word = re.sub(r"\W|\d", "", task)
                 examples = [{"input": f"{word} {i} says {word}{i} to {word}{i * i}", "target_scores": {"yes": i % 2, "no": 1 - i % 2}} for i in range(per_task)]
-                for choices in (choices for client, _, choices in tasks.CLIENTS.values() if client == task and choices):
+                for choices in (choices for client, _, choices in bigbench.CLIENTS.values() if client == task and choices):
                     examples = [{"input": example["input"], "target": [choices[i % 2]]} for i, example in enumerate(examples)]
                 yield member, {"examples": examples}
 
-    monkeypatch.setattr(tasks, "fetch", lambda **kwargs: None)
-    monkeypatch.setattr(tasks, "read_members", members)
+    monkeypatch.setattr(bigbench, "fetch", lambda **kwargs: None)
+    monkeypatch.setattr(bigbench, "read_members", members)
 
 
 # --- same seed, same bytes
@@ -837,8 +839,6 @@ def test_a_killed_pipeline_goes_on_to_the_same_results(tmp_path, pristine, finis
 @pytest.mark.parametrize("victim", range(3))
 def test_a_folder_killed_while_removed_is_not_taken_for_finished(tmp_path, victim, monkeypatch):
     """rmtree has no order: whichever file goes first, the folder must stop counting as finished."""
-    import rundir
-
     folder = tmp_path / "folder"
     for name in ("a.txt", "done.json", "z.txt"):
         folder.mkdir(exist_ok=True)

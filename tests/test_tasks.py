@@ -7,10 +7,14 @@ import re
 import numpy as np
 import pytest
 
-import evaluate
-import fetch
-import tasks
-from rundir import UserError
+from metamoe.data import fetch
+from metamoe import methods
+from metamoe.data import bigbench
+from metamoe.report import paper
+from metamoe.report import statistics
+from metamoe.report import tables
+from metamoe.rivals import btm
+from metamoe.errors import UserError
 
 # --- containment
 
@@ -19,12 +23,12 @@ from rundir import UserError
     ("It's  GREAT,\n really!", "it s great really"), ("", ""), ("?!", ""), ("Żółw 3.5", "żółw 3 5"), ("under_score", "under_score"),
 ])
 def test_normalise(text, want):
-    assert tasks.normalise(text) == want
+    assert bigbench.normalise(text) == want
 
 
 def brute_contains(texts, text):
     """The oracle: any of the texts, as whole words, inside text."""
-    return any(f" {t} " in f" {tasks.normalise(text)} " for t in texts if t)
+    return any(f" {t} " in f" {bigbench.normalise(text)} " for t in texts if t)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -33,7 +37,7 @@ def test_the_containment_filter_agrees_with_brute_force(seed):
     rng = random.Random(seed)
     words = ["a", "b", "ab", "ba", "c"][: rng.randint(2, 5)]
     needles = [" ".join(rng.choices(words, k=rng.randint(1 if seed % 3 else 4, 7))) for _ in range(rng.randint(1, 6))] + [""]
-    contains = tasks.containment_filter(needles)
+    contains = bigbench.containment_filter(needles)
     for _ in range(300):
         text = rng.choice([" ", ", ", "\n"]).join(w.upper() if rng.random() < 0.2 else w for w in rng.choices(words, k=rng.randint(0, 12)))
         assert contains(text) == brute_contains(needles, text), (needles, text)
@@ -41,43 +45,43 @@ def test_the_containment_filter_agrees_with_brute_force(seed):
 
 
 def test_the_filter_respects_word_boundaries():
-    contains = tasks.containment_filter(["the cat sat down"])
+    contains = bigbench.containment_filter(["the cat sat down"])
     assert contains("Well: THE cat... sat; down!") and not contains("the cat sat downstairs") and not contains("the cat sat")
 
 
 def test_client_texts_are_the_input_and_its_fields():
     record = {"input": "Passage: The river is very long.\nClaim: It is long."}
-    assert tasks.client_texts(record) == ["passage the river is very long claim it is long", "the river is very long"]  # "It is long": too short to say anything
+    assert bigbench.client_texts(record) == ["passage the river is very long claim it is long", "the river is very long"]  # "It is long": too short to say anything
 
 
 # --- records
 
 
 def test_to_record_takes_the_single_best_choice():
-    record = tasks.to_record({"input": " How? ", "target_scores": {"yes": 0, "no ": 1}}, "t", "Q: {input}\nA:")
+    record = bigbench.to_record({"input": " How? ", "target_scores": {"yes": 0, "no ": 1}}, "t", "Q: {input}\nA:")
     assert record == {"source": "t", "input": "How?", "prompt": "Q: How?\nA:", "answer": " no", "choices": [" yes", " no"]}
 
 
 def test_to_record_gives_a_generation_task_its_choices_and_leaves_out_other_targets():
-    record = tasks.to_record({"input": "x", "target": ["b"]}, "t", "{input}", ["a", "b"])
+    record = bigbench.to_record({"input": "x", "target": ["b"]}, "t", "{input}", ["a", "b"])
     assert record["choices"] == [" a", " b"] and record["answer"] == " b"
-    assert tasks.to_record({"input": "x", "target": ["a", "b"]}, "t", "{input}", ["a", "b"]) is None
-    assert tasks.to_record({"input": "x", "target": ["c"]}, "t", "{input}", ["a", "b"]) is None
+    assert bigbench.to_record({"input": "x", "target": ["a", "b"]}, "t", "{input}", ["a", "b"]) is None
+    assert bigbench.to_record({"input": "x", "target": ["c"]}, "t", "{input}", ["a", "b"]) is None
 
 
 @pytest.mark.parametrize("target", ["a word", ["a word", "another"]])
 def test_to_record_takes_the_first_target(target):
-    assert tasks.to_record({"input": "x", "target": target}, "t", "{input}") == {"source": "t", "input": "x", "prompt": "x", "answer": " a word"}
+    assert bigbench.to_record({"input": "x", "target": target}, "t", "{input}") == {"source": "t", "input": "x", "prompt": "x", "answer": " a word"}
 
 
 @pytest.mark.parametrize("example", [
     {"input": "x", "target_scores": {"yes": 1, "no": 1}},
     {"input": "x", "target": "  "},
-    {"input": "x" * (tasks.MAX_CHARS + 1), "target": "y"},
-    {"input": "x", "target": "y" * (tasks.MAX_ANSWER_CHARS + 1)},
+    {"input": "x" * (bigbench.MAX_CHARS + 1), "target": "y"},
+    {"input": "x", "target": "y" * (bigbench.MAX_ANSWER_CHARS + 1)},
 ], ids=["two best", "no answer", "long prompt", "long answer"])
 def test_to_record_leaves_out(example):
-    assert tasks.to_record(example, "t", "{input}") is None
+    assert bigbench.to_record(example, "t", "{input}") is None
 
 
 # --- splits
@@ -90,38 +94,38 @@ def client_records(count, rng):
 
 
 def fields_of(records):
-    return {field for record in records for field in tasks.client_texts(record)}
+    return {field for record in records for field in bigbench.client_texts(record)}
 
 
 def test_splits_are_disjoint_and_share_no_field():
     records = client_records(400, random.Random(0))
-    parts = tasks.split_client("intent", records, {"train": 30, "validation": 10, "test": 20}, 0)
+    parts = bigbench.split_client("intent", records, {"train": 30, "validation": 10, "test": 20}, 0)
     assert {name: len(part) for name, part in parts.items()} == {"train": 30, "validation": 10, "test": 20}
     everything = [record for part in parts.values() for record in part]
     for i, a in enumerate(everything):
         for b in everything[i + 1 :]:
-            assert not set(tasks.client_texts(a)) & set(tasks.client_texts(b))
+            assert not set(bigbench.client_texts(a)) & set(bigbench.client_texts(b))
 
 
 def test_splits_are_those_of_their_seed():
     records = client_records(400, random.Random(0))
     sizes = {"train": 30, "validation": 10, "test": 20}
-    first = tasks.split_client("intent", records, sizes, 0)
-    assert tasks.split_client("intent", records, sizes, 0) == first
-    assert tasks.split_client("intent", records, sizes, 1) != first and tasks.split_client("hotels", records, sizes, 0) != first
+    first = bigbench.split_client("intent", records, sizes, 0)
+    assert bigbench.split_client("intent", records, sizes, 0) == first
+    assert bigbench.split_client("intent", records, sizes, 1) != first and bigbench.split_client("hotels", records, sizes, 0) != first
 
 
 def test_a_client_that_is_too_small_is_refused():
     records = client_records(40, random.Random(0))
     with pytest.raises(UserError, match=r"client intent: \d+ distinct usable records, 60 asked for .*--train-size 30"):
-        tasks.split_client("intent", records, {"train": 30, "validation": 10, "test": 20}, 0)
+        bigbench.split_client("intent", records, {"train": 30, "validation": 10, "test": 20}, 0)
 
 
 # --- the public set
 
 
 def raw_tasks(per_task=40):
-    names = [task if not task.endswith("*") else f"natural_instructions/subtask{i}" for i in (1, 2, 3) for task in (tasks.PUBLIC if i == 1 else ["natural_instructions/*"])]
+    names = [task if not task.endswith("*") else f"natural_instructions/subtask{i}" for i in (1, 2, 3) for task in (bigbench.PUBLIC if i == 1 else ["natural_instructions/*"])]
     words = lambda name: re.sub(r"\W|\d", " ", name)  # noqa: E731
     return {name: [{"input": f"{words(name)} {name[-1]} question {i} and more", "target": f"answer {i}"} for i in range(per_task)] for name in names}
 
@@ -132,25 +136,25 @@ def test_no_public_record_contains_a_clients_text():
     raw["strategyqa"][3]["input"] = f"He wrote: '{private.upper()}', and left."
     raw["tense"][5]["target"] = private
     raw["cryptonite"][7]["input"] = private.replace("happy", "unhappy")  # no copy
-    records = tasks.public_records(raw, tasks.containment_filter([private]), 700)
-    texts = [tasks.normalise(record["prompt"] + record["answer"]) for record in records]
+    records = bigbench.public_records(raw, bigbench.containment_filter([private]), 700)
+    texts = [bigbench.normalise(record["prompt"] + record["answer"]) for record in records]
     assert len(records) == 700 and not any(private in text for text in texts)
-    with_them = tasks.public_records(raw, lambda text: False, 900)
-    assert any(private in tasks.normalise(record["prompt"] + record["answer"]) for record in with_them)
+    with_them = bigbench.public_records(raw, lambda text: False, 900)
+    assert any(private in bigbench.normalise(record["prompt"] + record["answer"]) for record in with_them)
 
 
 def test_public_records_have_distinct_prompts_and_every_source():
     raw = raw_tasks()
     raw["tense"] = raw["tense"] + raw["tense"]
-    records = tasks.public_records(raw, lambda text: False, 600)
-    prompts = [tasks.normalise(record["prompt"]) for record in records]
+    records = bigbench.public_records(raw, lambda text: False, 600)
+    prompts = [bigbench.normalise(record["prompt"]) for record in records]
     assert len(set(prompts)) == 600 and {record["source"] for record in records} == set(raw)
-    assert records == tasks.public_records(raw, lambda text: False, 600)
+    assert records == bigbench.public_records(raw, lambda text: False, 600)
 
 
 def test_a_public_set_that_is_too_large_is_refused():
     with pytest.raises(UserError, match="--public-size 100000: only"):
-        tasks.public_records(raw_tasks(), lambda text: False, 100_000)
+        bigbench.public_records(raw_tasks(), lambda text: False, 100_000)
 
 
 @pytest.fixture(scope="module")
@@ -160,28 +164,28 @@ def real():
         fetch.fetch(**fetch.BIGBENCH)
     except UserError as error:
         pytest.skip(f"BIG-bench is not to be had: {error}")
-    sizes, read, kept = {"train": 400, "validation": 80, "test": 200}, tasks.read_members, []
+    sizes, read, kept = {"train": 400, "validation": 80, "test": 200}, bigbench.read_members, []
 
     def read_once(archive, wanted):  # unpacking the archive is most of the time
         kept.extend([] if kept else read(archive, wanted))
         return kept
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "read_members", read_once)
-        return [tasks.load_bigbench(list(tasks.CLIENTS), sizes, 6000, seed) for seed in (0, 1)]
+        patch.setattr(bigbench, "read_members", read_once)
+        return [bigbench.load_bigbench(list(bigbench.CLIENTS), sizes, 6000, seed) for seed in (0, 1)]
 
 
 @pytest.mark.slow
 def test_real_sizes_and_lengths(real):
     public, parts = real[0]
-    assert len(public) >= 5000 and set(parts) == set(tasks.CLIENTS)
+    assert len(public) >= 5000 and set(parts) == set(bigbench.CLIENTS)
     for client in parts.values():
         assert {name: len(part) for name, part in client.items()} == {"train": 400, "validation": 80, "test": 200}
         for record in (record for part in client.values() for record in part):
             assert record["answer"] in record["choices"] and 2 <= len(set(record["choices"])) == len(record["choices"])
     for record in public + [record for client in parts.values() for part in client.values() for record in part]:
-        assert len(record["prompt"]) <= tasks.MAX_CHARS and 1 < len(record["answer"]) <= tasks.MAX_ANSWER_CHARS + 1
-    assert len({tasks.normalise(record["prompt"]) for record in public}) == len(public)
+        assert len(record["prompt"]) <= bigbench.MAX_CHARS and 1 < len(record["answer"]) <= bigbench.MAX_ANSWER_CHARS + 1
+    assert len({bigbench.normalise(record["prompt"]) for record in public}) == len(public)
 
 
 @pytest.mark.slow
@@ -189,8 +193,8 @@ def test_real_clients_are_disjoint_with_distinct_splits_a_seed(real):
     for public, parts in real:
         for client in parts.values():
             everything = [record for part in client.values() for record in part]
-            assert len(fields_of(everything)) == sum(len(set(tasks.client_texts(record))) for record in everything)  # no field twice
-    for name in tasks.CLIENTS:
+            assert len(fields_of(everything)) == sum(len(set(bigbench.client_texts(record))) for record in everything)  # no field twice
+    for name in bigbench.CLIENTS:
         assert real[0][1][name]["test"] != real[1][1][name]["test"]
 
 
@@ -202,13 +206,13 @@ def test_the_real_public_set_is_the_same_for_every_seed(real):
 @pytest.mark.slow
 def test_no_real_public_text_contains_a_clients_text(real):
     """Checked without the filter: by plain `in`, each field of each client record in all public texts at once."""
-    public = "\n".join(f" {tasks.normalise(record['prompt'] + record['answer'])} " for record in real[0][0])
+    public = "\n".join(f" {bigbench.normalise(record['prompt'] + record['answer'])} " for record in real[0][0])
     checked = 0
     for _, parts in real:
         for record in (record for client in parts.values() for part in client.values() for record in part):
             for text in [record["input"], *(line.split(": ", 1)[-1] for line in record["input"].replace(" (Answer: ", "\n").splitlines())]:
                 text = " ".join(re.findall(r"\w+", text.lower()))
-                if len(text.split()) >= tasks.MIN_WORDS:
+                if len(text.split()) >= bigbench.MIN_WORDS:
                     assert f" {text} " not in public, text
                     checked += 1
     assert checked > 4000
@@ -220,12 +224,12 @@ def test_no_real_public_text_contains_a_clients_text(real):
 @pytest.mark.parametrize("successes, n, low, high", [(8, 10, 49.02, 94.33), (0, 10, 0, 27.75), (10, 10, 72.25, 100), (50, 100, 40.38, 59.62), (81, 263, 25.53, 36.62)])
 def test_wilson_against_published_values(successes, n, low, high):
     """81 of 263: Newcombe (1998), Table I, method 3 (0.2553, 0.3662)."""
-    assert evaluate.wilson(successes, n) == pytest.approx([low, high], abs=0.01)
+    assert statistics.wilson(successes, n) == pytest.approx([low, high], abs=0.01)
 
 
 def test_bootstrap_of_identical_rows_is_zero():
     row = {"a": np.array([1.0, 0, 1]), "b": np.array([0.0, 1])}
-    assert evaluate.paired_bootstrap(row, row, 0) == {"difference": 0.0, "interval": [0.0, 0.0]}
+    assert statistics.paired_bootstrap(row, row, 0) == {"difference": 0.0, "interval": [0.0, 0.0]}
 
 
 def test_bootstrap_is_paired_weights_clients_alike_and_follows_its_seed():
@@ -233,31 +237,31 @@ def test_bootstrap_is_paired_weights_clients_alike_and_follows_its_seed():
     theirs = {"a": rng.integers(0, 2, 400).astype(float), "b": rng.integers(0, 2, 50).astype(float)}
     ours = {name: values.copy() for name, values in theirs.items()}
     ours["b"][theirs["b"] == 0] = 1.0  # all wrong answers of b put right
-    gap = evaluate.paired_bootstrap(ours, theirs, 0)
+    gap = statistics.paired_bootstrap(ours, theirs, 0)
     share = 100 * np.mean(theirs["b"] == 0)
     assert gap["difference"] == pytest.approx(share / 2)
     # a never differs: all the spread is b's, half of a binomial's
     spread = 100 * np.sqrt(share / 100 * (1 - share / 100) / 50) / 2
     assert gap["interval"] == pytest.approx([share / 2 - 1.96 * spread, share / 2 + 1.96 * spread], abs=1.5)
-    assert gap == evaluate.paired_bootstrap(ours, theirs, 0)
-    few = [evaluate.paired_bootstrap(ours, theirs, seed, resamples=20)["interval"] for seed in (0, 0, 1)]
+    assert gap == statistics.paired_bootstrap(ours, theirs, 0)
+    few = [statistics.paired_bootstrap(ours, theirs, seed, resamples=20)["interval"] for seed in (0, 0, 1)]
     assert few[0] == few[1] != few[2]
 
 
 def test_ensemble_is_the_mean_of_the_probabilities():
     experts = [{"scores": {"a": [[np.log(0.1), np.log(0.3)], [0.0, 0.0, np.log(2)]]}}, {"scores": {"a": [[np.log(8), np.log(2)], [-1000.0, -1000.0, -1000.0]]}}]
-    first, second = evaluate.ensemble(experts)["a"]
+    first, second = btm.ensemble(experts)["a"]
     assert first == pytest.approx([(0.25 + 0.8) / 2, (0.75 + 0.2) / 2])
     assert second == pytest.approx([(1 / 4 + 1 / 3) / 2] * 2 + [(1 / 2 + 1 / 3) / 2])
 
 
 def test_is_right_compares_the_likeliest_choices_text():
     records = [{"choices": [" a", " b"], "answer": " b"}, {"choices": [" a", " b"], "answer": " b"}]
-    assert evaluate.is_right([[-2.0, -1.0], [-1.0, -2.0]], records).tolist() == [1.0, 0.0]
+    assert statistics.is_right([[-2.0, -1.0], [-1.0, -2.0]], records).tolist() == [1.0, 0.0]
 
 
 def test_shares_of_the_tokens_add_up_to_one():
-    assert evaluate.shares([[1, 3], [2, 2]]) == [[0.25, 0.75], [0.5, 0.5]]
+    assert statistics.shares([[1, 3], [2, 2]]) == [[0.25, 0.75], [0.5, 0.5]]
 
 
 def test_pool_prints_means_deviations_and_paired_differences(tmp_path, capsys):
@@ -272,15 +276,15 @@ def test_pool_prints_means_deviations_and_paired_differences(tmp_path, capsys):
         return tmp_path / str(seed)
 
     runs = [write(0, "1111", "0000"), write(1, "1110", "1000")]
-    evaluate.pool(runs, "results.json")
+    tables.pool(runs, "results.json")
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| zeroshot | 12.50 ± 17.68 | 12.50 ± 17.68 | +75.00 (")
     assert lines[3] == "| metamoe | 87.50 ± 17.68 | 87.50 ± 17.68 |  |"
     with pytest.raises(UserError, match="evaluate it alone first"):
-        evaluate.pool([runs[0], tmp_path], "results.json")
+        tables.pool([runs[0], tmp_path], "results.json")
     (runs[1] / "results.json").write_text(json.dumps({"run": {"seed": 1, "clients": ["b"]}, "rows": []}))
     with pytest.raises(UserError, match="only the seed may differ"):
-        evaluate.pool(runs, "results.json")
+        tables.pool(runs, "results.json")
 
 
 RUN = {"backbone": "vit-b-32", "seed": 0, "seed_model": "", "clients": ["flowers", "pets", "eurosat"], "candidates": 3000, "proxies": 500}
@@ -288,8 +292,8 @@ RUN = {"backbone": "vit-b-32", "seed": 0, "seed_model": "", "clients": ["flowers
 
 def test_the_papers_rows_average_to_the_papers_averages():
     """A slip of the pen in a constant would show: every printed average is the mean of its clients, to the rounding."""
-    for backbone, rows in evaluate.PAPER.items():
-        assert set(rows) <= {*evaluate.TITLES, *(f"expert-{name}" for name in evaluate.PAPER_CLIENTS[backbone]), *(m for table in evaluate.ABLATIONS.values() for m in table)}
+    for backbone, rows in paper.PAPER.items():
+        assert set(rows) <= {*methods.TITLES, *(f"expert-{name}" for name in paper.PAPER_CLIENTS[backbone]), *(m for table in methods.ABLATIONS.values() for m in table)}
         for model, numbers in rows.items():
             if len(numbers) > 1:
                 assert np.mean(numbers[:-1]) == pytest.approx(numbers[-1], abs=0.011), (backbone, model)
@@ -300,21 +304,21 @@ def test_results_of_the_papers_backbones_stand_beside_the_papers():
     row = {"model": "metamoe", "title": "MetaMoE", "clients": {name: {"accuracy": 50.0, "wilson": [40, 60]} for name in names}, "average": 50.0}
     one = {**row, "model": "flexolmo-dpp", "title": "flexolmo-dpp"}
     results = {"split": "test", "n": dict.fromkeys(names, 4), "rows": [row, one], "uploaded_bytes": {}}
-    text = evaluate.markdown(results, RUN)
+    text = tables.markdown(results, RUN)
     assert "| MetaMoE | 50.00 (93.67) | 50.00 (91.91) | 50.00 (97.98) | 50.00 (94.52) |" in text  # by name, not by place
     assert "| FlexOlmo, DPP | 50.00 | 50.00 | 50.00 | 50.00 (93.20) |" in text and "are not the paper's" not in text
-    assert "proxies, seed_model are not the paper's" in evaluate.markdown(results, {**RUN, "proxies": 9, "seed_model": "x.pt"})
+    assert "proxies, seed_model are not the paper's" in tables.markdown(results, {**RUN, "proxies": 9, "seed_model": "x.pt"})
     for other in ({**RUN, "backbone": "glyph-clip"}, {**RUN, "clients": names[:2]}):
-        assert "91.91" not in evaluate.markdown(results, other) and "paper's" not in evaluate.markdown(results, other)
+        assert "91.91" not in tables.markdown(results, other) and "paper's" not in tables.markdown(results, other)
 
 
 def test_cost_tables_are_means_over_the_runs():
     timings = [{"metamoe": {"unify_seconds": s, "samples_per_second": 10 * s}, "zeroshot": {"samples_per_second": 5.0}, "embedding_seconds": 60 * s,
                 "relevance_seconds": {"pets": s}, "selection_seconds": {"pets": {"dpp": s, "similarity": 0.5}}} for s in (1.0, 3.0)]
     rows = [{"model": model, "title": model} for model in ("zeroshot", "metamoe")]
-    text = evaluate.cost_tables({"backbone": "vit-b-32", "clients": ["pets"]}, rows, timings)
+    text = tables.cost_tables({"backbone": "vit-b-32", "clients": ["pets"]}, rows, timings)
     for line in ("| embedding D_0, once for all clients | 120.00 |", "| private features and relevance head | 2.000 |", "| similarity | 0.500 |", "| DPP | 2.000 |",
                  "6.41 min by similarity, 6.61 min by DPP", "| zeroshot |  | 5.0 |  |  |", "| metamoe | 2.00 | 20.0 | 12.15 | 1751.00 |"):
         assert line in text
     assert "random" not in text
-    assert "paper:" not in evaluate.cost_tables({"backbone": "glyph-clip", "clients": ["pets"]}, rows, timings)
+    assert "paper:" not in tables.cost_tables({"backbone": "glyph-clip", "clients": ["pets"]}, rows, timings)

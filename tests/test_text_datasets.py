@@ -1,4 +1,4 @@
-"""The paper's language datasets: every layout that tasks.load_text and public_text read, written here in the hub's exact schema."""
+"""The paper's language datasets: every layout that questions.load_text and public_text read, written here in the hub's exact schema."""
 
 import csv
 import json
@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-import backbones
+from metamoe import backbones
+from metamoe import presets
+from metamoe.backbones import base
+from metamoe.data import questions
 import drive
-import tasks
 import tiny
-from rundir import UserError, read_json
+from metamoe.errors import UserError
+from metamoe.rundir import read_json
 
 ALL = {"train": 0, "validation": 0, "test": 0}
 
@@ -105,16 +108,16 @@ def write_original(name, folder, split, rows):
 
 def fails(*parts, clients=("socialiqa",), sizes=ALL, sources=None):
     with pytest.raises(UserError) as error:
-        tasks.load_text(list(clients), sizes, 0, sources or {})
+        questions.load_text(list(clients), sizes, 0, sources or {})
     for part in parts:
         assert str(part) in str(error.value), error.value
 
 
 @pytest.mark.parametrize("kind", ["disk", "parquet", "json", "original"])
-@pytest.mark.parametrize("name", list(tasks.TEXT_CLIENTS))
+@pytest.mark.parametrize("name", list(questions.TEXT_CLIENTS))
 def test_every_layout_gives_the_same_records(tmp_path, name, kind):
     write(kind, name, tmp_path / name, {"train": rows_of(name, 12), "validation": rows_of(name, 6, 100)})
-    parts = tasks.load_text([name], ALL, 0, {"root": str(tmp_path)})[name]
+    parts = questions.load_text([name], ALL, 0, {"root": str(tmp_path)})[name]
     assert [len(parts[part]) for part in ("train", "validation", "test")] == [12, 0, 6]
     assert parts["train"][0] == FIRST[name] | {"source": name}
     for part, start in (("train", 0), ("test", 100)):  # answers against the rows' own labels
@@ -127,21 +130,21 @@ def test_every_layout_gives_the_same_records(tmp_path, name, kind):
 @pytest.mark.parametrize("kind", ["disk", "parquet", "json", "original"])
 def test_alpaca_in_every_layout(tmp_path, kind):
     write(kind, "alpaca", tmp_path / "stanford_alpaca", {"train": rows_of("alpaca", 9)})
-    records = tasks.public_text(0, {"root": str(tmp_path)})
+    records = questions.public_text(0, {"root": str(tmp_path)})
     assert len(records) == 8  # the fourth has no output
     assert records[0] == {"source": "alpaca", "input": "Name item 0.", "prompt": "Question: Name item 0.\nAnswer:", "answer": " Item 0\nof the list."}
     assert records[1]["prompt"] == "Question: Name item 1.\nInput: of list 1\nAnswer:" and records[1]["input"] == "Name item 1.\nof list 1"
-    few = tasks.public_text(5, {"root": str(tmp_path)})
-    assert len(few) == 5 and few == [record for record in records if record in few] and few == tasks.public_text(5, {"root": str(tmp_path)})
+    few = questions.public_text(5, {"root": str(tmp_path)})
+    assert len(few) == 5 and few == [record for record in records if record in few] and few == questions.public_text(5, {"root": str(tmp_path)})
     with pytest.raises(UserError, match="--public-size 9.*8 records"):
-        tasks.public_text(9, {"root": str(tmp_path)})
+        questions.public_text(9, {"root": str(tmp_path)})
 
 
 def test_alpacas_own_file_by_its_path(tmp_path):
     write_original("alpaca", tmp_path, "train", rows_of("alpaca", 9))
     for given in (tmp_path / "alpaca_data.json", tmp_path):
-        assert len(tasks.public_text(0, {"public": str(given)})) == 8
-    assert len(tasks.public_text(0, {"root": str(tmp_path)})) == 8
+        assert len(questions.public_text(0, {"public": str(given)})) == 8
+    assert len(questions.public_text(0, {"root": str(tmp_path)})) == 8
 
 
 # --- splits
@@ -149,14 +152,14 @@ def test_alpacas_own_file_by_its_path(tmp_path):
 
 def test_sizes_cap_and_seed(tmp_path, monkeypatch):
     write("original", "cosmosqa", tmp_path / "cosmos_qa", {"train": rows_of("cosmosqa", 40), "validation": rows_of("cosmosqa", 10, 100)})
-    load = lambda seed, **sizes: tasks.load_text(["cosmosqa"], ALL | sizes, seed, {"root": str(tmp_path)})["cosmosqa"]  # noqa: E731
+    load = lambda seed, **sizes: questions.load_text(["cosmosqa"], ALL | sizes, seed, {"root": str(tmp_path)})["cosmosqa"]  # noqa: E731
     parts = load(0, validation=5, test=4)
     assert [len(parts[part]) for part in parts] == [34, 5, 4]  # a context has two questions: the sixth may not be trained on
     contexts = [{record["input"].split("\n")[0] for record in part} for part in parts.values()]
     assert not contexts[0] & contexts[1] and not contexts[1] & contexts[2]
     assert parts == load(0, validation=5, test=4) and all(parts[part] != load(1, validation=5, test=4)[part] for part in parts)
     assert load(0, validation=5, train=7)["validation"] == parts["validation"]  # a part does not hang on another's size
-    monkeypatch.setattr(tasks, "TRAIN_CAP", 20)
+    monkeypatch.setattr(questions, "TRAIN_CAP", 20)
     capped = load(0, validation=5)
     assert len(capped["train"]) == 20 and all(record in parts["train"] for record in capped["train"]) and len(capped["test"]) == 10
     assert len(load(0, validation=5, train=30)["train"]) == 30
@@ -176,9 +179,9 @@ def test_missing_data_says_what_was_looked_for(tmp_path):
     write_original("socialiqa", tmp_path / "social_iqa", "train", rows_of("socialiqa", 8))
     fails("no validation split", "allenai/social_i_qa", sources={"root": str(tmp_path)})
     with pytest.raises(UserError, match="--public tatsu-lab/alpaca .the default"):
-        tasks.public_text(0, {})
+        questions.public_text(0, {})
     with pytest.raises(UserError, match="--public nowhere.jsonl: no such file"):
-        tasks.public_text(0, {"public": "nowhere.jsonl"})
+        questions.public_text(0, {"public": "nowhere.jsonl"})
 
 
 @pytest.mark.parametrize("damage, say", [
@@ -190,7 +193,7 @@ def test_missing_data_says_what_was_looked_for(tmp_path):
 ], ids=["half a line", "few labels", "no answer", "no labels", "another dataset"])
 def test_damaged_data(tmp_path, damage, say):
     write("original", "socialiqa", tmp_path / "siqa", {"train": rows_of("socialiqa", 8), "validation": rows_of("socialiqa", 8)})
-    tasks.load_text(["socialiqa"], ALL, 0, {"socialiqa": str(tmp_path / "siqa")})
+    questions.load_text(["socialiqa"], ALL, 0, {"socialiqa": str(tmp_path / "siqa")})
     damage(tmp_path / "siqa")
     fails(say, sources={"socialiqa": str(tmp_path / "siqa")})
 
@@ -208,7 +211,7 @@ def test_a_hub_dataset_with_a_script_comes_from_the_hubs_parquet(monkeypatch):
         return datasets.DatasetDict({"train": datasets.Dataset.from_list(rows_of("socialiqa", 8)), "validation": datasets.Dataset.from_list(rows_of("socialiqa", 4))})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert len(tasks.load_text(["socialiqa"], ALL, 0, {})["socialiqa"]["test"]) == 4
+    assert len(questions.load_text(["socialiqa"], ALL, 0, {})["socialiqa"]["test"]) == 4
     assert asked == [("allenai/social_i_qa", None, None), ("allenai/social_i_qa", None, "refs/convert/parquet")]
 
 
@@ -217,7 +220,7 @@ def test_a_hub_dataset_with_a_script_comes_from_the_hubs_parquet(monkeypatch):
 
 def test_the_presets_are_the_papers():
     for name, hub_id in (("llama-3.2-3b", "meta-llama/Llama-3.2-3B"), ("llama-3.1-8b", "meta-llama/Llama-3.1-8B")):
-        preset = backbones.PRESETS[name]
+        preset = presets.PRESETS[name]
         assert preset["seed_model"] == hub_id and (preset["candidates"], preset["proxies"]) == (3000, 500)
         assert (preset["lora_rank"], preset["lora_alpha"], preset["expert_epochs"], preset["expert_lr"], preset["expert_batch"]) == (16, 32, 10, 1e-4, 32)
         assert (preset["warmup_steps"], preset["weight_decay"], preset["final_epochs"], preset["final_batch"]) == (200, 0, 1, 32)
@@ -240,7 +243,7 @@ def test_selection_on_the_papers_datasets(tmp_path, seed_model):
     assert "skipped" in drive.call("select_proxies", *command).out
     features = np.load(tmp_path / "run" / "public" / "features.npy")
     backbone = backbones.load_backbone("llama-3.2-3b", seed_model, "cpu", "float32")
-    for i, record in enumerate(tasks.public_text(0, {"root": str(sources)})):
+    for i, record in enumerate(questions.public_text(0, {"root": str(sources)})):
         ids = torch.tensor([backbone.tokenizer(record["input"])["input_ids"]])
         with torch.no_grad():
             assert features[i] == pytest.approx(backbone.model.model(ids).last_hidden_state[0].mean(0).numpy(), abs=1e-4)
@@ -263,7 +266,7 @@ def test_without_the_hub_or_data_there_is_one_line(tmp_path, seed_model):
 
 @pytest.mark.parametrize("kind, loads", [("Qwen2", True), ("Mistral", True), ("GPT2", False)])
 def test_any_model_with_gated_ffns_is_a_seed(tmp_path, seed_model, kind, loads):
-    transformers = backbones.import_transformers()
+    transformers = base.import_transformers()
     shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2) if loads else dict(n_embd=32, n_layer=2, n_head=4)
     config = getattr(transformers, f"{kind}Config")(vocab_size=400, bos_token_id=None, eos_token_id=1, pad_token_id=0, **shape)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)

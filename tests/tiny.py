@@ -1,4 +1,4 @@
-"""A tiny seed model and a run directory with synthetic data, in the layout that select_proxies.write_data writes."""
+"""A tiny seed model and a run directory with synthetic data, in the layout that federation.write_data writes."""
 
 import json
 import os
@@ -8,7 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rundir import write_json, write_records
+from metamoe.rundir import write_json
+
+from metamoe.records import write_records
 
 REPO = Path(__file__).resolve().parent.parent
 CLIENTS = ["intent", "hotels", "question"]
@@ -38,7 +40,7 @@ def public_records(rng, count=SIZES["public_size"]):
 
 def make_seed_model(folder):
     """A LLaMA of 2 layers, width 32, and a byte-level BPE tokenizer trained on the topics."""
-    from backbones import import_transformers
+    from metamoe.backbones.base import import_transformers
 
     transformers = import_transformers()
     import tokenizers

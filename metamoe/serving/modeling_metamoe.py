@@ -9,7 +9,8 @@ import torch
 from .moe import MoELayer, assemble, fix_torchvision
 
 fix_torchvision()
-from transformers import LlamaConfig as SeedConfig, LlamaForCausalLM as SeedModel  # noqa: E402
+from transformers import LlamaConfig as SeedConfig  # noqa: E402
+from transformers import LlamaForCausalLM as SeedModel
 
 
 class MetaMoEConfig(SeedConfig):

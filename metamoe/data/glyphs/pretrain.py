@@ -1,6 +1,6 @@
 """Train the embedded vision default's seed model, as CLIP is: images and captions of D_0's world, and nothing else.
 
-    python glyph_clip/pretrain.py
+    python metamoe/data/glyphs/pretrain.py
 
 Every step draws its images anew. One (character, face) pair in twenty is never trained on; accuracy is measured on
 those. A killed run goes on where it was when the same command is given again, and ends with the same weights.
@@ -20,11 +20,13 @@ from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from backbones import pick_dtype  # noqa: E402
-from glyph_clip import model as glyph_model  # noqa: E402
-from glyph_clip.world import caption, draw, faces_of, world  # noqa: E402
-from rundir import UserError, atomic, run_main, write_records  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from metamoe.backbones.base import pick_dtype  # noqa: E402
+from metamoe.data.glyphs import model as glyph_model  # noqa: E402
+from metamoe.data.glyphs.world import caption, draw, faces_of, world  # noqa: E402
+from metamoe.errors import UserError, run_main  # noqa: E402
+from metamoe.records import write_records  # noqa: E402
+from metamoe.rundir import atomic  # noqa: E402
 
 
 def is_held_out(char, face):

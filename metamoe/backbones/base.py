@@ -1,0 +1,142 @@
+"""What every seed model offers the stages: features, routing vectors, experts; and the choice of device and dtype."""
+
+import contextlib
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from metamoe.backbones.distributed import ALONE, processes, sharding
+from metamoe.errors import UserError
+from moe import fix_torchvision
+
+
+def import_transformers():
+    fix_torchvision()
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # of loading weights, a second or two
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT's, of no concern to the user
+    return transformers
+
+
+def pick_device(name="auto"):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here; use --device cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: unknown, choose auto, cpu or cuda") from None
+    state = processes(device.type)
+    return device if state is ALONE else state.device
+
+
+def pick_dtype(name, device):
+    """bfloat16 where the hardware computes in it, else float32."""
+    if name == "auto":
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        name = "bfloat16" if fast else "float32"
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+class Backbone:
+    """What a language model and a CLIP share. Attributes of both: source, device, dtype, model (the frozen seed),
+    ffn_names (module paths of its FFNs), ffn_linears, width (d of features and routing vectors)."""
+
+    def autocast(self):
+        # Entered at every step: left on, its cache of cast weights would hide the optimiser's updates.
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def shared_embed(self, records, label="embedding", skip=0):
+        """Yield (indices, features, unreadable so far) batch by batch, as `embed`; under `accelerate launch` its batches are dealt to the processes and every process gets all."""
+        state = processes()
+        mine = self.embed(records, label, skip=skip + state.process_index, every=state.num_processes)
+        if state is ALONE:
+            yield from ((*batch, list(self.unreadable)) for batch in mine)
+            return
+        from accelerate.utils import gather_object
+
+        unreadable = {}  # process -> its list
+        while any(batch := gather_object([(*found, state.process_index, list(self.unreadable)) if (found := next(mine, None)) else None])):
+            for indices, values, process, bad in filter(None, batch):
+                unreadable[process] = bad
+                yield indices, values, [item for items in unreadable.values() for item in items]
+
+    def features(self, records, label="embedding"):
+        """Seed-model embeddings (n, d) float32 of a client's records; UserError if one cannot be read."""
+        out, unreadable = np.full((len(records), self.width), np.nan, np.float32), ()
+        for batch, values, unreadable in self.shared_embed(records, label):
+            out[batch] = values
+        if unreadable:
+            raise UserError(f"private sample {unreadable[0][1]}: repair it or take it out of the client's data")
+        return out
+
+    @torch.no_grad()
+    def routing_vectors(self, model, records, label="routing vectors"):
+        """(L, d) float32: mean over samples of the token mean of each FFN's input (a text's prompt, as in the router's context)."""
+        lm, mask, state = unwrap(model), None, processes()
+        dealt = state.num_processes > 1 and not sharding()  # sharded weights come together only where all processes run the same layers
+        sums = torch.zeros(len(self.ffn_names), self.width, dtype=torch.float64)
+
+        def add_to(layer):
+            def hook(module, inputs):
+                sums[layer] += masked_mean(inputs[0].float(), mask).sum(0).double().cpu()
+
+            return hook
+
+        hooks = [lm.get_submodule(name).register_forward_pre_hook(add_to(i)) for i, name in enumerate(self.ffn_names)]
+        try:
+            for number, (mask, forward) in enumerate(self.prompt_batches(model, records, label)):
+                if not dealt or number % state.num_processes == state.process_index:
+                    with self.autocast():
+                        forward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if dealt:
+            from accelerate.utils import reduce
+
+            sums = reduce(sums.to(self.device), "sum").cpu()
+        return (sums / len(records)).float()
+
+    # --- experts
+
+    def add_lora(self, rank, alpha, seed):
+        """The model with fresh PEFT LoRA factors on the FFN linears; nothing else trains."""
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(seed)
+        targets = [f"{ffn}.{linear}" for ffn in self.ffn_names for linear in self.ffn_linears]
+        return get_peft_model(self.model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type=self.task_type))
+
+    def train_full_ffn(self):
+        """The model with its FFN weights themselves trainable, in float32."""
+        for ffn in self.ffn_names:
+            self.model.get_submodule(ffn).float().requires_grad_(True)
+        return self.model
+
+    def with_adapter(self, folder):
+        """The model with a client's or the soup's expert in place (PEFT adapter, or ffn.safetensors beside it)."""
+        if (Path(folder) / "adapter").exists():
+            from peft import PeftModel
+
+            return PeftModel.from_pretrained(self.model, Path(folder) / "adapter").eval()
+        self.model.load_state_dict({k: v.to(self.dtype) for k, v in load_file(Path(folder) / "ffn.safetensors").items()}, strict=False)
+        return self.model.eval()
+
+
+def unwrap(model):
+    """The transformers model inside a PEFT one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def masked_mean(values, mask):
+    """Mean over tokens (B, T, d), (B, T) -> (B, d)."""
+    weight = mask[..., None].to(values.dtype)
+    return (values * weight).sum(1) / weight.sum(1)

@@ -1,0 +1,29 @@
+"""The processes of a run: one, or several under `accelerate launch`."""
+
+import contextlib
+import datetime
+import os
+from types import SimpleNamespace
+
+import torch
+
+ALONE = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True, main_process_first=contextlib.nullcontext, wait_for_everyone=lambda: None)
+
+
+def processes(device="auto"):
+    """The processes of this run: accelerate's PartialState under `accelerate launch` (torchrun), else one that is alone.
+
+    All of them go through the same lines of a stage; what they share out is a batch's samples (training) or the batches
+    (embedding), and only the main process writes files. The first call says whether they are on the CPU.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return ALONE
+    from accelerate import PartialState
+
+    # the timeout: the others wait while the main process fits relevance heads and runs the DPP
+    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=datetime.timedelta(hours=6))
+
+
+def sharding():
+    """Whether accelerate's configuration asks for FSDP."""
+    return processes() is not ALONE and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"

@@ -1,0 +1,63 @@
+"""Images of records, decoded."""
+
+import errno
+import io
+
+from tqdm import tqdm
+
+from metamoe.data.sources import open_dataset
+from metamoe.errors import UserError
+
+
+class BadImage(Exception):
+    """An image that is missing or does not decode; the message names its file or row."""
+
+
+def open_image(image, seen={}):
+    """The RGB PIL image of a record's `image`, pixels as stored (no turning by EXIF); `seen` keeps opened datasets per process.
+
+    Raises BadImage where the image is missing or does not decode to its end, UserError where its dataset does not load.
+    """
+    from PIL import Image
+
+    name = image
+    if not isinstance(image, str):
+        import datasets
+
+        name = f"row {image['row']} of {image['dataset']}, split {image['split']}"
+        key = tuple(image.get(field) for field in ("dataset", "config", "split", "column"))
+        if key not in seen:
+            dataset = open_dataset(image, name).get(image["split"])
+            if dataset is None or image["column"] not in dataset.features:
+                raise UserError(f"{name}: no such split or no column {image['column']} there any more: take the dataset that the run was made with")
+            seen[key] = dataset.select_columns([image["column"]]).cast_column(image["column"], datasets.Image(decode=False))
+    try:
+        file = image
+        if not isinstance(image, str):
+            cell = seen[key][image["row"]][image["column"]]
+            file = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
+        with Image.open(file) as opened:
+            if opened.mode == "P" and "transparency" in opened.info:  # Pillow warns of the direct way
+                opened = opened.convert("RGBA")
+            return opened.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise nearly anything on damaged data
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EISDIR):
+            raise
+        raise BadImage(f"{name}: {type(error).__name__}: {error}") from None
+
+
+def bad_images(records, client):
+    """Yield (index, what is wrong with it) of a client's images that do not decode; decodes them all."""
+    for index, record in enumerate(tqdm(records, desc=f"checking {client}", unit="image", disable=None)):
+        try:
+            open_image(record["image"])
+        except BadImage as error:
+            yield index, error
+
+
+def check_images(records, client):
+    """UserError naming the first of a client's images that does not decode."""
+    for _, error in bad_images(records, client):
+        raise UserError(f"client {client}: bad image {error}: replace it, or take a whole copy of the dataset")

@@ -1,0 +1,42 @@
+"""Splits of a client's data: random, by class, and without a text in two parts."""
+
+import hashlib
+from collections import Counter
+
+import numpy as np
+
+
+def digest(text):
+    """A 64-bit number that stands for a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def grouped(keys, rng):
+    """(rows in a random order in which those of equal keys stand together (n,), a number for each row's key (n,))."""
+    number = np.unique(np.asarray(keys, np.uint64), return_inverse=True)[1]
+    number = rng.permutation(len(number))[number]
+    return np.argsort(number, kind="stable"), number
+
+
+def hold_out(order, keys, size):
+    """(the first `size` rows of `order`, those of the others that share no key with them)."""
+    out, left = order[:size], order[size:]
+    return out, left[~np.isin(keys[left], keys[out])]
+
+
+def balanced(labels, n, rng):
+    """Sorted indices of `n` random items, as many of each label as possible; a smaller `n` gives a subset of a larger one's."""
+    order, seen, turn = rng.permutation(len(labels)), Counter(), []
+    for i in order:  # the first of every class, then the second of every class, ...
+        turn.append(seen[labels[i]])
+        seen[labels[i]] += 1
+    return np.sort(order[np.argsort(turn, kind="stable")[:n]]).tolist()
+
+
+def stratified(labels, share, rng):
+    """Mask over `labels` of about `share` of each class: at least one of its items and never all."""
+    mask = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        mask[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
+    return mask

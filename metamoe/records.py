@@ -1,0 +1,76 @@
+"""Records on disk: JSON lines, read one at a time, so that memory holds 8 bytes a record."""
+
+import json
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+from metamoe.errors import UserError
+from metamoe.rundir import atomic, read_json
+
+
+def write_records(path, records):
+    """Write records (dicts) as JSON lines, atomically and one at a time."""
+    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+class Records(Sequence):
+    """Records (dicts) of a JSON-lines file, each read when it is asked for: memory holds 8 bytes a record.
+
+    starts: byte offsets of the records' lines, any array (default: every line of the file). convert: a function applied
+    to each as it is read. Used as a list is: length, indices, slices (these are lists), iteration, `+ [records]` (these
+    stay in memory), pickling.
+    """
+
+    def __init__(self, path, starts=None, convert=None, more=()):
+        self.path, self.convert, self.more = Path(path), convert, list(more)
+        self.starts = line_starts(path) if starts is None else starts
+
+    def __len__(self):
+        return len(self.starts) + len(self.more)
+
+    def __getitem__(self, index):
+        chosen = range(len(self))[index]  # one, or those of a slice; IndexError as a list's
+        return list(self._read(chosen)) if isinstance(index, slice) else list(self._read([chosen]))[0]
+
+    def __iter__(self):
+        return self._read(range(len(self)))
+
+    def __add__(self, records):
+        return Records(self.path, self.starts, self.convert, [*self.more, *records])
+
+    def _read(self, indices):
+        with open(self.path, "rb") as file:  # no handle is kept: processes that share one would move each other's position
+            for i in indices:
+                if i >= len(self.starts):
+                    yield self.more[i - len(self.starts)]
+                    continue
+                file.seek(self.starts[i])
+                record = json.loads(file.readline())
+                yield self.convert(record) if self.convert else record
+
+
+def line_starts(path):
+    """The byte offset of every line of a file, an array of 8 bytes each."""
+    starts, position = array("q"), 0
+    with open(path, "rb") as lines:
+        for line in lines:
+            starts.append(position)
+            position += len(line)
+    return starts
+
+
+def read_records(path):
+    """The records of a file that write_records wrote, as a sequence that is read on demand."""
+    if not Path(path).exists():
+        raise UserError(f"{path} is missing: run select_proxies.py first")
+    return Records(path)
+
+
+def usable_public(run_dir, public):
+    """Indices of the public samples that can be read: all but RUN/public/unreadable.json; a range where all can."""
+    path = Path(run_dir) / "public" / "unreadable.json"
+    unreadable = set(read_json(path)) if path.exists() else set()
+    return [i for i in range(len(public)) if i not in unreadable] if unreadable else range(len(public))

@@ -29,16 +29,52 @@ from metamoe.uploads import read_manifest
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", required=True, nargs="+", help="folder of the run; several: print the table over runs of different seeds")
-    parser.add_argument("--split", choices=["test", "validation"], default="test", help="part of the clients' data to score on; settings are chosen on validation (default: %(default)s)")
-    parser.add_argument("--scoring", choices=["letters", "generate", "likelihood"], help="language models, multiple choice: logits of the choices' letters from one forward pass; the first stand-alone letter in 16 generated tokens; likelihood of the choices' texts (default: the backbone's preset)")
-    parser.add_argument("--models", nargs="+", help="score these rows alone (zeroshot, expert-NAME, or a folder of RUN/moe/; default: all there are)")
-    parser.add_argument("--figure", action="store_true", help="also draw Figure 2 (t-SNE, a PNG a client) and measure how the proxies of each selection cover the private test data")
-    parser.add_argument("--opt-out", nargs="*", metavar="MODEL", help="also score these MoEs (default: metamoe) with each client's expert left out in turn")
-    parser.add_argument("--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run-dir",
+        required=True,
+        nargs="+",
+        help="folder of the run; several: print the table over runs of different seeds",
+    )
+    parser.add_argument(
+        "--split",
+        choices=["test", "validation"],
+        default="test",
+        help="part of the clients' data to score on; settings are chosen on validation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--scoring",
+        choices=["letters", "generate", "likelihood"],
+        help="language models, multiple choice: logits of the choices' letters from one forward pass; the first stand-alone letter in 16 generated tokens; likelihood of the choices' texts (default: the backbone's preset)",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        help="score these rows alone (zeroshot, expert-NAME, or a folder of RUN/moe/; default: all there are)",
+    )
+    parser.add_argument(
+        "--figure",
+        action="store_true",
+        help="also draw Figure 2 (t-SNE, a PNG a client) and measure how the proxies of each selection cover the private test data",
+    )
+    parser.add_argument(
+        "--opt-out",
+        nargs="*",
+        metavar="MODEL",
+        help="also score these MoEs (default: metamoe) with each client's expert left out in turn",
+    )
+    parser.add_argument(
+        "--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)"
+    )
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where the hardware computes in it")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16"],
+        help="auto: bfloat16 where the hardware computes in it",
+    )
     return parser.parse_args()
 
 
@@ -51,11 +87,15 @@ def list_models(run_dir, run, only):
     rows += [row for row in made if row not in rows]
     for row in only or []:
         if row not in rows:
-            raise UserError(f"--models {row}: there is no such model in {run_dir}; there are {', '.join(rows)}")
+            raise UserError(
+                f"--models {row}: there is no such model in {run_dir}; there are {', '.join(rows)}"
+            )
     folders = {}
     for row in rows if not only else [row for row in rows if row in only]:
         if row.startswith("expert-"):
-            folders[row] = run_dir / "clients" / row.removeprefix("expert-") / "upload" / expert_variant(run_dir)
+            folders[row] = (
+                run_dir / "clients" / row.removeprefix("expert-") / "upload" / expert_variant(run_dir)
+            )
             read_manifest(folders[row])
         else:
             folders[row] = None if row == "zeroshot" else run_dir / "moe" / row
@@ -81,23 +121,40 @@ def score(row, folder, backbone_of, run_dir, run, args, records, scoring, withou
         identity["scoring"] = scoring
     if folder is not None:
         identity["model"] = sha256(folder / ("manifest.json" if row.startswith("expert-") else "done.json"))
-    path = run_dir / "scores" / f"{row}{f'.without.{without}' if without else ''}.{args.split}{suffix(run, scoring)}.json"
-    if path.exists() and (found := read_json(path))["identity"] == identity and found["scores"].keys() >= set(run["clients"]):
+    path = (
+        run_dir
+        / "scores"
+        / f"{row}{f'.without.{without}' if without else ''}.{args.split}{suffix(run, scoring)}.json"
+    )
+    if (
+        path.exists()
+        and (found := read_json(path))["identity"] == identity
+        and found["scores"].keys() >= set(run["clients"])
+    ):
         return found  # unless a client has joined since
     backbone = backbone_of()
     model = backbone.model
     if folder is not None:
-        model = moe.load(folder, model) if (folder / "moe_config.json").exists() else backbone.with_adapter(folder)
+        model = (
+            moe.load(folder, model)
+            if (folder / "moe_config.json").exists()
+            else backbone.with_adapter(folder)
+        )
     if without:
         moe.disable_expert(model, without)
-    routed = hasattr(model, "routing") and scoring != "generate"  # a prompt's tokens go through once, not once a generated token
+    routed = (
+        hasattr(model, "routing") and scoring != "generate"
+    )  # a prompt's tokens go through once, not once a generated token
     found, seconds = {"identity": identity, "scores": {}, "routing": {}}, 0.0
     for name in run["clients"]:
         if routed:
             model.routing.record = True
             moe.reset_counts(model)
         start = time.perf_counter()
-        found["scores"][name] = [values.tolist() for values in backbone.scores(model, records[name], label=f"{row} on {name}", scoring=scoring)]
+        found["scores"][name] = [
+            values.tolist()
+            for values in backbone.scores(model, records[name], label=f"{row} on {name}", scoring=scoring)
+        ]
         seconds += time.perf_counter() - start
         if routed:
             found["routing"][name] = moe.counts(model).tolist()
@@ -122,40 +179,6 @@ def opt_outs(args, run_dir, run):
     return found
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 def main():
     args = parse_args()
     run_dir = Path(args.run_dir[0])
@@ -169,55 +192,128 @@ def main():
     stem = ("results" if args.split == "test" else f"results.{args.split}") + suffix(run, scoring)
     if len(args.run_dir) > 1:
         return pool(args.run_dir, f"{stem}.json")
-    records = {name: read_records(run_dir / "clients" / name / "private" / f"{args.split}.jsonl") for name in run["clients"]}
+    records = {
+        name: read_records(run_dir / "clients" / name / "private" / f"{args.split}.jsonl")
+        for name in run["clients"]
+    }
     if not all(records.values()):
-        raise UserError(f"--split {args.split}: a client has no samples in it; make the run with --{args.split}-size of at least 1")
+        raise UserError(
+            f"--split {args.split}: a client has no samples in it; make the run with --{args.split}-size of at least 1"
+        )
     folders = list_models(run_dir, run, args.models)
     left_out = opt_outs(args, run_dir, run)
 
     def backbone_of():  # only for a model that is not scored yet; PEFT and the MoE change a model in place
-        return load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers, run.get("answers"), run.get("loss"))
+        return load_backbone(
+            run["backbone"],
+            run["seed_model"],
+            args.device,
+            args.dtype,
+            args.workers,
+            run.get("answers"),
+            run.get("loss"),
+        )
 
-    found = {row: score(row, folder, backbone_of, run_dir, run, args, records, scoring) for row, folder in folders.items() if row != "btm"}
+    found = {
+        row: score(row, folder, backbone_of, run_dir, run, args, records, scoring)
+        for row, folder in folders.items()
+        if row != "btm"
+    }
     if "btm" in folders:
         combined = "letters" if scoring == "generate" else scoring  # probabilities, not letters
-        experts = [score(f"expert-{name}", run_dir / "clients" / name / "upload" / expert_variant(run_dir), backbone_of, run_dir, run, args, records, combined) for name in run["clients"]]
-        found["btm"] = {"scores": ensemble(experts, [name for name in run["clients"] if not is_choice(records[name])]), "samples_per_second": 1 / sum(1 / expert["samples_per_second"] for expert in experts)}
-    right = {row: {name: is_right(found[row]["scores"][name], records[name]) for name in run["clients"] if is_choice(records[name])} for row in folders}
+        experts = [
+            score(
+                f"expert-{name}",
+                run_dir / "clients" / name / "upload" / expert_variant(run_dir),
+                backbone_of,
+                run_dir,
+                run,
+                args,
+                records,
+                combined,
+            )
+            for name in run["clients"]
+        ]
+        found["btm"] = {
+            "scores": ensemble(experts, [name for name in run["clients"] if not is_choice(records[name])]),
+            "samples_per_second": 1 / sum(1 / expert["samples_per_second"] for expert in experts),
+        }
+    right = {
+        row: {
+            name: is_right(found[row]["scores"][name], records[name])
+            for name in run["clients"]
+            if is_choice(records[name])
+        }
+        for row in folders
+    }
     rows = []
     for row in folders:
         per_client = {}
         for name, values in right[row].items():
-            per_client[name] = {"correct": int(values.sum()), "n": len(values), "accuracy": 100 * float(values.mean()), "wilson": wilson(values.sum(), len(values))}
-            per_client[name]["right"] = "".join("01"[int(value)] for value in values)  # a digit a sample, in order: for paired tests
+            per_client[name] = {
+                "correct": int(values.sum()),
+                "n": len(values),
+                "accuracy": 100 * float(values.mean()),
+                "wilson": wilson(values.sum(), len(values)),
+            }
+            per_client[name]["right"] = "".join(
+                "01"[int(value)] for value in values
+            )  # a digit a sample, in order: for paired tests
         average = float(np.mean([c["accuracy"] for c in per_client.values()])) if per_client else None
         for name in run["clients"]:
             if not is_choice(records[name]):
                 scores = found[row]["scores"][name]
-                per_client[name] = {"perplexity": perplexity(scores), "tokens": sum(map(len, scores)), "n": len(records[name])}
+                per_client[name] = {
+                    "perplexity": perplexity(scores),
+                    "tokens": sum(map(len, scores)),
+                    "n": len(records[name]),
+                }
         rows.append({"model": row, "title": title(row, run), "clients": per_client, "average": average})
         if right.get("metamoe") and row != "metamoe":
             rows[-1]["metamoe_minus"] = paired_bootstrap(right["metamoe"], right[row], run["seed"])
         if found[row].get("routing"):
-            rows[-1] |= {"experts": found[row]["experts"], "lambda": found[row]["lambda"], "routing": {name: shares(counts) for name, counts in found[row]["routing"].items()}}
+            rows[-1] |= {
+                "experts": found[row]["experts"],
+                "lambda": found[row]["lambda"],
+                "routing": {name: shares(counts) for name, counts in found[row]["routing"].items()},
+            }
     uploaded = {}
     for name in run["clients"]:
         for upload in sorted((run_dir / "clients" / name / "upload").glob("[!.]*")):
             uploaded[f"{name}/{upload.name}"] = folder_bytes(upload)
-    results = {"run": run, "split": args.split, "n": {name: len(r) for name, r in records.items()}, "rows": rows, "uploaded_bytes": uploaded}
+    results = {
+        "run": run,
+        "split": args.split,
+        "n": {name: len(r) for name, r in records.items()},
+        "rows": rows,
+        "uploaded_bytes": uploaded,
+    }
     if scoring and (scoring, own) != ("likelihood", "likelihood"):
         results["scoring"] = scoring
     measured, identity = run_dir / "scores" / f"coverage.{args.split}.json", coverage_identity(run_dir, run)
     if args.figure:
-        write_json(measured, {"identity": identity, "coverage": coverage(run_dir, run, backbone_of(), records, args.split)})
+        write_json(
+            measured,
+            {"identity": identity, "coverage": coverage(run_dir, run, backbone_of(), records, args.split)},
+        )
     if measured.exists() and (kept := read_json(measured))["identity"] == identity:
         results["coverage"] = kept["coverage"]
     if left_out:
         results["opt_out"] = {}
     for row, names in left_out.items():
-        scores = {name: score(row, run_dir / "moe" / row, backbone_of, run_dir, run, args, records, scoring, name)["scores"] for name in ["", *names]}
+        scores = {
+            name: score(row, run_dir / "moe" / row, backbone_of, run_dir, run, args, records, scoring, name)[
+                "scores"
+            ]
+            for name in ["", *names]
+        }
         results["opt_out"][row] = {
-            without: {name: 100 * float(is_right(found[name], records[name]).mean()) if is_choice(records[name]) else perplexity(found[name]) for name in run["clients"]}
+            without: {
+                name: 100 * float(is_right(found[name], records[name]).mean())
+                if is_choice(records[name])
+                else perplexity(found[name])
+                for name in run["clients"]
+            }
             for without, found in scores.items()
         }
     write_json(run_dir / f"{stem}.json", results)
@@ -229,16 +325,27 @@ def main():
         if folder is not None and (folder / "timing.json").exists():
             timings[row] |= read_json(folder / "timing.json")
     selections = {name: run_dir / "clients" / name / "selection" for name in run["clients"]}
-    timings["selection_seconds"] = {name: {path.parent.name: read_json(path)["selection_seconds"] for path in sorted(folder.glob("*/timing.json"))}
-                                    for name, folder in selections.items()}
-    timings["relevance_seconds"] = {name: read_json(folder / "timing.json")["relevance_seconds"] for name, folder in selections.items() if (folder / "timing.json").exists()}
+    timings["selection_seconds"] = {
+        name: {
+            path.parent.name: read_json(path)["selection_seconds"]
+            for path in sorted(folder.glob("*/timing.json"))
+        }
+        for name, folder in selections.items()
+    }
+    timings["relevance_seconds"] = {
+        name: read_json(folder / "timing.json")["relevance_seconds"]
+        for name, folder in selections.items()
+        if (folder / "timing.json").exists()
+    }
     if (run_dir / "public" / "timing.json").exists():
         timings |= read_json(run_dir / "public" / "timing.json")
     write_json(run_dir / "timings.json", timings)
     with atomic(run_dir / "timings.md") as temporary:
         temporary.write_text(cost_tables(run, rows, [timings]), encoding="utf-8")
     print(text)
-    print(f"evaluate: {len(rows)} models on {len(records)} clients; {run_dir / stem}.json, {stem}.md and timings.md written")
+    print(
+        f"evaluate: {len(rows)} models on {len(records)} clients; {run_dir / stem}.json, {stem}.md and timings.md written"
+    )
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ fi
 SEED=${SEED:-0}
 if [ "${QUICK:-0}" = 1 ]; then RUN_DIR=${RUN_DIR:-runs/$BACKBONE-quick-seed$SEED}; else RUN_DIR=${RUN_DIR:-runs/$BACKBONE-seed$SEED}; fi
 
-. tests/env.sh
+. metamoe/environment.sh
 began=$SECONDS
 common=(--run-dir "$RUN_DIR" --device "${DEVICE:-auto}" --dtype "${DTYPE:-auto}")
 run=(--backbone "$BACKBONE" --seed "$SEED")

@@ -31,55 +31,108 @@ MOST_PRIVATE = 20_000  # private samples that a relevance head is fitted on
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", required=True, help="folder of this run; made here, read by every later stage")
-    parser.add_argument("--backbone", help=f"seed model and its presets: {', '.join(PRESETS)} (default: the run's, for a new run smollm2-135m)")
-    parser.add_argument("--seed-model", "--pretrained", help="load the seed from this hub id, local folder or (CLIP) checkpoint instead of the backbone's own")
-    parser.add_argument("--clients", nargs="+", help=f"clients of the run (default: those of --client NAME=PATH, else all of the backbone's: {', '.join(CLIENTS)}; "
-                        f"{', '.join(TEXT_CLIENTS)}; pets, flowers, eurosat; {', '.join(world.CLIENTS)})")
-    parser.add_argument("--client", action="append", metavar="NAME[=PATH]", help="NAME=PATH, once for each: a client of the run with data of your own, JSON lines with `prompt`, "
-                        "`choices`, `answer` (a choice's text, or its index from 0) or with `prompt`, `response`; for CLIP a folder CLASS/IMAGE. NAME: select for this one alone")
-    parser.add_argument("--join", metavar="NAME[=PATH]", help="add this client to a run that is there, prepare its data (PATH: as for --client) and select its proxies; the others' work stays")
-    parser.add_argument("--skip-bad-records", action="store_true", help="leave out and count what is wrong in own data, instead of ending at the first of it")
-    parser.add_argument("--data-root", help="folder of the paper's datasets: oxford_pets/, oxford_flowers/, eurosat/ in CoOp's layout; commonsenseqa/, cosmosqa/, socialiqa/, alpaca/")
-    parser.add_argument("--data", nargs="+", metavar="NAME=SOURCE", help="this client's copy of the paper's dataset: a folder, or a Hugging Face dataset (hub id or local copy)")
-    parser.add_argument("--public", metavar="PATH", help="public set. Text: JSON lines as for --client, or Alpaca (hub id, local copy, alpaca_data.json; default: the backbone's own). "
-                        "CLIP: ImageNet, a folder CLASS/IMAGE or a Hugging Face dataset (hub id or local copy)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run-dir", required=True, help="folder of this run; made here, read by every later stage"
+    )
+    parser.add_argument(
+        "--backbone",
+        help=f"seed model and its presets: {', '.join(PRESETS)} (default: the run's, for a new run smollm2-135m)",
+    )
+    parser.add_argument(
+        "--seed-model",
+        "--pretrained",
+        help="load the seed from this hub id, local folder or (CLIP) checkpoint instead of the backbone's own",
+    )
+    parser.add_argument(
+        "--clients",
+        nargs="+",
+        help=f"clients of the run (default: those of --client NAME=PATH, else all of the backbone's: {', '.join(CLIENTS)}; "
+        f"{', '.join(TEXT_CLIENTS)}; pets, flowers, eurosat; {', '.join(world.CLIENTS)})",
+    )
+    parser.add_argument(
+        "--client",
+        action="append",
+        metavar="NAME[=PATH]",
+        help="NAME=PATH, once for each: a client of the run with data of your own, JSON lines with `prompt`, "
+        "`choices`, `answer` (a choice's text, or its index from 0) or with `prompt`, `response`; for CLIP a folder CLASS/IMAGE. NAME: select for this one alone",
+    )
+    parser.add_argument(
+        "--join",
+        metavar="NAME[=PATH]",
+        help="add this client to a run that is there, prepare its data (PATH: as for --client) and select its proxies; the others' work stays",
+    )
+    parser.add_argument(
+        "--skip-bad-records",
+        action="store_true",
+        help="leave out and count what is wrong in own data, instead of ending at the first of it",
+    )
+    parser.add_argument(
+        "--data-root",
+        help="folder of the paper's datasets: oxford_pets/, oxford_flowers/, eurosat/ in CoOp's layout; commonsenseqa/, cosmosqa/, socialiqa/, alpaca/",
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="NAME=SOURCE",
+        help="this client's copy of the paper's dataset: a folder, or a Hugging Face dataset (hub id or local copy)",
+    )
+    parser.add_argument(
+        "--public",
+        metavar="PATH",
+        help="public set. Text: JSON lines as for --client, or Alpaca (hub id, local copy, alpaca_data.json; default: the backbone's own). "
+        "CLIP: ImageNet, a folder CLASS/IMAGE or a Hugging Face dataset (hub id or local copy)",
+    )
     parser.add_argument("--seed", type=int, help="of the splits and of every random choice (default 0)")
-    parser.add_argument("--train-size", type=int, help="private training samples a client (default: the backbone's preset, like all below; 0, also below: all; own data: default and 0 are 80/10/10 of it)")
+    parser.add_argument(
+        "--train-size",
+        type=int,
+        help="private training samples a client (default: the backbone's preset, like all below; 0, also below: all; own data: default and 0 are 80/10/10 of it)",
+    )
     parser.add_argument("--validation-size", type=int, help="private validation samples a client")
     parser.add_argument("--test-size", type=int, help="test samples a client")
     parser.add_argument("--public-size", type=int, help="public samples, |D_0|")
-    parser.add_argument("--candidates", "--pool", type=int, help="n: most relevant public samples that the DPP chooses from (0: all of them, no pre-filter)")
+    parser.add_argument(
+        "--candidates",
+        "--pool",
+        type=int,
+        help="n: most relevant public samples that the DPP chooses from (0: all of them, no pre-filter)",
+    )
     parser.add_argument("--proxies", type=int, help="m: proxies a client")
-    parser.add_argument("--answers", choices=["text", "letters"], help="language models, multiple choice: train on the answer's text, or list the choices in the prompt and train on the answer's letter (default: the backbone's preset, also below)")
-    parser.add_argument("--loss", choices=["answer", "text"], help="language models: loss on the answer (router context: the prompt's mean) or on the whole text (context: the mean so far)")
-    parser.add_argument("--selection", choices=RULES, default="dpp", help="rule that chooses the proxies; dpp-all: the DPP without the pre-filter (default: %(default)s)")
-    parser.add_argument("--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)")
+    parser.add_argument(
+        "--answers",
+        choices=["text", "letters"],
+        help="language models, multiple choice: train on the answer's text, or list the choices in the prompt and train on the answer's letter (default: the backbone's preset, also below)",
+    )
+    parser.add_argument(
+        "--loss",
+        choices=["answer", "text"],
+        help="language models: loss on the answer (router context: the prompt's mean) or on the whole text (context: the mean so far)",
+    )
+    parser.add_argument(
+        "--selection",
+        choices=RULES,
+        default="dpp",
+        help="rule that chooses the proxies; dpp-all: the DPP without the pre-filter (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)"
+    )
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where the hardware computes in it")
-    parser.add_argument("--force", action="store_true", help="redo everything from the embeddings on, where this selection was made with other settings")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16"],
+        help="auto: bfloat16 where the hardware computes in it",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="redo everything from the embeddings on, where this selection was made with other settings",
+    )
     return parser.parse_args()
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def relevance(public, private, seed, usable=None):
@@ -149,13 +202,18 @@ def main():
     run_dir = Path(args.run_dir)
     run, names = start_run(args)
     main_first = processes(args.device).main_process_first  # of several processes, under `accelerate launch`
-    settings = {key: run[key] for key in ("seed", "candidates", "proxies")} | {"selection": args.selection, "dtype": args.dtype}
+    settings = {key: run[key] for key in ("seed", "candidates", "proxies")} | {
+        "selection": args.selection,
+        "dtype": args.dtype,
+    }
     settings |= {"candidates": 0} if args.selection == "dpp-all" else {}
     folders = {name: run_dir / "clients" / name / "selection" / args.selection for name in names}
     with main_first():
         todo = [name for name in names if not finished(folders[name], settings, args.force)]
     if args.force and todo and processes().is_main_process:
-        for stale in [run_dir / "public" / name for name in ("features.npy", ".features.npy")] + [folders[name].parent / "relevance.npy" for name in todo]:
+        for stale in [run_dir / "public" / name for name in ("features.npy", ".features.npy")] + [
+            folders[name].parent / "relevance.npy" for name in todo
+        ]:
             stale.unlink(missing_ok=True)
     for name in names:
         if name not in todo:
@@ -164,7 +222,9 @@ def main():
         if processes().is_main_process:
             write_data(run_dir, run, None, {})  # a client whose work is there joins (again)
         return
-    data = read_data(run_dir, run, args.skip_bad_records) if processes().is_main_process else None  # what is wrong in it shows before the seed is loaded
+    data = (
+        read_data(run_dir, run, args.skip_bad_records) if processes().is_main_process else None
+    )  # what is wrong in it shows before the seed is loaded
     backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers)
     with main_first():
         if data:
@@ -188,7 +248,9 @@ def main():
             continue
         if private is not None:
             np.save(buffer := io.BytesIO(), relevance(features, private, run["seed"], usable))
-            with atomic(cached) as temporary:  # NumPy's own write to a full disk raises an OSError without errno
+            with atomic(
+                cached
+            ) as temporary:  # NumPy's own write to a full disk raises an OSError without errno
                 temporary.write_bytes(buffer.getvalue())
             write_json(cached.with_name("timing.json"), {"relevance_seconds": time.perf_counter() - start})
         scores = np.load(cached)

@@ -40,12 +40,28 @@ DATA = ("aligned", "private", "proxies")
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run-dir", required=True, help="folder of the run, made by select_proxies.py")
     parser.add_argument("--client", help="train this one alone (default: every client of the run)")
-    parser.add_argument("--data", choices=DATA, default="aligned", help="train on private + proxies, private only, proxies only (default: %(default)s)")
-    parser.add_argument("--selection", default="dpp", choices=["dpp", "similarity", "random", "dpp-all"], help="whose proxies to train on and upload (default: %(default)s)")
-    parser.add_argument("--full-ffn", action="store_true", help="train and upload the FFN weights themselves instead of LoRA factors")
+    parser.add_argument(
+        "--data",
+        choices=DATA,
+        default="aligned",
+        help="train on private + proxies, private only, proxies only (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--selection",
+        default="dpp",
+        choices=["dpp", "similarity", "random", "dpp-all"],
+        help="whose proxies to train on and upload (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--full-ffn",
+        action="store_true",
+        help="train and upload the FFN weights themselves instead of LoRA factors",
+    )
     parser.add_argument("--rank", type=int, help="LoRA rank (default: the backbone's preset, like all below)")
     parser.add_argument("--alpha", type=int, help="LoRA alpha; the update is scaled by alpha / rank")
     parser.add_argument("--epochs", type=int, help="passes over the training data")
@@ -54,11 +70,24 @@ def parse_args():
     parser.add_argument("--warmup-steps", type=int, help="steps of linear warm-up")
     parser.add_argument("--optimizer", choices=["adamw", "sgd"], help="sgd: with Nesterov momentum 0.9")
     parser.add_argument("--weight-decay", type=float, help="of the optimiser")
-    parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="language models: recompute activations in the backward instead of keeping them (default: the backbone's preset)")
-    parser.add_argument("--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)")
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="language models: recompute activations in the backward instead of keeping them (default: the backbone's preset)",
+    )
+    parser.add_argument(
+        "--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)"
+    )
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where the hardware computes in it")
-    parser.add_argument("--force", action="store_true", help="redo an expert that was made with other settings")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16"],
+        help="auto: bfloat16 where the hardware computes in it",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="redo an expert that was made with other settings"
+    )
     return parser.parse_args()
 
 
@@ -80,16 +109,39 @@ def train_client(run_dir, run, name, args, settings):
         public = read_records(run_dir / "public" / "records.jsonl")
         proxies = [public[i] for i in read_json(selection_file(client, args.selection))["proxies"]]
     records = private + proxies
-    backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers, run.get("answers"), run.get("loss"))
+    backbone = load_backbone(
+        run["backbone"],
+        run["seed_model"],
+        args.device,
+        args.dtype,
+        args.workers,
+        run.get("answers"),
+        run.get("loss"),
+    )
     classes = backbone.public_classes(run_dir / "public")
     if classes:  # the client's own first, one that both have once
-        classes = list(dict.fromkeys(read_records(client / "private" / "train.jsonl")[0]["choices"] + classes))
-    model = backbone.train_full_ffn() if args.full_ffn else backbone.add_lora(settings["rank"], settings["alpha"], run["seed"])
+        classes = list(
+            dict.fromkeys(read_records(client / "private" / "train.jsonl")[0]["choices"] + classes)
+        )
+    model = (
+        backbone.train_full_ffn()
+        if args.full_ffn
+        else backbone.add_lora(settings["rank"], settings["alpha"], run["seed"])
+    )
     steps = settings["epochs"] * math.ceil(len(records) / settings["batch_size"])
     losses = train(
-        backbone, model, records, [{"params": [p for p in model.parameters() if p.requires_grad], "lr": settings["lr"]}],
-        steps=steps, batch_size=settings["batch_size"], warmup_steps=settings["warmup_steps"], optimizer=settings["optimizer"],
-        weight_decay=settings["weight_decay"], seed=run["seed"], label=f"expert {name} ({args.data})", classes=classes,
+        backbone,
+        model,
+        records,
+        [{"params": [p for p in model.parameters() if p.requires_grad], "lr": settings["lr"]}],
+        steps=steps,
+        batch_size=settings["batch_size"],
+        warmup_steps=settings["warmup_steps"],
+        optimizer=settings["optimizer"],
+        weight_decay=settings["weight_decay"],
+        seed=run["seed"],
+        label=f"expert {name} ({args.data})",
+        classes=classes,
         checkpointing=use_checkpointing(args.gradient_checkpointing, run, backbone),
     )
     vectors = backbone.routing_vectors(model, records, label=f"routing vectors {name}")
@@ -102,8 +154,6 @@ def train_client(run_dir, run, name, args, settings):
         write_json(part / "losses.json", losses)
         write_json(part / "done.json", settings)
     return f"{len(private)} private + {len(proxies)} proxies, {steps} steps, loss {sum(losses[:5]) / len(losses[:5]):.3f} -> {sum(losses[-5:]) / len(losses[-5:]):.3f}"
-
-
 
 
 def selection_file(client, rule):
@@ -138,11 +188,23 @@ def main():
     run = open_run(run_dir, backbone=None)
     preset = PRESETS[run["backbone"]]
     names = [args.client] if args.client else run["clients"]
-    defaults = {"rank": "lora_rank", "alpha": "lora_alpha", "epochs": "expert_epochs", "lr": "expert_lr", "batch_size": "expert_batch", "warmup_steps": "warmup_steps"}
+    defaults = {
+        "rank": "lora_rank",
+        "alpha": "lora_alpha",
+        "epochs": "expert_epochs",
+        "lr": "expert_lr",
+        "batch_size": "expert_batch",
+        "warmup_steps": "warmup_steps",
+    }
     defaults |= {"optimizer": "optimizer", "weight_decay": "weight_decay"}
-    settings = {key: preset[default] if getattr(args, key) is None else getattr(args, key) for key, default in defaults.items()}
+    settings = {
+        key: preset[default] if getattr(args, key) is None else getattr(args, key)
+        for key, default in defaults.items()
+    }
     for key, value in settings.items():
-        if key != "optimizer" and not value >= (0 if key in ("warmup_steps", "weight_decay") else 1e-12):  # nan too
+        if key != "optimizer" and not value >= (
+            0 if key in ("warmup_steps", "weight_decay") else 1e-12
+        ):  # nan too
             raise UserError(f"--{key.replace('_', '-')} {value}: must be positive")
     settings |= {"data": args.data, "full_ffn": args.full_ffn, "seed": run["seed"], "dtype": args.dtype}
     for name in names:
@@ -155,7 +217,9 @@ def main():
         if not processes().is_main_process:
             continue
         size = pack_upload(run_dir, name, args)
-        print(f"train_expert: {name}: {args.data}-{args.selection}: {done or 'expert is there already, skipped'}; upload {size / 1e6:.1f} MB")
+        print(
+            f"train_expert: {name}: {args.data}-{args.selection}: {done or 'expert is there already, skipped'}; upload {size / 1e6:.1f} MB"
+        )
     processes().wait_for_everyone()
 
 

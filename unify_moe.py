@@ -44,41 +44,107 @@ from metamoe.uploads import read_expert, read_manifest, upload_variant
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run-dir", required=True, help="folder of the run")
     parser.add_argument("--method", required=True, choices=METHODS, help="see above")
     parser.add_argument("--name", help="folder of the model under RUN/moe/ (default: the method)")
-    parser.add_argument("--data", choices=["aligned", "private", "proxies"], help="which experts: trained on private + proxies, private, proxies (default: the method's, like all below)")
-    parser.add_argument("--selection", choices=["dpp", "similarity", "random", "dpp-all"], help="uploads of which proxy selection")
+    parser.add_argument(
+        "--data",
+        choices=["aligned", "private", "proxies"],
+        help="which experts: trained on private + proxies, private, proxies (default: the method's, like all below)",
+    )
+    parser.add_argument(
+        "--selection",
+        choices=["dpp", "similarity", "random", "dpp-all"],
+        help="uploads of which proxy selection",
+    )
     parser.add_argument("--full-ffn", action="store_true", help="uploads of experts trained with --full-ffn")
-    parser.add_argument("--context", choices=["on", "off"], help="router on the blend with the sequence mean (Eq. 6), or on the token alone")
-    parser.add_argument("--init", choices=["uploaded", "random"], help="routing vectors start at the clients' means, or random")
-    parser.add_argument("--train", choices=["all", "router", "none"], help="final training of router and experts, the router alone, or none")
-    parser.add_argument("--samples", choices=["proxies", "public", "private"], help="final training on all proxies, as many random public samples, or the private data (breaks privacy)")
-    parser.add_argument("--seed-expert", action="store_true", help="add e_0, the seed model's own FFN, as an expert (full paper, Eq. 6)")
-    parser.add_argument("--weighting", choices=moe.WEIGHTINGS, default="stopgrad", help="weights of the chosen experts: pi / stop_gradient(sum), Eq. 5's pi, or pi / sum (default: %(default)s)")
+    parser.add_argument(
+        "--context",
+        choices=["on", "off"],
+        help="router on the blend with the sequence mean (Eq. 6), or on the token alone",
+    )
+    parser.add_argument(
+        "--init",
+        choices=["uploaded", "random"],
+        help="routing vectors start at the clients' means, or random",
+    )
+    parser.add_argument(
+        "--train",
+        choices=["all", "router", "none"],
+        help="final training of router and experts, the router alone, or none",
+    )
+    parser.add_argument(
+        "--samples",
+        choices=["proxies", "public", "private"],
+        help="final training on all proxies, as many random public samples, or the private data (breaks privacy)",
+    )
+    parser.add_argument(
+        "--seed-expert",
+        action="store_true",
+        help="add e_0, the seed model's own FFN, as an expert (full paper, Eq. 6)",
+    )
+    parser.add_argument(
+        "--weighting",
+        choices=moe.WEIGHTINGS,
+        default="stopgrad",
+        help="weights of the chosen experts: pi / stop_gradient(sum), Eq. 5's pi, or pi / sum (default: %(default)s)",
+    )
     parser.add_argument("--top-k", type=int, default=1, help="experts a token (default: %(default)s)")
-    parser.add_argument("--offset", action="store_true", help="add -|e_p|^2 / 2 to the routing logits: nearest mean instead of largest product")
-    parser.add_argument("--lambda-init", type=float, help="lambda at the start (default: the backbone's preset, like all below)")
-    parser.add_argument("--epochs", type=int, help="final epochs over the proxies; sets the steps of every method but unrestricted, which takes the expert stage's epochs")
+    parser.add_argument(
+        "--offset",
+        action="store_true",
+        help="add -|e_p|^2 / 2 to the routing logits: nearest mean instead of largest product",
+    )
+    parser.add_argument(
+        "--lambda-init",
+        type=float,
+        help="lambda at the start (default: the backbone's preset, like all below)",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        help="final epochs over the proxies; sets the steps of every method but unrestricted, which takes the expert stage's epochs",
+    )
     parser.add_argument("--lr", type=float, help="final learning rate")
     parser.add_argument("--lambda-lr", type=float, help="learning rate of lambda")
     parser.add_argument("--batch-size", type=int, help="samples a step")
     parser.add_argument("--optimizer", choices=["adamw", "sgd"], help="sgd: with Nesterov momentum 0.9")
     parser.add_argument("--weight-decay", type=float, help="of the optimiser (never of lambda)")
-    parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="language models: recompute activations in the backward instead of keeping them (default: the backbone's preset)")
-    parser.add_argument("--without", metavar="NAME", help="leave the expert NAME out of the model (--name, else the method's) and write it as a model of its own")
-    parser.add_argument("--extend", metavar="MODEL", help="add the clients that the model RUN/moe/MODEL lacks and train again, to a model --name")
-    parser.add_argument("--export", metavar="DIR", help="also write the model there as a Hugging Face folder (language models; context: the prefix's mean)")
-    parser.add_argument("--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)")
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="language models: recompute activations in the backward instead of keeping them (default: the backbone's preset)",
+    )
+    parser.add_argument(
+        "--without",
+        metavar="NAME",
+        help="leave the expert NAME out of the model (--name, else the method's) and write it as a model of its own",
+    )
+    parser.add_argument(
+        "--extend",
+        metavar="MODEL",
+        help="add the clients that the model RUN/moe/MODEL lacks and train again, to a model --name",
+    )
+    parser.add_argument(
+        "--export",
+        metavar="DIR",
+        help="also write the model there as a Hugging Face folder (language models; context: the prefix's mean)",
+    )
+    parser.add_argument(
+        "--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)"
+    )
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where the hardware computes in it")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16"],
+        help="auto: bfloat16 where the hardware computes in it",
+    )
     parser.add_argument("--force", action="store_true", help="redo a model that was made with other settings")
     return parser.parse_args()
-
-
-
-
 
 
 def final_samples(run_dir, run, uploads, settings):
@@ -87,22 +153,41 @@ def final_samples(run_dir, run, uploads, settings):
     if settings["samples"] == "proxies":
         union = sorted({i for upload in uploads for i in read_json(upload / "proxies.json")})
         if not union:
-            raise UserError("the uploads name no proxies: nothing to train on (no final training: --train none)")
+            raise UserError(
+                "the uploads name no proxies: nothing to train on (no final training: --train none)"
+            )
         if union[0] < 0 or union[-1] >= len(public):
-            raise UserError(f"an upload names public sample {union[0] if union[0] < 0 else union[-1]}, D_0 has {len(public)}: all parties need the same public set")
+            raise UserError(
+                f"an upload names public sample {union[0] if union[0] < 0 else union[-1]}, D_0 has {len(public)}: all parties need the same public set"
+            )
         return [public[i] for i in union]
     if settings["samples"] == "public":
         count = min(len(public), sum(len(read_json(upload / "proxies.json")) for upload in uploads))
-        return [public[i] for i in np.random.default_rng([run["seed"], 13]).choice(usable_public(run_dir, public), count, replace=False)]
-    print("unify_moe: THIS MODEL IS TRAINED ON ALL CLIENTS' PRIVATE DATA: the upper bound, not a private method", flush=True)
-    return [record for name in run["clients"] for record in read_records(run_dir / "clients" / name / "private" / "train.jsonl")]
+        return [
+            public[i]
+            for i in np.random.default_rng([run["seed"], 13]).choice(
+                usable_public(run_dir, public), count, replace=False
+            )
+        ]
+    print(
+        "unify_moe: THIS MODEL IS TRAINED ON ALL CLIENTS' PRIVATE DATA: the upper bound, not a private method",
+        flush=True,
+    )
+    return [
+        record
+        for name in run["clients"]
+        for record in read_records(run_dir / "clients" / name / "private" / "train.jsonl")
+    ]
 
 
 def label_set(backbone, run_dir, run, settings):
     """The classes that an image model's final training tells apart: the public set's, or for the upper bound all clients'."""
     classes = backbone.public_classes(run_dir / "public")
     if classes and settings["samples"] == "private":
-        own = [read_records(run_dir / "clients" / name / "private" / "train.jsonl")[0]["choices"] for name in run["clients"]]
+        own = [
+            read_records(run_dir / "clients" / name / "private" / "train.jsonl")[0]["choices"]
+            for name in run["clients"]
+        ]
         classes = list(dict.fromkeys(name for names in own for name in names))
     return classes
 
@@ -119,9 +204,20 @@ def final_training(backbone, model, records, classes, run, settings, checkpointi
         for parameter in moe.expert_parameters(model):
             parameter.requires_grad_(False)
     return train(
-        backbone, model, records, groups, steps=settings["steps"], batch_size=settings["batch_size"], warmup_steps=0,
-        optimizer=settings["optimizer"], weight_decay=settings["weight_decay"], seed=run["seed"], classes=classes,
-        label=f"final training {settings['name']}", after_step=lambda: moe.clamp_(model), checkpointing=checkpointing,
+        backbone,
+        model,
+        records,
+        groups,
+        steps=settings["steps"],
+        batch_size=settings["batch_size"],
+        warmup_steps=0,
+        optimizer=settings["optimizer"],
+        weight_decay=settings["weight_decay"],
+        seed=run["seed"],
+        classes=classes,
+        label=f"final training {settings['name']}",
+        after_step=lambda: moe.clamp_(model),
+        checkpointing=checkpointing,
     )
 
 
@@ -133,8 +229,19 @@ def build(backbone, run_dir, run, uploads, settings):
     if settings["seed_expert"]:  # e_0: the seed's FFN, and its mean over up to 3,000 random samples of D_0
         public = read_records(run_dir / "public" / "records.jsonl")
         sample = np.random.default_rng([run["seed"], 17]).permutation(usable_public(run_dir, public))[:3000]
-        vectors.insert(0, backbone.routing_vectors(backbone.model, [public[i] for i in sample], label="routing vector of e_0"))
-        experts.insert(0, {ffn: moe.seed_expert(backbone.model.get_submodule(ffn), experts[0][ffn]) for ffn in backbone.ffn_names})
+        vectors.insert(
+            0,
+            backbone.routing_vectors(
+                backbone.model, [public[i] for i in sample], label="routing vector of e_0"
+            ),
+        )
+        experts.insert(
+            0,
+            {
+                ffn: moe.seed_expert(backbone.model.get_submodule(ffn), experts[0][ffn])
+                for ffn in backbone.ffn_names
+            },
+        )
         names.insert(0, "seed")
     if settings["init"] == "random":
         generator = torch.Generator().manual_seed(run["seed"])
@@ -143,8 +250,16 @@ def build(backbone, run_dir, run, uploads, settings):
     if settings["context"] == "on":  # whole texts have no end of the prompt to take a mean at
         context = "prefix" if run.get("loss") == "text" else "fixed"
     return moe.unify(
-        backbone.model, backbone.ffn_names, experts, vectors, names=names, lam=settings["lambda_init"], top_k=settings["top_k"],
-        weighting=settings["weighting"], context=context, offset=settings["offset"],
+        backbone.model,
+        backbone.ffn_names,
+        experts,
+        vectors,
+        names=names,
+        lam=settings["lambda_init"],
+        top_k=settings["top_k"],
+        weighting=settings["weighting"],
+        context=context,
+        offset=settings["offset"],
     )
 
 
@@ -152,7 +267,10 @@ def extend(backbone, run_dir, run, uploads, settings):
     """The model RUN/moe/EXTEND with the experts of the clients it lacks, before the final training."""
     config, tensors = moe.read(run_dir / "moe" / settings["extend"]["model"])
     new = [(name, upload) for name, upload in zip(run["clients"], uploads) if name not in config["names"]]
-    joining = [(name, read_expert(upload), load_file(upload / "router.safetensors")["vectors"]) for name, upload in new]
+    joining = [
+        (name, read_expert(upload), load_file(upload / "router.safetensors")["vectors"])
+        for name, upload in new
+    ]
     return moe.assemble(backbone.model, config, tensors, joining)
 
 
@@ -166,9 +284,13 @@ def extended(args, run_dir, run, settings, variant):
     made, config = read_json(folder / "done.json"), read_json(folder / "moe_config.json")
     for key in ("method", "top_k", "weighting", "offset", "context", "seed_expert"):
         if made[key] != settings[key]:
-            raise UserError(f"--{key.replace('_', '-')} {settings[key]}: {args.extend} was made with {made[key]}, and is extended with the same alone")
+            raise UserError(
+                f"--{key.replace('_', '-')} {settings[key]}: {args.extend} was made with {made[key]}, and is extended with the same alone"
+            )
     if made["variant"] != variant:
-        raise UserError(f"--extend {args.extend}: made from the uploads {made['variant']}, now {variant}: pass the same --data and --selection")
+        raise UserError(
+            f"--extend {args.extend}: made from the uploads {made['variant']}, now {variant}: pass the same --data and --selection"
+        )
     if not set(run["clients"]) - set(config["names"]):
         raise UserError(f"--extend {args.extend}: has an expert of every client of this run already")
     return {"model": args.extend, "moe": sha256(folder / "moe.safetensors")}
@@ -179,11 +301,17 @@ def leave_out(args, run_dir):
     base = args.name or args.method
     source, folder = run_dir / "moe" / base, run_dir / "moe" / f"{base}-without-{args.without}"
     if not (source / "moe_config.json").exists():
-        raise UserError(f"--without {args.without}: there is no MoE {base} in {run_dir / 'moe'}: make it first, or name another with --name")
+        raise UserError(
+            f"--without {args.without}: there is no MoE {base} in {run_dir / 'moe'}: make it first, or name another with --name"
+        )
     made = read_json(source / "done.json")
     if made["method"] != args.method:
         raise UserError(f"--method {args.method}: {base} was made with {made['method']}")
-    settings = made | {"name": folder.name, "without": made.get("without", []) + [args.without], "from": sha256(source / "moe.safetensors")}
+    settings = made | {
+        "name": folder.name,
+        "without": made.get("without", []) + [args.without],
+        "from": sha256(source / "moe.safetensors"),
+    }
     if finished(folder, settings, args.force):
         print(f"unify_moe: {folder.name}: is there already, skipped")
         return folder
@@ -195,12 +323,10 @@ def leave_out(args, run_dir):
         part.mkdir(parents=True)
         moe.write(part, config, tensors)
         write_json(part / "done.json", settings)
-    print(f"unify_moe: {folder.name}: {len(config['names'])} experts ({', '.join(config['names'])}), no training")
+    print(
+        f"unify_moe: {folder.name}: {len(config['names'])} experts ({', '.join(config['names'])}), no training"
+    )
     return folder
-
-
-
-
 
 
 def resolve(args, run_dir, run):
@@ -208,20 +334,42 @@ def resolve(args, run_dir, run):
     preset = PRESETS[run["backbone"]]
     preset = preset | {"final_lr": preset["final_lr"].get(args.method)}
     name = args.name or args.method
-    taken = name == "zeroshot" or name.startswith("expert-") or (name in METHODS or args.method == "btm") and name != args.method
+    taken = (
+        name == "zeroshot"
+        or name.startswith("expert-")
+        or (name in METHODS or args.method == "btm")
+        and name != args.method
+    )
     if taken or not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"--name {name}: letters, digits, '-', '_' and '.'; no other row of the table, and none for btm")
-    settings = {"name": name, "method": args.method, "seed": run["seed"], "dtype": args.dtype, "full_ffn": args.full_ffn}
+        raise UserError(
+            f"--name {name}: letters, digits, '-', '_' and '.'; no other row of the table, and none for btm"
+        )
+    settings = {
+        "name": name,
+        "method": args.method,
+        "seed": run["seed"],
+        "dtype": args.dtype,
+        "full_ffn": args.full_ffn,
+    }
     for key, value in METHODS[args.method].items():
         settings[key] = value if getattr(args, key) is None else getattr(args, key)
     if args.method in ("soup", "btm"):
         return settings
     settings |= {key: getattr(args, key) for key in ("seed_expert", "weighting", "top_k", "offset")}
-    defaults = {"lambda_init": "lambda_init", "epochs": "final_epochs", "lr": "final_lr", "lambda_lr": "lambda_lr", "batch_size": "final_batch"}
+    defaults = {
+        "lambda_init": "lambda_init",
+        "epochs": "final_epochs",
+        "lr": "final_lr",
+        "lambda_lr": "lambda_lr",
+        "batch_size": "final_batch",
+    }
     defaults |= {"optimizer": "optimizer", "weight_decay": "weight_decay"}
     if settings["samples"] == "private":
         defaults["epochs"] = "expert_epochs"
-    settings |= {key: preset[default] if getattr(args, key) is None else getattr(args, key) for key, default in defaults.items()}
+    settings |= {
+        key: preset[default] if getattr(args, key) is None else getattr(args, key)
+        for key, default in defaults.items()
+    }
     if not 0 <= settings["lambda_init"] <= 1:
         raise UserError(f"--lambda-init {settings['lambda_init']}: must lie in [0, 1]")
     count = len(run["clients"]) + settings["seed_expert"]
@@ -229,13 +377,20 @@ def resolve(args, run_dir, run):
         raise UserError(f"--top-k {settings['top_k']}: must be 1 to {count}, the number of experts")
     for key in ("epochs", "lr", "lambda_lr", "batch_size"):
         if not settings[key] > 0:  # nan too
-            raise UserError(f"--{key.replace('_', '-')} {settings[key]}: must be positive (no final training: --train none)")
+            raise UserError(
+                f"--{key.replace('_', '-')} {settings[key]}: must be positive (no final training: --train none)"
+            )
     if not settings["weight_decay"] >= 0:
         raise UserError(f"--weight-decay {settings['weight_decay']}: must be at least 0")
     samples = len(run["clients"]) * run["proxies"]
     if settings["samples"] == "private":
-        samples = sum(read_json(run_dir / "clients" / name / "private" / "done.json")["train"] for name in run["clients"])
-    settings["steps"] = settings["epochs"] * math.ceil(samples / settings["batch_size"]) if settings["train"] != "none" else 0
+        samples = sum(
+            read_json(run_dir / "clients" / name / "private" / "done.json")["train"]
+            for name in run["clients"]
+        )
+    settings["steps"] = (
+        settings["epochs"] * math.ceil(samples / settings["batch_size"]) if settings["train"] != "none" else 0
+    )
     return settings
 
 
@@ -257,7 +412,9 @@ def main():
     uploads = [run_dir / "clients" / name / "upload" / variant for name in run["clients"]]
     for upload in uploads:
         read_manifest(upload)
-    settings["uploads"] = {name: sha256(upload / "manifest.json") for name, upload in zip(run["clients"], uploads)}
+    settings["uploads"] = {
+        name: sha256(upload / "manifest.json") for name, upload in zip(run["clients"], uploads)
+    }
     settings["variant"] = variant
     if args.extend:
         settings["extend"] = extended(args, run_dir, run, settings, variant)
@@ -276,12 +433,28 @@ def make(args, run_dir, run, uploads, settings, folder):
     """Merge, train and write the model."""
     start, model, losses = time.perf_counter(), None, []
     if args.method not in ("soup", "btm"):
-        backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers, run.get("answers"), run.get("loss"))
+        backbone = load_backbone(
+            run["backbone"],
+            run["seed_model"],
+            args.device,
+            args.dtype,
+            args.workers,
+            run.get("answers"),
+            run.get("loss"),
+        )
         start = time.perf_counter()  # unification begins with the seed in memory
         model = (extend if args.extend else build)(backbone, run_dir, run, uploads, settings)
         if settings["steps"]:
             checkpointing = use_checkpointing(args.gradient_checkpointing, run, backbone)
-            losses = final_training(backbone, model, final_samples(run_dir, run, uploads, settings), label_set(backbone, run_dir, run, settings), run, settings, checkpointing)
+            losses = final_training(
+                backbone,
+                model,
+                final_samples(run_dir, run, uploads, settings),
+                label_set(backbone, run_dir, run, settings),
+                run,
+                settings,
+                checkpointing,
+            )
     if not processes().is_main_process:
         return
     with atomic(folder) as part:
@@ -294,8 +467,14 @@ def make(args, run_dir, run, uploads, settings, folder):
         seconds = time.perf_counter() - start
         write_json(part / "timing.json", {"unify_seconds": seconds})
         write_json(part / "done.json", settings)
-    trained = f", {len(losses)} final steps, loss {np.mean(losses[:5]):.3f} -> {np.mean(losses[-5:]):.3f}" if losses else ""
-    print(f"unify_moe: {settings['name']}: {len(uploads)} experts ({settings['variant']}){trained}, {seconds:.1f} s")
+    trained = (
+        f", {len(losses)} final steps, loss {np.mean(losses[:5]):.3f} -> {np.mean(losses[-5:]):.3f}"
+        if losses
+        else ""
+    )
+    print(
+        f"unify_moe: {settings['name']}: {len(uploads)} experts ({settings['variant']}){trained}, {seconds:.1f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 import time
+import traceback
 
 from safetensors import SafetensorError
 
@@ -14,24 +15,33 @@ class UserError(Exception):
 
 # This process is one of several, under `accelerate launch` (see processes), and not the main one.
 SEVERAL = int(os.environ.get("WORLD_SIZE", 1)) > 1
-
-
 FOLLOWER = SEVERAL and os.environ.get("RANK", "0") != "0"
 
 
 def run_main(main):
     """Run a script's `main()`; what the user can put right ends in one line on stderr and exit code 2."""
-    if FOLLOWER:  # what the processes have to say is said once, by the main one; no bars (tqdm shows them on terminals)
+    if FOLLOWER:  # what the processes have to say is said once, by the main one
         sys.stdout = open(os.devnull, "w")
-        sys.stderr.isatty = lambda: False
     try:
         main()
     except UserError as error:
         sys.exit(_complain(str(error)))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
+        if error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EACCES,
+            errno.EROFS,
+            errno.EEXIST,
+            errno.ENOTDIR,
+        ):
             raise
-        sys.exit(_complain(f"cannot write or read {error.filename or 'a file'}: {error.strerror}; nothing half-written was left"))
+        sys.exit(
+            _complain(
+                f"cannot write or read {error.filename or 'a file'}: {error.strerror}; nothing half-written was left"
+            )
+        )
     except SafetensorError as error:  # its way to say that the disk is full
         if "(os error " not in str(error):
             raise
@@ -39,7 +49,9 @@ def run_main(main):
     except RuntimeError as error:
         if not (SEVERAL and "by peer" in str(error)):
             raise
-        time.sleep(60)  # a connection broke: another process has ended and says why, and the launcher ends this one
+        time.sleep(
+            60
+        )  # a connection broke: another process has ended and says why, and the launcher ends this one
         sys.exit(2)
     except KeyboardInterrupt:
         if not FOLLOWER:
@@ -48,7 +60,11 @@ def run_main(main):
 
 
 def _complain(message):
-    if FOLLOWER:  # the same is wrong in the main process, as a rule: it says so, and the launcher ends this one
+    if (
+        FOLLOWER
+    ):  # the same is wrong in the main process, as a rule: it says so, and the launcher ends this one
         time.sleep(10)
+    if os.environ.get("METAMOE_DEBUG", "") not in ("", "0"):
+        traceback.print_exc()
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return 2

@@ -42,7 +42,9 @@ class Records(Sequence):
         return Records(self.path, self.starts, self.convert, [*self.more, *records])
 
     def _read(self, indices):
-        with open(self.path, "rb") as file:  # no handle is kept: processes that share one would move each other's position
+        with open(
+            self.path, "rb"
+        ) as file:  # no handle is kept: processes that share one would move each other's position
             for i in indices:
                 if i >= len(self.starts):
                     yield self.more[i - len(self.starts)]

@@ -30,7 +30,10 @@ def atomic(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    for stale in (temporary, *path.parent.glob(f"{glob.escape(temporary.name)}.*")):  # the others: where moe.save was killed
+    for stale in (
+        temporary,
+        *path.parent.glob(f"{glob.escape(temporary.name)}.*"),
+    ):  # the others: where moe.save was killed
         _remove(stale)
     try:
         yield temporary
@@ -43,7 +46,9 @@ def atomic(path):
 
 def _remove(path):
     if path.is_dir():
-        (path / "done.json").unlink(missing_ok=True)  # first: without it what a kill leaves here counts as unfinished
+        (path / "done.json").unlink(
+            missing_ok=True
+        )  # first: without it what a kill leaves here counts as unfinished
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -52,14 +57,18 @@ def _remove(path):
 def write_json(path, value):
     """Write `value` as JSON, atomically, with a fixed layout (same value: same bytes)."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): remove it and run the stage that writes it again") from None
+        raise UserError(
+            f"{path} is damaged ({error}): remove it and run the stage that writes it again"
+        ) from None
 
 
 def sha256(path):
@@ -84,7 +93,9 @@ def finished(folder, settings, force=False):
         return False
     differs = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
     what = ", ".join(f"{key} {found.get(key)!r} there, {settings.get(key)!r} now" for key in differs)
-    raise UserError(f"{folder} was made with other settings ({what}): pass --force to redo it, or use another --run-dir")
+    raise UserError(
+        f"{folder} was made with other settings ({what}): pass --force to redo it, or use another --run-dir"
+    )
 
 
 def open_run(run_dir, create=True, **settings):
@@ -95,16 +106,26 @@ def open_run(run_dir, create=True, **settings):
     path = Path(run_dir) / "run.json"
     if not path.exists():
         if any(value is None for value in settings.values()):
-            raise UserError(f"--run-dir {run_dir} holds no run yet (no run.json): run select_proxies.py first")
-        if Path(run_dir).is_file() or Path(run_dir).is_dir() and any(p for p in Path(run_dir).iterdir() if not p.name.startswith(".")):
-            raise UserError(f"--run-dir {run_dir} is not empty and not a run directory (no run.json): name another folder")
+            raise UserError(
+                f"--run-dir {run_dir} holds no run yet (no run.json): run select_proxies.py first"
+            )
+        if (
+            Path(run_dir).is_file()
+            or Path(run_dir).is_dir()
+            and any(p for p in Path(run_dir).iterdir() if not p.name.startswith("."))
+        ):
+            raise UserError(
+                f"--run-dir {run_dir} is not empty and not a run directory (no run.json): name another folder"
+            )
         if not create:
             return settings
         write_json(path, settings)
     found = read_json(path)
     for key, value in settings.items():
         if value is not None and found.get(key) != value:
-            raise UserError(f"--run-dir {run_dir} was made with {key} {found.get(key)!r}, now {value!r}: use another --run-dir")
+            raise UserError(
+                f"--run-dir {run_dir} was made with {key} {found.get(key)!r}, now {value!r}: use another --run-dir"
+            )
     return found
 
 

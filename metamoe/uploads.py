@@ -18,7 +18,9 @@ def upload_variant(data, selection, full_ffn=False):
 def write_manifest(upload, about):
     """Close an upload folder: `manifest.json` with the hash of every file in it."""
     files = sorted(p for p in upload.rglob("*") if p.is_file())
-    write_json(upload / "manifest.json", {**about, "files": {str(p.relative_to(upload)): sha256(p) for p in files}})
+    write_json(
+        upload / "manifest.json", {**about, "files": {str(p.relative_to(upload)): sha256(p) for p in files}}
+    )
 
 
 def read_manifest(upload):
@@ -29,10 +31,14 @@ def read_manifest(upload):
     manifest = read_json(upload / "manifest.json")
     present = {str(p.relative_to(upload)) for p in upload.rglob("*") if p.is_file()} - {"manifest.json"}
     for name in sorted(present ^ manifest["files"].keys()):
-        raise UserError(f"upload {upload}: {name} is {'not in the manifest' if name in present else 'missing'}: have the client upload it again")
+        raise UserError(
+            f"upload {upload}: {name} is {'not in the manifest' if name in present else 'missing'}: have the client upload it again"
+        )
     for name, digest in manifest["files"].items():
         if sha256(upload / name) != digest:
-            raise UserError(f"upload {upload}: {name} was changed after the upload (its hash differs): have the client upload it again")
+            raise UserError(
+                f"upload {upload}: {name} was changed after the upload (its hash differs): have the client upload it again"
+            )
     return manifest
 
 
@@ -54,11 +60,17 @@ def read_expert(upload):
 
 def save_expert(model, backbone, folder, full_ffn):
     if full_ffn:
-        state = {f"{ffn}.{key}": value.contiguous() for ffn in backbone.ffn_names for key, value in unwrap(model).get_submodule(ffn).state_dict().items()}
+        state = {
+            f"{ffn}.{key}": value.contiguous()
+            for ffn in backbone.ffn_names
+            for key, value in unwrap(model).get_submodule(ffn).state_dict().items()
+        }
         save_file(state, folder / "ffn.safetensors")
     else:
         config = model.peft_config["default"]
         config.base_model_name_or_path = Path(backbone.source).name  # not the client's paths
-        config.target_modules = sorted(config.target_modules)  # a set, which would be written in another order each time
+        config.target_modules = sorted(
+            config.target_modules
+        )  # a set, which would be written in another order each time
         model.save_pretrained(folder / "adapter", save_embedding_layers=False)
         (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's model-card template

@@ -30,7 +30,9 @@ def clustered(n, d, seed=0, dtype=np.float32):
     features, score = np.empty((n, d), dtype), np.empty(n)
     for start in range(0, n, 65_536):
         rows = slice(start, min(start + 65_536, n))
-        z = centres[rng.integers(300, size=rows.stop - start)] + 0.7 * rng.standard_normal((rows.stop - start, d), dtype=np.float32)
+        z = centres[rng.integers(300, size=rows.stop - start)] + 0.7 * rng.standard_normal(
+            (rows.stop - start, d), dtype=np.float32
+        )
         features[rows], score[rows] = z, z @ direction
     return features, 1 / (1 + np.exp(9 - 4 * (score - score.mean()) / score.std()))
 
@@ -50,7 +52,9 @@ def naive(features, relevance, k):
     kernel, chosen = relevance[:, None] * (z @ z.T) * relevance, []
     for _ in range(k):
         rest = [i for i in range(len(z)) if i not in chosen]
-        chosen.append(max(rest, key=lambda i: np.linalg.slogdet(kernel[np.ix_(chosen + [i], chosen + [i])])[1]))
+        chosen.append(
+            max(rest, key=lambda i: np.linalg.slogdet(kernel[np.ix_(chosen + [i], chosen + [i])])[1])
+        )
     return np.array(chosen)
 
 
@@ -77,7 +81,11 @@ def kernel_loop_float64(features, relevance, k):
 def plain(features, relevance, k, tol=2.0 ** (-52 * 2 / 3)):
     """Matrix-free greedy MAP in float64: a row of the kernel a step, O(n (d + t)) at step t; ties as dpp.py."""
     z, rho = torch.from_numpy(units(features)), torch.ones(len(features), dtype=torch.float64)
-    log_weight, rows, chosen = 2 * torch.from_numpy(np.asarray(relevance, np.float64)).log(), torch.empty(k, len(z), dtype=torch.float64), []
+    log_weight, rows, chosen = (
+        2 * torch.from_numpy(np.asarray(relevance, np.float64)).log(),
+        torch.empty(k, len(z), dtype=torch.float64),
+        [],
+    )
     for t in range(k):
         gain = torch.where(rho > tol, log_weight + rho.log(), -torch.inf)
         j = int((gain >= gain.max() - tol).nonzero()[0])
@@ -111,7 +119,13 @@ def timed(function, *args, repeats=1):
 def least_bytes(method, n, d, k):
     """What a method has to read at least: the features and its factor at every step, the kernel once, or (lazy) the features once."""
     factor = n * k * k / 2
-    return {"naive": 8 * n * n, "kernel_loop": 4 * (n * n + factor), "kernel_loop_float64": 8 * (n * n + factor), "plain": 8 * (n * d * k + factor), "lazy": 4 * n * d}[method]
+    return {
+        "naive": 8 * n * n,
+        "kernel_loop": 4 * (n * n + factor),
+        "kernel_loop_float64": 8 * (n * n + factor),
+        "plain": 8 * (n * d * k + factor),
+        "lazy": 4 * n * d,
+    }[method]
 
 
 def compare(n, d, k, methods, rate):
@@ -119,11 +133,17 @@ def compare(n, d, k, methods, rate):
     features, relevance = clustered(n, d)
     for name, r in (("as a client's", relevance), ("uniform", uniform(n))):
         want, lazy = timed(relevance_weighted_dpp, features, r, k, repeats=5 if n < 10_000 else 3)
-        found = {method.__name__: timed(method, features, r, k, repeats=5 if n < 10_000 else 1) for method in methods}
+        found = {
+            method.__name__: timed(method, features, r, k, repeats=5 if n < 10_000 else 1)
+            for method in methods
+        }
         for method, (items, seconds) in (found | {"lazy": (want, lazy)}).items():
             same = "yes" if np.array_equal(items, want) else f"{len(set(items) & set(want))} of {k}"
             share = 100 * least_bytes(method, n, d, k) / rate / seconds
-            print(f"| {n:,} | {k} | {name} | {method.replace('_', ' ')} | {seconds:.3f} | {seconds / lazy:.1f}x | {share:.0f}% | {same} |", flush=True)
+            print(
+                f"| {n:,} | {k} | {name} | {method.replace('_', ' ')} | {seconds:.3f} | {seconds / lazy:.1f}x | {share:.0f}% | {same} |",
+                flush=True,
+            )
 
 
 BIG = """
@@ -153,24 +173,52 @@ def big(n, d, k):
         del features
         for name, r in (("as a client's", relevance), ("uniform", uniform(n))):
             np.save(f"{folder}/relevance.npy", r)
-            done = subprocess.run([sys.executable, "-c", BIG, str(Path(__file__).resolve().parents[1]), folder, str(k)], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, "-c", BIG, str(Path(__file__).resolve().parents[1]), folder, str(k)],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             seconds, before, peak = map(float, done.stdout.split())
             print(f"| {n:,} | {d} | {k} | {name} | {seconds:.1f} | {peak - before:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--big", action="store_true", help="also n = 1,280,000, d = 768, m = 500 with float16 features on disk (2 GB, here)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--big",
+        action="store_true",
+        help="also n = 1,280,000, d = 768, m = 500 with float16 features on disk (2 GB, here)",
+    )
     args = parser.parse_args()
     warnings.simplefilter("error")  # a used-up rank would make the tables say nothing
     rate = bandwidth()
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, memory bandwidth {rate / 1e9:.1f} GB/s (a sum over 1 GB); d = 768\n")
-    print("| n | m | relevance | method | s | against lazy | of the bandwidth | the same items |\n|---:|---:|---|---|---:|---:|---:|---|")
+    print(
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, memory bandwidth {rate / 1e9:.1f} GB/s (a sum over 1 GB); d = 768\n"
+    )
+    print(
+        "| n | m | relevance | method | s | against lazy | of the bandwidth | the same items |\n|---:|---:|---|---|---:|---:|---:|---|"
+    )
     compare(200, 768, 20, [naive, kernel_loop_float64, plain], rate)
     compare(3_000, 768, 500, [kernel_loop, kernel_loop_float64, plain], rate)
     compare(50_000, 768, 700, [plain], rate)
-    sizes = [(3_000, 500), (12_500, 500), (50_000, 500), (200_000, 500), (50_000, 100), (50_000, 300), (50_000, 700)]
-    print("\nHow the time of lazy grows, s\n\n| relevance | " + " | ".join(f"n = {n:,}, m = {k}" for n, k in sizes) + " |\n|---|" + "---:|" * len(sizes))
+    sizes = [
+        (3_000, 500),
+        (12_500, 500),
+        (50_000, 500),
+        (200_000, 500),
+        (50_000, 100),
+        (50_000, 300),
+        (50_000, 700),
+    ]
+    print(
+        "\nHow the time of lazy grows, s\n\n| relevance | "
+        + " | ".join(f"n = {n:,}, m = {k}" for n, k in sizes)
+        + " |\n|---|"
+        + "---:|" * len(sizes)
+    )
     times = {"as a client's": [], "uniform": []}
     for n, k in sizes:
         features, relevance = clustered(n, 768)

@@ -13,11 +13,15 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from metamoe.backbones.base import import_transformers# noqa: E402
 from bench_models import unified  # noqa: E402
 
+from metamoe.backbones.base import import_transformers  # noqa: E402
+
 # the published configurations: layers, width, FFN width, heads, key-value heads, vocabulary, tied embeddings
-MODELS = {"llama-3.2-3b": (28, 3072, 8192, 24, 8, 128256, True), "llama-3.1-8b": (32, 4096, 14336, 32, 8, 128256, False)}
+MODELS = {
+    "llama-3.2-3b": (28, 3072, 8192, 24, 8, 128256, True),
+    "llama-3.1-8b": (32, 4096, 14336, 32, 8, 128256, False),
+}
 LINEARS, LOGITS = ("gate_proj", "up_proj", "down_proj"), 2**29
 
 
@@ -37,7 +41,9 @@ def layer_bytes(config, rank, experts, batch, tokens):
             from peft import LoraConfig, get_peft_model
 
             targets = [f"{name}.{linear}" for name in names for linear in LINEARS]
-            model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)).get_base_model()
+            model = get_peft_model(
+                model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+            ).get_base_model()
         model.train()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) // layers
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -51,31 +57,62 @@ def layer_bytes(config, rank, experts, batch, tokens):
             return tensor
 
         embedded = torch.randn(batch, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-            model.model(inputs_embeds=embedded, attention_mask=torch.ones(batch, tokens, dtype=torch.long), use_cache=False)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            model.model(
+                inputs_embeds=embedded,
+                attention_mask=torch.ones(batch, tokens, dtype=torch.long),
+                use_cache=False,
+            )
         kept.append(sum(sizes.values()))
     return (kept[1] - kept[0]) / (batch * tokens), frozen, trained
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=32, help="samples a step (default: %(default)s, the paper's)")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens a sample (default: %(default)s, the most)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--batch", type=int, default=32, help="samples a step (default: %(default)s, the paper's)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=256, help="tokens a sample (default: %(default)s, the most)"
+    )
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank (default: %(default)s)")
     parser.add_argument("--experts", type=int, default=3, help="experts of the MoE (default: %(default)s)")
     args = parser.parse_args()
     tokens = args.batch * args.tokens
-    print(f"GB (10^9 bytes) at {args.batch} x {args.tokens} tokens, bfloat16, rank {args.rank}, MoE of {args.experts} experts\n")
-    print("| | weights | trained, with AdamW | activations | head | one layer's backward | sum | with checkpointing |\n|---|" + "---:|" * 7)
+    print(
+        f"GB (10^9 bytes) at {args.batch} x {args.tokens} tokens, bfloat16, rank {args.rank}, MoE of {args.experts} experts\n"
+    )
+    print(
+        "| | weights | trained, with AdamW | activations | head | one layer's backward | sum | with checkpointing |\n|---|"
+        + "---:|" * 7
+    )
     for name, (layers, width, hidden, heads, kv_heads, vocabulary, tied) in MODELS.items():
         config = import_transformers().LlamaConfig(
-            vocab_size=8, hidden_size=width, intermediate_size=hidden, num_attention_heads=heads, num_key_value_heads=kv_heads, attn_implementation="sdpa")
+            vocab_size=8,
+            hidden_size=width,
+            intermediate_size=hidden,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            attn_implementation="sdpa",
+        )
         for what, experts in (("an expert", 0), ("final training of the MoE", args.experts)):
             a_token, frozen, trained = layer_bytes(config, args.rank, experts, 2, args.tokens)
             weights = 2 * (layers * frozen + vocabulary * width * (1 if tied else 2))
             optimiser = 16 * layers * trained
-            head = 2 * min(LOGITS, 4 * vocabulary * tokens) + 2 * 2 * tokens * width  # logits and their gradient, hidden states and theirs
+            head = (
+                2 * min(LOGITS, 4 * vocabulary * tokens) + 2 * 2 * tokens * width
+            )  # logits and their gradient, hidden states and theirs
             layer = a_token * tokens
             full = [weights, optimiser, layers * layer, head, layer]
             checkpointed = weights + optimiser + layers * 2 * width * tokens + head + 2 * layer
-            print(f"| {name}, {what} | " + " | ".join(f"{v / 1e9:.1f}" for v in (*full, sum(full), checkpointed)) + " |", flush=True)
+            print(
+                f"| {name}, {what} | "
+                + " | ".join(f"{v / 1e9:.1f}" for v in (*full, sum(full), checkpointed))
+                + " |",
+                flush=True,
+            )

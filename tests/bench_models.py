@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import moe  # noqa: E402
-from metamoe.backbones.base import import_transformers, pick_device, pick_dtype# noqa: E402
 from bench_moe import random_expert  # noqa: E402
+
+import moe  # noqa: E402
+from metamoe.backbones.base import import_transformers, pick_device, pick_dtype  # noqa: E402
 
 TOKENS = 128
 
@@ -25,21 +26,38 @@ def vit():
     import open_clip
 
     tower = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None).visual
-    return tower, [f"transformer.resblocks.{i}.mlp" for i in range(12)], lambda batch: torch.randn(batch, 3, 224, 224)
+    return (
+        tower,
+        [f"transformer.resblocks.{i}.mlp" for i in range(12)],
+        lambda batch: torch.randn(batch, 3, 224, 224),
+    )
 
 
 def llama():
     transformers = import_transformers()
     config = transformers.LlamaConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True)
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+    )
     model = transformers.LlamaForCausalLM(config).model  # the head is the same in both
-    return model, [f"layers.{i}.mlp" for i in range(16)], lambda batch: torch.randint(5, 128000, (batch, TOKENS))
+    return (
+        model,
+        [f"layers.{i}.mlp" for i in range(16)],
+        lambda batch: torch.randint(5, 128000, (batch, TOKENS)),
+    )
 
 
 def unified(model, names, rank=16, count=3, **options):
     """The model with `count` random experts in every FFN; options: of moe.unify."""
     experts = [{name: random_expert(model.get_submodule(name), rank) for name in names} for _ in range(count)]
-    width = next(m.in_features for m in model.get_submodule(names[0]).modules() if isinstance(m, torch.nn.Linear))
+    width = next(
+        m.in_features for m in model.get_submodule(names[0]).modules() if isinstance(m, torch.nn.Linear)
+    )
     return moe.unify(model, names, experts, torch.randn(count, len(names), width), **options)
 
 
@@ -61,18 +79,26 @@ def seconds(model, x, device, least):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=("vit", "llama"), default=["vit", "llama"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32, 256])
     parser.add_argument("--compile", action="store_true", help="torch.compile both sides")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
-    parser.add_argument("--least", type=float, default=3.0, help="seconds to measure each for (default: %(default)s)")
+    parser.add_argument(
+        "--least", type=float, default=3.0, help="seconds to measure each for (default: %(default)s)"
+    )
     args = parser.parse_args()
     device = pick_device(args.device)
     dtype = pick_dtype("auto", device)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    where = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    )
     print(f"{where}, {dtype}, torch {torch.__version__}{', compiled' * args.compile}\n")
-    print("| model | batch | dense, samples/s | unified, samples/s | unified / dense |\n|---|---:|---:|---:|---:|")
+    print(
+        "| model | batch | dense, samples/s | unified, samples/s | unified / dense |\n|---|---:|---:|---:|---:|"
+    )
     for name in args.models:
         sides = []
         for build in (False, True):

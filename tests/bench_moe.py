@@ -42,7 +42,10 @@ def random_expert(ffn, rank):
     expert = {"scaling": 2.0}
     for name, module in ffn.named_children():
         if isinstance(module, nn.Linear):
-            expert |= {f"{name}.lora_A": torch.randn(rank, module.in_features) * 0.02, f"{name}.lora_B": torch.randn(module.out_features, rank) * 0.02}
+            expert |= {
+                f"{name}.lora_A": torch.randn(rank, module.in_features) * 0.02,
+                f"{name}.lora_B": torch.randn(module.out_features, rank) * 0.02,
+            }
     return expert
 
 
@@ -65,7 +68,9 @@ def measure(gated, count, top_k, batch, args):
     dense = (Gated if gated else TwoLayer)(args.d, args.hidden).to(dtype)
     experts = [random_expert(dense, args.rank) for _ in range(count)]
     # vectors of equal size in random directions: the experts get about equal shares of the tokens
-    moe = MoELayer(dense, experts, Router(torch.randn(count, args.d)), RoutingState(mode=args.context), top_k=top_k)
+    moe = MoELayer(
+        dense, experts, Router(torch.randn(count, args.d)), RoutingState(mode=args.context), top_k=top_k
+    )
     x = torch.randn(batch, args.tokens, args.d, dtype=dtype)
 
     def forward(layer):
@@ -83,21 +88,43 @@ def measure(gated, count, top_k, batch, args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--experts", type=int, nargs="+", default=[3, 32], help="numbers of experts K")
     parser.add_argument("--top-k", type=int, nargs="+", default=[1, 2], help="experts a token")
-    parser.add_argument("--ffn", choices=("two-layer", "gated"), nargs="+", default=["two-layer", "gated"], help="CLIP's FFN, LLaMA's")
+    parser.add_argument(
+        "--ffn",
+        choices=("two-layer", "gated"),
+        nargs="+",
+        default=["two-layer", "gated"],
+        help="CLIP's FFN, LLaMA's",
+    )
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank")
     parser.add_argument("--d", type=int, default=768, help="width")
     parser.add_argument("--hidden", type=int, default=3072, help="hidden width of the FFN")
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 64], help="sequences")
     parser.add_argument("--tokens", type=int, default=50, help="tokens a sequence")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the seed's weights and the tokens")
-    parser.add_argument("--context", choices=("fixed", "prefix", "none"), default="fixed", help="the router's context")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the seed's weights and the tokens",
+    )
+    parser.add_argument(
+        "--context", choices=("fixed", "prefix", "none"), default="fixed", help="the router's context"
+    )
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of each")
     args = parser.parse_args()
-    print(f"rank {args.rank}, d = {args.d}, hidden {args.hidden}, {args.tokens} tokens a sequence, {args.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| tokens | FFN | K | top-k | dense forward, ms | MoE, forward | MoE, forward and backward |\n|---:|---|---:|---:|---:|---:|---:|")
+    print(
+        f"rank {args.rank}, d = {args.d}, hidden {args.hidden}, {args.tokens} tokens a sequence, {args.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+    )
+    print(
+        "| tokens | FFN | K | top-k | dense forward, ms | MoE, forward | MoE, forward and backward |\n|---:|---|---:|---:|---:|---:|---:|"
+    )
     for batch, ffn, top_k, count in itertools.product(args.batch, args.ffn, args.top_k, args.experts):
         forward, both, dense = measure(ffn == "gated", count, top_k, batch, args)
-        print(f"| {batch * args.tokens:,} | {ffn} | {count} | {top_k} | {dense:.1f} | {forward:.2f}x | {both:.2f}x |", flush=True)
+        print(
+            f"| {batch * args.tokens:,} | {ffn} | {count} | {top_k} | {dense:.1f} | {forward:.2f}x | {both:.2f}x |",
+            flush=True,
+        )

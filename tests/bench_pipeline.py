@@ -17,19 +17,23 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench_models import unified  # noqa: E402
+
 import moe  # noqa: E402
 import select_proxies  # noqa: E402
+from metamoe.backbones import load_backbone  # noqa: E402
 from metamoe.backbones.embedding import public_features  # noqa: E402
-from metamoe.data import bigbench
 from metamoe.backbones.training import epoch_batches
-from metamoe.backbones import load_backbone# noqa: E402
-from bench_models import unified  # noqa: E402
+from metamoe.data import bigbench
 
 
 def bare_forwards(backbone, records, tokens):
     """Seconds of forwards over the records, tokenised and padded beforehand, in their order of length, `tokens` at a time."""
     ids = sorted((backbone.encode({"prompt": record["prompt"]})[0] for record in records), key=len)
-    batches = [backbone.collate([(ids[i], []) for i in batch])[:2] for batch in backbone.batches([len(i) for i in ids], tokens)]
+    batches = [
+        backbone.collate([(ids[i], []) for i in batch])[:2]
+        for batch in backbone.batches([len(i) for i in ids], tokens)
+    ]
     start = time.perf_counter()
     with torch.no_grad():
         for batch, mask in batches:
@@ -64,7 +68,10 @@ def steps(backbone, records, batch_size, ours, plain, count):
     times = {"ours": [], "plain": []}
     lengths = [sum(map(len, backbone.example(record))) for record in records]
     batches, losses = epoch_batches(lengths, batch_size, count, 0), None
-    optimisers = {name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5) for name, model in (("ours", ours), ("plain", plain))}
+    optimisers = {
+        name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+        for name, model in (("ours", ours), ("plain", plain))
+    }
 
     def step(name, loss):
         loss.backward()
@@ -89,22 +96,38 @@ def steps(backbone, records, batch_size, ours, plain, count):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--public", type=int, default=1000, help="public records to embed (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds of the embedding (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--public", type=int, default=1000, help="public records to embed (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="timed rounds of the embedding (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=25, help="timed training steps (default: %(default)s)")
     args = parser.parse_args()
     name = "smollm2-135m"
-    public, parts = bigbench.load_bigbench(list(bigbench.CLIENTS), {"train": 400, "validation": 0, "test": 1}, args.public, 0)
+    public, parts = bigbench.load_bigbench(
+        list(bigbench.CLIENTS), {"train": 400, "validation": 0, "test": 1}, args.public, 0
+    )
     private = [part["train"] for part in parts.values()]
     fresh = lambda: load_backbone(name)  # noqa: E731 - PEFT and the MoE change a model in place
     backbone = fresh()
-    print(f"{name}, {backbone.device.type}, {backbone.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}\n", flush=True)
+    print(
+        f"{name}, {backbone.device.type}, {backbone.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}\n",
+        flush=True,
+    )
     print("| | bare | here | ratio |\n|---|---:|---:|---:|")
     bare, stage, whole = embedding(backbone, public, private, args.rounds)
     print(f"| embedding D_0, samples/s | {bare:.1f} | {stage:.1f} | {stage / bare:.2f} |")
-    print(f"| with three clients' relevance heads | {bare:.1f} | {whole:.1f} | {whole / bare:.2f} |", flush=True)
-    for label, batch_size, build in (("a step of an expert, ms", 8, lambda b: b.add_lora(16, 32, 0)), ("a step of the final training, ms", 16, lambda b: unified(b.model, b.ffn_names))):
+    print(
+        f"| with three clients' relevance heads | {bare:.1f} | {whole:.1f} | {whole / bare:.2f} |", flush=True
+    )
+    for label, batch_size, build in (
+        ("a step of an expert, ms", 8, lambda b: b.add_lora(16, 32, 0)),
+        ("a step of the final training, ms", 16, lambda b: unified(b.model, b.ffn_names)),
+    ):
         ours = fresh()
         model, plain = build(ours), fresh().add_lora(16, 32, 0)
         here, there = steps(ours, private[0] + private[1], batch_size, model, plain, args.steps)

@@ -1,6 +1,6 @@
 """Run stages through their own command lines, several in one process: an import of torch for each would cost seconds.
 
-    python tests/drive.py JOB.json      {"commands": [["select_proxies", "--run-dir", ...], ...], ...}; see `main`
+python tests/drive.py JOB.json      {"commands": [["select_proxies", "--run-dir", ...], ...], ...}; see `main`
 """
 
 import contextlib
@@ -86,7 +86,11 @@ def die_at_write(below, count):
     def hook(event, args):
         nonlocal left
         if event == "open":
-            changes = isinstance(args[0], (str, bytes, os.PathLike)) and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+            changes = (
+                isinstance(args[0], (str, bytes, os.PathLike))
+                and isinstance(args[2], int)
+                and args[2] & (os.O_WRONLY | os.O_RDWR)
+            )
         else:
             changes = event in WRITES
         if changes and os.path.abspath(os.fsdecode(args[0])).startswith(below + os.sep):
@@ -131,7 +135,9 @@ def run_killed(run_dir, pristine, commands, kills, seconds, writes, seed):
         _, status = os.waitpid(pid, 0)
         if os.WIFSIGNALED(status):
             done += 1
-            logs.append({"left": sorted(str(p.relative_to(run_dir)) for p in run_dir.rglob("*") if ".part" in p.name)})
+            logs.append(
+                {"left": sorted(str(p.relative_to(run_dir)) for p in run_dir.rglob("*") if ".part" in p.name)}
+            )
             continue
         ended.append({"code": os.WEXITSTATUS(status), "files": snapshot(run_dir)})
         if done >= kills or ended[-1]["code"]:
@@ -150,7 +156,15 @@ def main():
         from metamoe.backbones.base import import_transformers
 
         import_transformers()
-        report = run_killed(Path(job["run_dir"]), job["pristine"], job["commands"], job["kills"], job["seconds"], job["writes"], job["seed"])
+        report = run_killed(
+            Path(job["run_dir"]),
+            job["pristine"],
+            job["commands"],
+            job["kills"],
+            job["seconds"],
+            job["writes"],
+            job["seed"],
+        )
     else:
         opened = set()
         if "audit" in job:

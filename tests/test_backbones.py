@@ -4,16 +4,13 @@ import random
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
-from metamoe import backbones
-from metamoe import uploads
-from metamoe.backbones import base
-from metamoe.backbones import training
 import moe
-import tiny
+from metamoe import backbones, uploads
+from metamoe.backbones import base, training
 from metamoe.errors import UserError
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,7 +50,9 @@ def unified(backbone, context="fixed", seed=0, **kwargs):
 
 
 def model_of(backbone, kind):
-    return backbone.model if kind == "seed" else unified(backbone, **({"top_k": 2} if kind == "top-2" else {}))
+    return (
+        backbone.model if kind == "seed" else unified(backbone, **({"top_k": 2} if kind == "top-2" else {}))
+    )
 
 
 def score_alone(backbone, model, prompt, answer):
@@ -77,7 +76,10 @@ def test_scores_equal_separate_sequences(backbone, records, kind):
     got = backbone.scores(model, records)
     for record, values in zip(records, got, strict=True):
         prompt = backbone.encode(record)[0]
-        want = [score_alone(backbone, model, prompt, backbone.encode(record, choice)[1]) for choice in record["choices"]]
+        want = [
+            score_alone(backbone, model, prompt, backbone.encode(record, choice)[1])
+            for choice in record["choices"]
+        ]
         assert values == pytest.approx(want, abs=1e-4)
     assert len({len(backbone.encode(record)[0]) for record in records}) > 5
 
@@ -120,7 +122,9 @@ def test_loss_is_the_cross_entropy_of_the_answers_tokens(backbone, records, kind
     model = model_of(backbone, kind)
     encoded = [backbone.encode(record, record["answer"]) for record in records]
     encoded = [(prompt, answer + [backbone.tokenizer.eos_token_id]) for prompt, answer in encoded]
-    want = -sum(score_alone(backbone, model, *pair) for pair in encoded) / sum(len(answer) for _, answer in encoded)
+    want = -sum(score_alone(backbone, model, *pair) for pair in encoded) / sum(
+        len(answer) for _, answer in encoded
+    )
     assert backbone.loss(model, encoded).item() == pytest.approx(want, abs=1e-4)
 
 
@@ -166,13 +170,22 @@ def test_routing_vectors_equal_those_of_single_texts(backbone, records, lora):
         model.eval()
     got = backbone.routing_vectors(model, records)
     seen = {}
-    hooks = [base.unwrap(model).get_submodule(name).register_forward_hook(lambda module, inputs, output, name=name: seen.setdefault(name, []).append(inputs[0])) for name in backbone.ffn_names]
+    hooks = [
+        base.unwrap(model)
+        .get_submodule(name)
+        .register_forward_hook(
+            lambda module, inputs, output, name=name: seen.setdefault(name, []).append(inputs[0])
+        )
+        for name in backbone.ffn_names
+    ]
     with torch.no_grad():
         for record in records:
             model(input_ids=torch.tensor([backbone.tokenizer(record["prompt"])["input_ids"]]))
     for hook in hooks:
         hook.remove()
-    want = torch.stack([torch.stack([z[0].mean(0) for z in seen[name]]).mean(0) for name in backbone.ffn_names])
+    want = torch.stack(
+        [torch.stack([z[0].mean(0) for z in seen[name]]).mean(0) for name in backbone.ffn_names]
+    )
     assert got.shape == (2, 32) and torch.allclose(got, want, atol=1e-5)
     tokens = torch.stack([torch.cat([z[0] for z in seen[name]]).mean(0) for name in backbone.ffn_names])
     assert not torch.allclose(got, tokens, atol=1e-3)
@@ -199,7 +212,9 @@ def test_encode_cuts_the_prompts_beginning_and_keeps_the_answer(backbone):
 
 
 def test_collate_marks_prompts_answers_and_padding(backbone):
-    ids, real, prompts, labels = (t.tolist() for t in backbone.collate([([5, 6, 7], [8]), ([9], [10, 11]), ([12, 13], [])]))
+    ids, real, prompts, labels = (
+        t.tolist() for t in backbone.collate([([5, 6, 7], [8]), ([9], [10, 11]), ([12, 13], [])])
+    )
     assert ids == [[5, 6, 7, 8], [9, 10, 11, 0], [12, 13, 0, 0]]
     assert real == [[True] * 4, [True] * 3 + [False], [True] * 2 + [False] * 2]
     assert prompts == [[True] * 3 + [False], [True] + [False] * 3, [True] * 2 + [False] * 2]
@@ -225,7 +240,9 @@ def test_an_epochs_batches_hold_every_index_once(count, size):
     assert all(1 <= len(batch) <= size for batch in batches)
     assert batches[: steps + 1] == list(training.epoch_batches(lengths, size, steps + 1, 1))
     if count > 64:
-        assert batches[:steps] != batches[steps:] and batches != list(training.epoch_batches(lengths, size, 2 * steps, 2))
+        assert batches[:steps] != batches[steps:] and batches != list(
+            training.epoch_batches(lengths, size, 2 * steps, 2)
+        )
 
 
 # --- training
@@ -233,7 +250,20 @@ def test_an_epochs_batches_hold_every_index_once(count, size):
 
 def teach(backbone, model, records, steps=30, lr=0.01, after_step=None, groups=None):
     groups = groups or [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
-    return training.train(backbone, model, records, groups, steps=steps, batch_size=8, warmup_steps=3, optimizer="adamw", weight_decay=0.0, seed=0, label="test", after_step=after_step)
+    return training.train(
+        backbone,
+        model,
+        records,
+        groups,
+        steps=steps,
+        batch_size=8,
+        warmup_steps=3,
+        optimizer="adamw",
+        weight_decay=0.0,
+        seed=0,
+        label="test",
+        after_step=after_step,
+    )
 
 
 def test_lora_training_lowers_the_loss_and_touches_the_ffn_factors_alone(backbone, records):
@@ -247,7 +277,11 @@ def test_lora_training_lowers_the_loss_and_touches_the_ffn_factors_alone(backbon
     after = dict(model.named_parameters())
     assert all(not torch.equal(after[name], start[name]) for name in trained)
     for name, before in frozen.items():
-        matches = [p for key, p in after.items() if key.removeprefix("base_model.model.").replace(".base_layer", "") == name]
+        matches = [
+            p
+            for key, p in after.items()
+            if key.removeprefix("base_model.model.").replace(".base_layer", "") == name
+        ]
         assert len(matches) == 1 and torch.equal(matches[0], before), name
     assert not any(p.requires_grad for p in model.parameters())
 
@@ -263,7 +297,10 @@ def test_full_ffn_training_touches_the_ffn_weights_alone(backbone, records):
 
 def test_final_training_of_a_moe_moves_routers_and_experts_alone(backbone, records):
     model = unified(backbone, weighting="stopgrad")
-    mine = {id(p) for p in [*moe.router_parameters(model), *moe.lambda_parameters(model), *moe.expert_parameters(model)]}
+    mine = {
+        id(p)
+        for p in [*moe.router_parameters(model), *moe.lambda_parameters(model), *moe.expert_parameters(model)]
+    }
     before = {name: p.clone() for name, p in model.named_parameters()}
     groups = [
         {"params": moe.router_parameters(model) + moe.expert_parameters(model), "lr": 0.01},
@@ -336,11 +373,18 @@ def test_the_saved_adapter_is_the_same_bytes_whatever_the_order_of_its_targets(b
     model = backbone.add_lora(4, 8, 0)
     for number in (1, 2):
         (tmp_path / str(number)).mkdir()
-        model.peft_config["default"].target_modules = set(sorted(model.peft_config["default"].target_modules, reverse=number == 2))
+        model.peft_config["default"].target_modules = set(
+            sorted(model.peft_config["default"].target_modules, reverse=number == 2)
+        )
         uploads.save_expert(model, backbone, tmp_path / str(number), False)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "1" / "adapter" / name).read_bytes() == (tmp_path / "2" / "adapter" / name).read_bytes()
-    assert sorted(p.name for p in (tmp_path / "1" / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+        assert (tmp_path / "1" / "adapter" / name).read_bytes() == (
+            tmp_path / "2" / "adapter" / name
+        ).read_bytes()
+    assert sorted(p.name for p in (tmp_path / "1" / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
 
 
 # --- loading
@@ -356,7 +400,9 @@ def test_an_unknown_backbone_or_device_is_the_users_to_put_right(seed_model, tmp
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_frozen_weights_are_stored_in_the_compute_dtype_and_factors_train_in_float32(seed_model, records, dtype):
+def test_frozen_weights_are_stored_in_the_compute_dtype_and_factors_train_in_float32(
+    seed_model, records, dtype
+):
     backbone = backbones.load_backbone("smollm2-135m", seed_model, "cpu", dtype)
     model = backbone.add_lora(4, 8, 0)
     for name, p in model.named_parameters():
@@ -366,5 +412,10 @@ def test_frozen_weights_are_stored_in_the_compute_dtype_and_factors_train_in_flo
 
 
 def test_bfloat16_scores_are_near_those_of_float32(seed_model, records):
-    got = [np.concatenate(b.scores(b.model, records)) for b in (backbones.load_backbone("smollm2-135m", seed_model, "cpu", d) for d in ("float32", "bfloat16"))]
+    got = [
+        np.concatenate(b.scores(b.model, records))
+        for b in (
+            backbones.load_backbone("smollm2-135m", seed_model, "cpu", d) for d in ("float32", "bfloat16")
+        )
+    ]
     assert got[1] == pytest.approx(got[0], abs=0.05 * np.abs(got[0]).max()) and not np.array_equal(*got)

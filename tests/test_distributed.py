@@ -6,16 +6,25 @@ import socket
 import subprocess
 import sys
 
+import drive
 import numpy as np
 import pytest
-from safetensors.torch import load_file
-
-import drive
 import tiny
-from metamoe.rundir import read_json
+from safetensors.torch import load_file
 from tiny import CLIENTS, COMMON
 
-FEW = ["--epochs", "3", "--lr", "0.01", "--batch-size", "5", "--warmup-steps", "2"]  # 18 samples: the last batch holds 3
+from metamoe.rundir import read_json
+
+FEW = [
+    "--epochs",
+    "3",
+    "--lr",
+    "0.01",
+    "--batch-size",
+    "5",
+    "--warmup-steps",
+    "2",
+]  # 18 samples: the last batch holds 3
 
 
 def launch(*command, kind="--multi_gpu", **extra):
@@ -23,9 +32,24 @@ def launch(*command, kind="--multi_gpu", **extra):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", kind, "--num_processes", "2", "--num_machines", "1"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        kind,
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
-    return subprocess.run([*launcher, *map(str, command)], env=tiny.environment(**extra), capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        [*launcher, *map(str, command)],
+        env=tiny.environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 def commands(run_dir):
@@ -38,9 +62,13 @@ def commands(run_dir):
 
 
 def in_two(jobs, tmp_path, **extra):
-    (tmp_path / "job.json").write_text(json.dumps({"commands": jobs, "report": str(tmp_path / "report.json")}))
+    (tmp_path / "job.json").write_text(
+        json.dumps({"commands": jobs, "report": str(tmp_path / "report.json")})
+    )
     done = launch(tiny.REPO / "tests" / "drive.py", tmp_path / "job.json", **extra)
-    assert done.returncode == 0 and json.loads((tmp_path / "report.json").read_text())["code"] == 0, done.stderr
+    assert done.returncode == 0 and json.loads((tmp_path / "report.json").read_text())["code"] == 0, (
+        done.stderr
+    )
     return done
 
 
@@ -58,7 +86,9 @@ def one(tmp_path_factory, seed_model):
 def same(one, two):
     """The same files, proxies exactly, losses to 1e-4, weights nearly."""
     assert drive.snapshot(one).keys() == drive.snapshot(two).keys()
-    np.testing.assert_array_equal(np.load(one / "public" / "features.npy"), np.load(two / "public" / "features.npy"))
+    np.testing.assert_array_equal(
+        np.load(one / "public" / "features.npy"), np.load(two / "public" / "features.npy")
+    )
     folders = ["moe/metamoe"]
     for name in CLIENTS:
         path = f"clients/{name}/selection/dpp/selection.json"
@@ -66,7 +96,11 @@ def same(one, two):
         folders.append(f"clients/{name}/experts/aligned-dpp")
     for folder in folders:
         ours, theirs = (read_json(run / folder / "losses.json") for run in (one, two))
-        assert len(ours) >= 10 and ours[:10] == pytest.approx(theirs[:10], abs=1e-4) and ours[0] - ours[-1] > 0.05
+        assert (
+            len(ours) >= 10
+            and ours[:10] == pytest.approx(theirs[:10], abs=1e-4)
+            and ours[0] - ours[-1] > 0.05
+        )
         for path in (one / folder).rglob("*.safetensors"):
             other = load_file(two / path.relative_to(one))
             for key, tensor in load_file(path).items():
@@ -84,7 +118,11 @@ def test_two_processes_do_what_one_does(one, tmp_path, seed_model):
 @pytest.mark.slow
 def test_fsdp_shards_the_frozen_weights_and_trains_alike(one, tmp_path):
     shutil.copytree(one, tmp_path / "run")
-    for folder in [*(tmp_path / "run").glob("clients/*/experts"), *(tmp_path / "run").glob("clients/*/upload"), tmp_path / "run" / "moe"]:
+    for folder in [
+        *(tmp_path / "run").glob("clients/*/experts"),
+        *(tmp_path / "run").glob("clients/*/upload"),
+        tmp_path / "run" / "moe",
+    ]:
         shutil.rmtree(folder)
     in_two(commands(tmp_path / "run")[1:], tmp_path, kind="--use_fsdp")
     same(one, tmp_path / "run")

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from bench_dpp import plain
+
 from dpp import greedy_map, relevance_weighted_dpp
 
 
@@ -63,14 +64,17 @@ def warned(function, *args, **kwargs):
 
 # ---- against determinants ----
 
+
 @pytest.mark.parametrize("seed", range(8))
 def test_every_step_is_the_best_by_brute_force_determinants(seed):
     n = 5 + seed  # 5 .. 12
     features, relevance = problem(seed, n, n + 2)
     kernel = kernel_of(features, relevance)
     expected, expected_gains = naive_greedy(kernel, n)
-    for indices, gains in (silent(relevance_weighted_dpp, features, relevance, n, return_gains=True),
-                           silent(greedy_map, kernel, n, return_gains=True)):
+    for indices, gains in (
+        silent(relevance_weighted_dpp, features, relevance, n, return_gains=True),
+        silent(greedy_map, kernel, n, return_gains=True),
+    ):
         assert indices.tolist() == expected
         np.testing.assert_allclose(gains, expected_gains, rtol=0, atol=1e-8)
 
@@ -89,8 +93,10 @@ def test_n_200_against_naive_greedy():
     features, relevance = problem(0, 200, 64)
     kernel = kernel_of(features, relevance)
     expected, expected_gains = naive_greedy(kernel, 40)
-    for indices, gains in (silent(relevance_weighted_dpp, features, relevance, 40, return_gains=True),
-                           silent(greedy_map, kernel, 40, return_gains=True)):
+    for indices, gains in (
+        silent(relevance_weighted_dpp, features, relevance, 40, return_gains=True),
+        silent(greedy_map, kernel, 40, return_gains=True),
+    ):
         assert indices.tolist() == expected
         np.testing.assert_allclose(gains, expected_gains, rtol=0, atol=1e-9)
 
@@ -136,6 +142,7 @@ def test_accuracy_with_many_nearly_parallel_items():
 
 # ---- what it is for ----
 
+
 def test_first_pick_is_the_highest_relevance():
     for seed in range(10):
         features, relevance = problem(seed, 50, 8)
@@ -166,7 +173,9 @@ def test_only_the_direction_of_a_feature_counts():
     features, relevance = problem(5, 80, 16)
     lengths = 10.0 ** np.random.default_rng(5).integers(-200, 200, 80)
     indices, gains = silent(relevance_weighted_dpp, features, relevance, 16, return_gains=True)
-    same_indices, same_gains = silent(relevance_weighted_dpp, features * lengths[:, None], relevance, 16, True)
+    same_indices, same_gains = silent(
+        relevance_weighted_dpp, features * lengths[:, None], relevance, 16, True
+    )
     np.testing.assert_array_equal(indices, same_indices)
     np.testing.assert_allclose(gains, same_gains, rtol=0, atol=1e-9)
 
@@ -209,6 +218,7 @@ def test_permutation_equivariance(seed):
 
 # ---- ties and duplicates ----
 
+
 def test_ties_go_to_the_lowest_index():
     assert silent(relevance_weighted_dpp, np.eye(6), np.full(6, 0.3), 6).tolist() == [0, 1, 2, 3, 4, 5]
     assert silent(relevance_weighted_dpp, np.eye(4), [0.5, 0.7, 0.5, 0.7], 4).tolist() == [1, 3, 0, 2]
@@ -243,7 +253,9 @@ def test_exact_duplicates_give_the_lowest_index_and_come_again_only_as_fillers()
 
 def test_scaled_float32_duplicates_count_as_duplicates():
     base = np.random.default_rng(9).normal(size=(10, 64)).astype(np.float32)
-    features = np.concatenate([base, base * np.float32(1 / 3), base * np.float32(0.7)])  # rounded: cosine not quite 1
+    features = np.concatenate(
+        [base, base * np.float32(1 / 3), base * np.float32(0.7)]
+    )  # rounded: cosine not quite 1
     indices, gains = warned(relevance_weighted_dpp, features, np.ones(30), 11, return_gains=True)
     assert len(set(indices[:10] % 10)) == 10 and np.isfinite(gains[:10]).all() and gains[10] == -np.inf
 
@@ -255,11 +267,14 @@ def test_the_more_relevant_of_two_duplicates_wins():
 
 # ---- the end of the rank, and zeros ----
 
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("rank", [1, 3, 20])
 def test_rank_exhaustion_warns_and_fills_by_relevance(rank, dtype):
     rng = np.random.default_rng(rank)
-    features = (rng.normal(size=(80, rank)) @ rng.normal(size=(rank, 50))).astype(dtype)  # rank only up to rounding
+    features = (rng.normal(size=(80, rank)) @ rng.normal(size=(rank, 50))).astype(
+        dtype
+    )  # rank only up to rounding
     relevance = rng.integers(1, 6, 80) / 5  # many ties
     silent(relevance_weighted_dpp, features, relevance, rank)
     indices, gains = warned(relevance_weighted_dpp, features, relevance, 80, return_gains=True)
@@ -272,7 +287,9 @@ def test_rank_exhaustion_warns_and_fills_by_relevance(rank, dtype):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_rank_exhaustion_of_an_explicit_kernel_fills_by_diagonal(dtype):
     rng = np.random.default_rng(10)
-    a = rng.normal(size=(40, 6)) * np.logspace(-8, 0, 40)[:, None]  # the guard must be relative to the own diagonal
+    a = (
+        rng.normal(size=(40, 6)) * np.logspace(-8, 0, 40)[:, None]
+    )  # the guard must be relative to the own diagonal
     a[7] = 0
     kernel = a.astype(dtype) @ a.astype(dtype).T
     indices, gains = warned(greedy_map, kernel, 40, return_gains=True)
@@ -317,8 +334,12 @@ def test_nothing_is_chosen_twice(seed):
     rng = np.random.default_rng(seed)
     features = rng.integers(-1, 2, size=(60, 4)) + np.array([0, 0, 0, 0.5])  # many duplicates, low rank
     relevance = rng.integers(0, 3, 60) / 2
-    np.testing.assert_array_equal(np.sort(warned(relevance_weighted_dpp, features, relevance, 60)), np.arange(60))
-    np.testing.assert_array_equal(np.sort(warned(greedy_map, kernel_of(features, relevance), 60)), np.arange(60))
+    np.testing.assert_array_equal(
+        np.sort(warned(relevance_weighted_dpp, features, relevance, 60)), np.arange(60)
+    )
+    np.testing.assert_array_equal(
+        np.sort(warned(greedy_map, kernel_of(features, relevance), 60)), np.arange(60)
+    )
 
 
 # ---- errors ----
@@ -344,28 +365,52 @@ def test_numpy_integer_k_is_fine():
     assert len(relevance_weighted_dpp(*GOOD, np.int32(2))) == len(greedy_map(np.eye(3), np.int64(2))) == 2
 
 
-@pytest.mark.parametrize("features, message", [
-    (replaced(GOOD[0], (1, 2), np.nan), "NaN"), (replaced(GOOD[0], (1, 2), np.inf), "inf"),
-    (replaced(GOOD[0], 1, 0.0), r"zero row \(1\)"), (GOOD[0][0], "shape"), (GOOD[0][None], "shape"),
-    (np.zeros((3, 0)), "shape")])
+@pytest.mark.parametrize(
+    "features, message",
+    [
+        (replaced(GOOD[0], (1, 2), np.nan), "NaN"),
+        (replaced(GOOD[0], (1, 2), np.inf), "inf"),
+        (replaced(GOOD[0], 1, 0.0), r"zero row \(1\)"),
+        (GOOD[0][0], "shape"),
+        (GOOD[0][None], "shape"),
+        (np.zeros((3, 0)), "shape"),
+    ],
+)
 def test_bad_features_are_named(features, message):
     with pytest.raises(ValueError, match=f"^features .*{message}"):
         relevance_weighted_dpp(features, GOOD[1], 1)
 
 
-@pytest.mark.parametrize("relevance, message", [
-    ([0.1, np.nan, 0.2], "NaN"), ([0.1, np.inf, 0.2], "inf"), ([0.1, -1e-9, 0.2], "negative"), ([0, 0, 0], "zero"),
-    ([0.1, 0.2], "shape"), ([[0.1], [0.2], [0.3]], "shape"), (0.5, "shape")])
+@pytest.mark.parametrize(
+    "relevance, message",
+    [
+        ([0.1, np.nan, 0.2], "NaN"),
+        ([0.1, np.inf, 0.2], "inf"),
+        ([0.1, -1e-9, 0.2], "negative"),
+        ([0, 0, 0], "zero"),
+        ([0.1, 0.2], "shape"),
+        ([[0.1], [0.2], [0.3]], "shape"),
+        (0.5, "shape"),
+    ],
+)
 def test_bad_relevance_is_named(relevance, message):
     with pytest.raises(ValueError, match=f"^relevance .*{message}"):
         relevance_weighted_dpp(GOOD[0], relevance, 1)
 
 
-@pytest.mark.parametrize("kernel, message", [
-    (replaced(np.eye(3), (0, 1), np.nan), "NaN"), (replaced(np.eye(3), (0, 0), np.inf), "inf"),
-    (np.ones((3, 2)), "square"), (np.ones(3), "square"), (np.ones((1, 3, 3)), "square"),
-    (replaced(np.eye(3), (0, 1), 0.5), "symmetric"), (replaced(np.eye(3), (1, 1), -1e-12), "negative diagonal"),
-    (np.diag([1.0, 1e-12, 1e-12]) + replaced(np.zeros((3, 3)), (1, 2), 1e-13), "symmetric")])
+@pytest.mark.parametrize(
+    "kernel, message",
+    [
+        (replaced(np.eye(3), (0, 1), np.nan), "NaN"),
+        (replaced(np.eye(3), (0, 0), np.inf), "inf"),
+        (np.ones((3, 2)), "square"),
+        (np.ones(3), "square"),
+        (np.ones((1, 3, 3)), "square"),
+        (replaced(np.eye(3), (0, 1), 0.5), "symmetric"),
+        (replaced(np.eye(3), (1, 1), -1e-12), "negative diagonal"),
+        (np.diag([1.0, 1e-12, 1e-12]) + replaced(np.zeros((3, 3)), (1, 2), 1e-13), "symmetric"),
+    ],
+)
 def test_bad_kernel_is_named(kernel, message):
     with pytest.raises(ValueError, match=f"^kernel .*{message}"):
         greedy_map(kernel, 1)
@@ -386,11 +431,14 @@ def test_mixing_numpy_and_torch_is_a_type_error():
 
 # ---- types, devices, cost ----
 
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int64])
 def test_numpy_in_numpy_out(dtype):
     features, relevance = (10 * np.random.default_rng(0).normal(size=(20, 8))).astype(dtype), np.arange(1, 21)
-    for result in (relevance_weighted_dpp(features, relevance, 5, return_gains=True),
-                   greedy_map((np.eye(8) + 1).astype(dtype), 5, return_gains=True)):
+    for result in (
+        relevance_weighted_dpp(features, relevance, 5, return_gains=True),
+        greedy_map((np.eye(8) + 1).astype(dtype), 5, return_gains=True),
+    ):
         assert [type(x) for x in result] == [np.ndarray] * 2
         assert [x.dtype for x in result] == [np.int64, np.float64] and [x.shape for x in result] == [(5,)] * 2
     assert isinstance(relevance_weighted_dpp(features, relevance, 5), np.ndarray)  # without gains: no tuple
@@ -411,13 +459,19 @@ def test_torch_in_torch_out_on_its_device(device, dtype):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     features, relevance = (torch.tensor(x, dtype=dtype, device=device) for x in problem(12, 100, 32))
-    expected = relevance_weighted_dpp(features.cpu().double().numpy(), relevance.cpu().double().numpy(), 30, True)
+    expected = relevance_weighted_dpp(
+        features.cpu().double().numpy(), relevance.cpu().double().numpy(), 30, True
+    )
     unit = torch.nn.functional.normalize(features.double(), dim=1) * relevance.double()[:, None]
-    for result in (silent(relevance_weighted_dpp, features, relevance, 30, return_gains=True),
-                   silent(greedy_map, unit @ unit.T, 30, return_gains=True)):
+    for result in (
+        silent(relevance_weighted_dpp, features, relevance, 30, return_gains=True),
+        silent(greedy_map, unit @ unit.T, 30, return_gains=True),
+    ):
         assert [x.dtype for x in result] == [torch.int64, torch.float64]
         assert all(x.device == features.device for x in result)
-        np.testing.assert_array_equal(result[0].cpu(), expected[0])  # so float32 was upcast before any arithmetic
+        np.testing.assert_array_equal(
+            result[0].cpu(), expected[0]
+        )  # so float32 was upcast before any arithmetic
         np.testing.assert_allclose(result[1].cpu(), expected[1], rtol=0, atol=1e-9)
 
 
@@ -428,7 +482,11 @@ def test_no_gradient_is_tracked_and_no_input_changed():
     kernel_before = kernel.detach().clone()
     for _, gains in relevance_weighted_dpp(features, relevance, 8, True), greedy_map(kernel, 8, True):
         assert not gains.requires_grad
-    assert torch.equal(features, before[0]) and torch.equal(relevance, before[1]) and torch.equal(kernel, kernel_before)
+    assert (
+        torch.equal(features, before[0])
+        and torch.equal(relevance, before[1])
+        and torch.equal(kernel, kernel_before)
+    )
 
 
 def family(kind, seed, n=3000, d=48):
@@ -450,7 +508,10 @@ def family(kind, seed, n=3000, d=48):
     return features, relevance, k
 
 
-@pytest.mark.parametrize("kind", ("random", "clustered", "near-duplicates", "rank-deficient", "skewed", "uniform", "few dimensions"))
+@pytest.mark.parametrize(
+    "kind",
+    ("random", "clustered", "near-duplicates", "rank-deficient", "skewed", "uniform", "few dimensions"),
+)
 @pytest.mark.parametrize("seed", range(4))
 def test_the_lazy_search_finds_what_the_plain_one_finds(kind, seed):
     features, relevance, k = family(kind, seed)
@@ -466,7 +527,9 @@ def test_more_items_than_compete_at_a_time():
     """Several rounds, among them some of many ties, and to the end of the rank."""
     rng = np.random.default_rng(0)
     features, relevance = rng.normal(size=(2000, 400)), np.exp(rng.normal(size=2000).round(1))
-    assert relevance_weighted_dpp(features, relevance, 395).tolist() == plain(features, relevance, 395).tolist()
+    assert (
+        relevance_weighted_dpp(features, relevance, 395).tolist() == plain(features, relevance, 395).tolist()
+    )
     many = np.concatenate([features[:300], features[:300], features[:300]])
     assert relevance_weighted_dpp(many, np.ones(900), 299).tolist() == plain(many, np.ones(900), 299).tolist()
 
@@ -475,7 +538,10 @@ def test_features_on_disk(tmp_path):
     features, relevance, k = family("clustered", 5)
     np.save(tmp_path / "features.npy", features.astype(np.float16))
     on_disk = np.load(tmp_path / "features.npy", mmap_mode="r")
-    assert relevance_weighted_dpp(on_disk, relevance, k).tolist() == plain(features.astype(np.float16), relevance, k).tolist()
+    assert (
+        relevance_weighted_dpp(on_disk, relevance, k).tolist()
+        == plain(features.astype(np.float16), relevance, k).tolist()
+    )
 
 
 def test_never_forms_the_n_by_n_kernel():
@@ -507,4 +573,6 @@ def test_speed_at_the_papers_size():
     features, relevance = problem(16, 3000, 768)
     start = time.thread_time()  # not the wall clock, so that a busy machine does not matter
     silent(relevance_weighted_dpp, features, relevance, 500)
-    assert time.thread_time() - start < 20  # about 0.7 s on one core; a fresh factorisation a step, minutes or hours
+    assert (
+        time.thread_time() - start < 20
+    )  # about 0.7 s on one core; a fresh factorisation a step, minutes or hours

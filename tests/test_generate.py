@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import moe
 from metamoe import backbones  # noqa: E402
 from metamoe.backbones import base  # noqa: E402
-import moe
 
 base.fix_torchvision()
 import transformers  # noqa: E402
@@ -26,8 +26,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def seed(layers=3, d=16, h=24):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=d, intermediate_size=h, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=128, initializer_range=0.4, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+        vocab_size=VOCAB,
+        hidden_size=d,
+        intermediate_size=h,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        initializer_range=0.4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
     )
     return transformers.LlamaForCausalLM(config).eval()
 
@@ -41,9 +50,26 @@ def unified(context="prefix", lam=0.7, **options):
         expert = {"scaling": 2.0}
         for linear in ("gate_proj", "up_proj", "down_proj"):
             shape = getattr(model.model.layers[0].mlp, linear).weight.shape
-            expert |= {f"{linear}.lora_A": torch.randn(2, shape[1]) * 0.5, f"{linear}.lora_B": torch.randn(shape[0], 2) * 0.5}
-        experts.append({name: {key: t if key == "scaling" else t * (1 + 0.1 * i) for key, t in expert.items()} for i, name in enumerate(names)})
-    return moe.unify(model, names, experts, 0.5 * torch.randn(K, 3, 16), names=["a", "b", "c"], context=context, lam=lam, **options)
+            expert |= {
+                f"{linear}.lora_A": torch.randn(2, shape[1]) * 0.5,
+                f"{linear}.lora_B": torch.randn(shape[0], 2) * 0.5,
+            }
+        experts.append(
+            {
+                name: {key: t if key == "scaling" else t * (1 + 0.1 * i) for key, t in expert.items()}
+                for i, name in enumerate(names)
+            }
+        )
+    return moe.unify(
+        model,
+        names,
+        experts,
+        0.5 * torch.randn(K, 3, 16),
+        names=["a", "b", "c"],
+        context=context,
+        lam=lam,
+        **options,
+    )
 
 
 def prompts(n, longest, seed=3):
@@ -64,7 +90,9 @@ def greedy(model, rows, new, batch=None, **options):
     pad = model.generation_config.pad_token_id
     for start in range(0, len(rows), size):
         ids, mask = left_padded(rows[start : start + size], pad)
-        out += model.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, **options)[:, ids.shape[1] :].tolist()
+        out += model.generate(
+            ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, **options
+        )[:, ids.shape[1] :].tolist()
     return out
 
 
@@ -76,12 +104,17 @@ def reference(model, row, new):
     any token up to there, since one route that turns over changes all that comes after.
     """
     tokens, margins, pis = list(row), [], []
-    hooks = [layer.router.register_forward_hook(lambda router, inputs, pi: pis.append(pi)) for layer in moe.layers(model)]
+    hooks = [
+        layer.router.register_forward_hook(lambda router, inputs, pi: pis.append(pi))
+        for layer in moe.layers(model)
+    ]
     state, eos = model.routing, model.generation_config.eos_token_id
     for _ in range(new):
         pis.clear()
         ids = torch.tensor([tokens])
-        state.context_mask = torch.arange(len(tokens))[None] < (len(row) if state.mode == "fixed" else len(tokens))
+        state.context_mask = torch.arange(len(tokens))[None] < (
+            len(row) if state.mode == "fixed" else len(tokens)
+        )
         logits = model(ids, use_cache=False).logits[0, -1].float()
         if eos is not None:
             logits[eos] = -float("inf")  # min_new_tokens
@@ -115,7 +148,9 @@ def test_greedy_is_the_same_with_and_without_cache_and_in_any_batch(context):
         for got, want in zip(greedy(model, rows, 8, batch, use_cache=use_cache), wants):
             compared += assert_same(got, *want)
     assert compared > 120  # of 160
-    model.routing.record = True  # the test would say nothing if one expert took every token, or the context moved none
+    model.routing.record = (
+        True  # the test would say nothing if one expert took every token, or the context moved none
+    )
     got = greedy(model, rows, 8)
     assert (moe.counts(model) > 0).sum() >= 7
     model.routing.mode = "none" if context != "none" else "prefix"
@@ -131,7 +166,9 @@ def test_the_context_of_a_prompt_does_not_move_while_it_is_answered():
     for use_cache in (True, False):
         seen.clear()
         greedy(model, prompts(3, 7), 5, use_cache=use_cache)
-        steps = torch.stack(seen).view(5, 3, 3, K)  # step, layer, row, expert; lambda = 1: pi is of the context alone
+        steps = torch.stack(seen).view(
+            5, 3, 3, K
+        )  # step, layer, row, expert; lambda = 1: pi is of the context alone
         torch.testing.assert_close(steps[1:, 0], steps[:1, 0].expand(4, -1, -1))
     seen.clear()
     model.routing.mode = "prefix"
@@ -140,9 +177,15 @@ def test_the_context_of_a_prompt_does_not_move_while_it_is_answered():
 
 
 @pytest.mark.parametrize("context", ("prefix", "fixed"))
-@pytest.mark.parametrize("options", (
-    dict(do_sample=True, top_k=20), dict(num_beams=3, num_return_sequences=2, do_sample=False), dict(do_sample=True, num_return_sequences=3),
-), ids=("sampled", "beams", "several"))
+@pytest.mark.parametrize(
+    "options",
+    (
+        dict(do_sample=True, top_k=20),
+        dict(num_beams=3, num_return_sequences=2, do_sample=False),
+        dict(do_sample=True, num_return_sequences=3),
+    ),
+    ids=("sampled", "beams", "several"),
+)
 def test_sampling_and_beams_do_not_depend_on_the_cache(context, options):
     model = unified(context)
     ids, mask = left_padded(prompts(4, 8))
@@ -158,7 +201,13 @@ def test_speculative_decoding_takes_tokens_back():
     for context in ("prefix", "fixed"):
         model = unified(context)
         ids = torch.tensor([row])
-        got = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3)
+        got = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            prompt_lookup_num_tokens=3,
+        )
         assert got[0, len(row) :].tolist() == reference(model, row, 12)[0]
 
 
@@ -169,7 +218,12 @@ def test_a_static_cache_and_embeddings_as_input():
         model = unified(context)
         want = greedy(model, rows, 8)
         assert greedy(model, rows, 8, cache_implementation="static") == want
-        got = model.generate(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask, max_new_tokens=8, do_sample=False)
+        got = model.generate(
+            inputs_embeds=model.get_input_embeddings()(ids),
+            attention_mask=mask,
+            max_new_tokens=8,
+            do_sample=False,
+        )
         assert got.tolist() == want
 
 
@@ -188,13 +242,21 @@ def test_forward_takes_padding_from_the_attention_mask(context):
     rows = prompts(4, 9)
     alone = [logits(model, torch.tensor([row]))[0] for row in rows]
     ids, mask = left_padded(rows)
-    for row, want, got in zip(rows, alone, logits(model, ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))):
+    for row, want, got in zip(
+        rows, alone, logits(model, ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    ):
         close(got[-len(row) :], want)
     ids, mask = ids.flip(1), mask.flip(1)  # on the right
-    for row, want, got in zip(rows, (logits(model, torch.tensor([row[::-1]]))[0] for row in rows), logits(model, ids, attention_mask=mask)):
+    for row, want, got in zip(
+        rows,
+        (logits(model, torch.tensor([row[::-1]]))[0] for row in rows),
+        logits(model, ids, attention_mask=mask),
+    ):
         close(got[: len(row)], want)
     tree = torch.zeros(4, 1, 9, 9)
-    with pytest.raises(ValueError, match=r"not \(B, T\), and does not say which tokens are real: set routing.context_mask"):
+    with pytest.raises(
+        ValueError, match=r"not \(B, T\), and does not say which tokens are real: set routing.context_mask"
+    ):
         model(ids[:, :9], attention_mask=tree)
 
 
@@ -208,7 +270,10 @@ def test_with_prefix_context_padding_on_the_right_needs_no_mask():
 def test_a_sequence_in_pieces_is_the_sequence_in_one(context, cuts):
     model = unified(context)
     ids, mask = left_padded(prompts(3, 9) + [[7] * 9])  # 9 tokens of prompt, 3 of answer
-    ids, real = torch.cat((ids, torch.randint(2, VOCAB, (4, 3))), 1), torch.cat((mask, torch.ones(4, 3, dtype=torch.long)), 1)
+    ids, real = (
+        torch.cat((ids, torch.randint(2, VOCAB, (4, 3))), 1),
+        torch.cat((mask, torch.ones(4, 3, dtype=torch.long)), 1),
+    )
     place = (real.cumsum(1) - 1).clamp(min=0)
     if context == "fixed":
         model.routing.context_mask = real.bool() & (torch.arange(12) < 9)
@@ -216,7 +281,19 @@ def test_a_sequence_in_pieces_is_the_sequence_in_one(context, cuts):
     model.routing.context_mask = None
     cache = transformers.DynamicCache(config=model.config)
     pieces = [slice(*ends) for ends in zip(cuts, cuts[1:])]
-    got = torch.cat([logits(model, ids[:, p], attention_mask=real[:, : p.stop], position_ids=place[:, p], past_key_values=cache) for p in pieces], 1)
+    got = torch.cat(
+        [
+            logits(
+                model,
+                ids[:, p],
+                attention_mask=real[:, : p.stop],
+                position_ids=place[:, p],
+                past_key_values=cache,
+            )
+            for p in pieces
+        ],
+        1,
+    )
     close(got[real.bool()], want[real.bool()])
 
 
@@ -274,7 +351,9 @@ def test_a_cache_that_the_router_does_not_know_is_refused():
         logits(model, ids[:, :1], past_key_values=filled(seed()))
     cache = filled(model)
     cache.crop(-moe.CROP)
-    with pytest.raises(ValueError, match="32 tokens were taken back from the key-value cache, the router can go back by 31"):
+    with pytest.raises(
+        ValueError, match="32 tokens were taken back from the key-value cache, the router can go back by 31"
+    ):
         logits(model, ids[:, :1], past_key_values=cache)
     cache = filled(model)
     logits(seed(), ids[:, :2], past_key_values=cache)
@@ -316,7 +395,16 @@ def test_gradients_are_the_same_where_the_backward_computes_the_forward_again(co
             model.gradient_checkpointing_enable()
             model.enable_input_require_grads()
         model(ids, attention_mask=mask, labels=ids, use_cache=None if again else False).loss.backward()
-        gradients.append([p.grad for p in (*moe.router_parameters(model), *moe.lambda_parameters(model), *moe.expert_parameters(model))])
+        gradients.append(
+            [
+                p.grad
+                for p in (
+                    *moe.router_parameters(model),
+                    *moe.lambda_parameters(model),
+                    *moe.expert_parameters(model),
+                )
+            ]
+        )
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
     assert all(g.abs().max() > 0 for g in gradients[0])
@@ -343,13 +431,18 @@ def test_load_finds_the_seed(run_dir, tmp_path, monkeypatch):
     ids, home = torch.arange(2, 12)[None], run_dir / "RUN" / "moe" / "two"
     want = logits(unified(), ids)
     monkeypatch.setenv("METAMOE_CACHE", str(tmp_path / "cache"))
-    assert str(run_dir).encode() not in b"".join(p.read_bytes() for p in home.iterdir())  # not where it was made
+    assert str(run_dir).encode() not in b"".join(
+        p.read_bytes() for p in home.iterdir()
+    )  # not where it was made
     close(logits(moe.load(home), ids), want)
     assert moe.load(home, dtype=torch.float64).lm_head.weight.dtype == torch.float64
     close(logits(moe.load(home, seed()), ids), want)
     # alone, without its run
     shutil.copytree(home, tmp_path / "alone" / "two")
-    with pytest.raises(FileNotFoundError, match=r"the seed model 'tiny-seed' of .*two is not there, looked for .*cache/tiny-seed, .*alone/tiny-seed: give it, moe.load\(folder, model\)"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"the seed model 'tiny-seed' of .*two is not there, looked for .*cache/tiny-seed, .*alone/tiny-seed: give it, moe.load\(folder, model\)",
+    ):
         moe.load(tmp_path / "alone" / "two")
     for place in (tmp_path / "cache" / "tiny-seed", tmp_path / "alone" / "tiny-seed"):
         shutil.copytree(run_dir / "models" / "tiny-seed", place)
@@ -363,13 +456,19 @@ def test_load_without_a_record_and_from_the_hub(run_dir, tmp_path):
     shutil.copytree(run_dir / "RUN" / "moe" / "two", home)
     config = json.loads((home / "moe_config.json").read_text())
     (home / "moe_config.json").write_text(json.dumps(config | {"seed": "nobody/no-such-model"}))
-    with pytest.raises(FileNotFoundError, match=r"the seed model 'nobody/no-such-model' of .*two cannot be loaded \(.*\): give it, moe.load"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"the seed model 'nobody/no-such-model' of .*two cannot be loaded \(.*\): give it, moe.load",
+    ):
         moe.load(home)
     del config["seed"], config["disabled"]  # as earlier versions wrote it
     (home / "moe_config.json").write_text(json.dumps(config))
     with pytest.raises(FileNotFoundError, match="two does not say what its seed model was: give it"):
         moe.load(home)
-    close(logits(moe.load(home, seed()), torch.arange(2, 12)[None]), logits(unified(), torch.arange(2, 12)[None]))
+    close(
+        logits(moe.load(home, seed()), torch.arange(2, 12)[None]),
+        logits(unified(), torch.arange(2, 12)[None]),
+    )
 
 
 # ---------------------------------------------------------------- the real default
@@ -383,11 +482,20 @@ def real(tmp_path_factory):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     names = [f"model.layers.{i}.mlp" for i in range(30)]
     torch.manual_seed(0)
-    texts = ["play some quiet jazz", "the room was clean and the staff kind", "which river runs through Paris"]
+    texts = [
+        "play some quiet jazz",
+        "the room was clean and the staff kind",
+        "which river runs through Paris",
+    ]
     means = []
     for text in texts:  # routing vectors as a client takes them: the mean FFN inputs of its text
         seen = []
-        hooks = [model.get_submodule(name).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0].mean(0))) for name in names]
+        hooks = [
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda module, inputs: seen.append(inputs[0][0].mean(0))
+            )
+            for name in names
+        ]
         with torch.no_grad():
             model(**tokenizer(text, return_tensors="pt"))
         means.append(torch.stack(seen))
@@ -400,9 +508,21 @@ def real(tmp_path_factory):
             expert[name] = {"scaling": 2.0}
             for linear in ("gate_proj", "up_proj", "down_proj"):
                 rows, columns = getattr(model.get_submodule(name), linear).weight.shape
-                expert[name] |= {f"{linear}.lora_A": torch.randn(4, columns) * 0.02, f"{linear}.lora_B": torch.randn(rows, 4) * 0.02}
+                expert[name] |= {
+                    f"{linear}.lora_A": torch.randn(4, columns) * 0.02,
+                    f"{linear}.lora_B": torch.randn(rows, 4) * 0.02,
+                }
         experts.append(expert)
-    return moe.unify(model, names, experts, means, names=["intent", "hotels", "question"], lam=0.9, context="prefix", offset=True), tokenizer
+    return moe.unify(
+        model,
+        names,
+        experts,
+        means,
+        names=["intent", "hotels", "question"],
+        lam=0.9,
+        context="prefix",
+        offset=True,
+    ), tokenizer
 
 
 @pytest.mark.slow
@@ -419,7 +539,11 @@ def test_the_default_generates_the_same_tokens_with_and_without_cache_and_in_any
     wants = greedy(model, rows, 32, 1, use_cache=True)
     margins = [margins_of(model, row, want) for row, want in zip(rows, wants)]
     compared = 0
-    for options in (dict(batch=20, use_cache=True), dict(batch=4, use_cache=True), dict(batch=20, use_cache=False)):
+    for options in (
+        dict(batch=20, use_cache=True),
+        dict(batch=4, use_cache=True),
+        dict(batch=20, use_cache=False),
+    ):
         for got, want, margin in zip(greedy(model, rows, 32, **options), wants, margins):
             compared += assert_same(got, want, margin)
     assert compared > 0.9 * 3 * 20 * 32, compared
@@ -429,7 +553,10 @@ def test_the_default_generates_the_same_tokens_with_and_without_cache_and_in_any
 def margins_of(model, row, new):
     """As `reference`, of tokens that are there already, from one forward; with prefix context no token sees a later one."""
     pis = []
-    hooks = [layer.router.register_forward_hook(lambda router, inputs, pi: pis.append(pi)) for layer in moe.layers(model)]
+    hooks = [
+        layer.router.register_forward_hook(lambda router, inputs, pi: pis.append(pi))
+        for layer in moe.layers(model)
+    ]
     out = model(torch.tensor([row + new[:-1]]), use_cache=False).logits[0, len(row) - 1 :]
     for hook in hooks:
         hook.remove()

@@ -31,10 +31,12 @@ def recipe_key(record):
 def leaks(char):
     """A client's script in a character, by Unicode alone: its name, what it decomposes into, the mathematical Greek block."""
     names = [unicodedata.name(c, "") for c in char + unicodedata.normalize("NFKD", char)]
-    return 0x1D6A8 <= ord(char) <= 0x1D7CB or any(w in name for name in names for w in ("GREEK", "COPTIC", "CYRILLIC", "ARMENIAN"))
+    return 0x1D6A8 <= ord(char) <= 0x1D7CB or any(
+        w in name for name in names for w in ("GREEK", "COPTIC", "CYRILLIC", "ARMENIAN")
+    )
 
 
-VARIANTS = "αΩяԱև" "µΩ" "ᵝᵸᶿ" "ϐϴϵ" "ϢⲀ" "㎂㎛" "ℽℼ℩" "֏" "𝚨𝛁𝛼𝟊𝟋"  # letters, signs, modifiers, symbols, units, mathematics
+VARIANTS = "αΩяԱևµΩᵝᵸᶿϐϴϵϢⲀ㎂㎛ℽℼ℩֏𝚨𝛁𝛼𝟊𝟋"  # letters, signs, modifiers, symbols, units, mathematics
 
 
 @pytest.mark.parametrize("char", VARIANTS)
@@ -60,7 +62,9 @@ def test_no_character_of_the_world_has_a_clients_script():
 def test_no_public_record_has_a_clients_script(glyphs):
     public, _ = glyphs
     assert [record for record in public if leaks(record["image"]["char"])] == []
-    assert not any(word in record["answer"] for record in public for word in ("greek", "cyrillic", "armenian"))
+    assert not any(
+        word in record["answer"] for record in public for word in ("greek", "cyrillic", "armenian")
+    )
 
 
 def test_the_world_is_large_and_varied(glyphs):
@@ -71,7 +75,10 @@ def test_the_world_is_large_and_varied(glyphs):
 
 def test_characters_are_visible_and_named():
     for face in FAMILY_OF:
-        assert all(unicodedata.category(char)[0] in "LNPS" and unicodedata.name(char, "") for char in world.characters(face))
+        assert all(
+            unicodedata.category(char)[0] in "LNPS" and unicodedata.name(char, "")
+            for char in world.characters(face)
+        )
     pairs = world.world()
     for i in np.random.default_rng(0).permutation(len(pairs))[:500]:
         char, family = pairs[i]
@@ -96,7 +103,10 @@ def test_every_letter_is_a_class_and_comes_up_equally_often(glyphs):
         for records in parts.values():
             assert all(record["choices"] == choices and record["source"] == name for record in records)
             count = Counter(record["answer"] for record in records)
-            assert set(count) <= set(choices) and max(count.values()) - min(count[choice] for choice in choices) <= 1
+            assert (
+                set(count) <= set(choices)
+                and max(count.values()) - min(count[choice] for choice in choices) <= 1
+            )
 
 
 def test_every_client_letter_is_in_every_face_it_needs():
@@ -108,7 +118,10 @@ def test_every_client_letter_is_in_every_face_it_needs():
 
 def test_the_test_part_has_families_that_training_has_not(glyphs):
     for parts in glyphs[1].values():
-        families = {part: {FAMILY_OF[record["image"]["face"]] for record in records} for part, records in parts.items()}
+        families = {
+            part: {FAMILY_OF[record["image"]["face"]] for record in records}
+            for part, records in parts.items()
+        }
         assert families["train"] == families["validation"] == set(world.TRAIN)
         assert families["test"] and families["test"].isdisjoint(families["train"])
 
@@ -134,7 +147,9 @@ def test_empty_parts_are_empty():
 
 def test_the_public_set_holds_near_duplicates(glyphs):
     letters = Counter((record["image"]["char"], FAMILY_OF[record["image"]["face"]]) for record in glyphs[0])
-    assert sum(count for count in letters.values() if count > 1) / 6000 > 0.5  # records with another of their letter and family
+    assert (
+        sum(count for count in letters.values() if count > 1) / 6000 > 0.5
+    )  # records with another of their letter and family
 
 
 # --- drawing
@@ -144,7 +159,9 @@ def test_a_recipe_draws_the_same_image_again_and_another_seed_another():
     recipe = {"char": "ß", "face": "DejaVuSerif.ttf", "seed": 17}
     image = world.draw(recipe)
     assert (image.size, image.mode) == ((32, 32), "RGB")
-    assert image.tobytes() == world.draw(dict(recipe)).tobytes() != world.draw({**recipe, "seed": 18}).tobytes()
+    assert (
+        image.tobytes() == world.draw(dict(recipe)).tobytes() != world.draw({**recipe, "seed": 18}).tobytes()
+    )
     assert image.tobytes() == world.draw(json.loads(json.dumps(recipe))).tobytes()
 
 
@@ -155,17 +172,36 @@ def test_a_client_has_colours_of_its_own_and_the_public_set_all(glyphs):
     for name, parts in clients.items():
         records = [record for part in parts.values() for record in part]
         assert all(record["image"]["look"] == name for record in records)
-        corners = [np.asarray(world.draw(record["image"]), float)[:3, :3].mean((0, 1)) / 255 for record in records[:40]]  # paper
+        corners = [
+            np.asarray(world.draw(record["image"]), float)[:3, :3].mean((0, 1)) / 255
+            for record in records[:40]
+        ]  # paper
         low, high = np.array(world.LOOKS[name][0])
         assert (np.mean(corners, 0) > low - 0.05).all() and (np.mean(corners, 0) < high + 0.05).all()
         means[name] = np.mean(corners, 0)
-    assert min(np.abs(means[a] - means[b]).max() for a, b in (("greek", "cyrillic"), ("greek", "armenian"), ("cyrillic", "armenian"))) > 0.2
-    corners = np.array([np.asarray(world.draw(record["image"]), float)[:3, :3].mean((0, 1)) / 255 for record in public[:300]])
-    assert (corners.mean(1) < 0.4).mean() > 0.3 and (corners.mean(1) > 0.6).mean() > 0.3  # dark paper and light
+    assert (
+        min(
+            np.abs(means[a] - means[b]).max()
+            for a, b in (("greek", "cyrillic"), ("greek", "armenian"), ("cyrillic", "armenian"))
+        )
+        > 0.2
+    )
+    corners = np.array(
+        [np.asarray(world.draw(record["image"]), float)[:3, :3].mean((0, 1)) / 255 for record in public[:300]]
+    )
+    assert (corners.mean(1) < 0.4).mean() > 0.3 and (
+        corners.mean(1) > 0.6
+    ).mean() > 0.3  # dark paper and light
 
 
 def test_letters_stay_inside_the_canvas():
-    for char, face in [("Щ", "DejaVuSans-Bold.ttf"), ("Ǻ", "DejaVuSans.ttf"), ("⟿", "DejaVuSans.ttf"), ("ﷺ", "DejaVuSans.ttf"), ("█", "DejaVuSansMono.ttf")]:
+    for char, face in [
+        ("Щ", "DejaVuSans-Bold.ttf"),
+        ("Ǻ", "DejaVuSans.ttf"),
+        ("⟿", "DejaVuSans.ttf"),
+        ("ﷺ", "DejaVuSans.ttf"),
+        ("█", "DejaVuSansMono.ttf"),
+    ]:
         if char in world.characters(face):
             canvas = np.array(world.glyph(char, face))
             canvas[3:-3, 3:-3] = 0
@@ -194,7 +230,11 @@ def untrained():
 
 def test_tokens_say_their_text_again(untrained):
     tokenizer = untrained[1]
-    for text in ("greek small letter alpha", "latin capital letter o with stroke", "apl functional symbol i-beam 2"):
+    for text in (
+        "greek small letter alpha",
+        "latin capital letter o with stroke",
+        "apl functional symbol i-beam 2",
+    ):
         ids = tokenizer([text])
         assert ids.shape == (1, 64) and tokenizer.decode(ids[0]) == text
         assert ids.argmax() == len(text) + 1 and ids.max() == glyph_model.END == ids[0, len(text) + 1]
@@ -208,7 +248,9 @@ def test_long_and_strange_texts_keep_their_end(untrained):
 
 def test_the_tokenizer_knows_every_letter_of_every_caption(untrained):
     assert glyph_model.END + 1 == untrained[0].vocab_size
-    chars = {char for char, _ in world.world()} | {char for letters in world.CLIENTS.values() for char in letters}
+    chars = {char for char, _ in world.world()} | {
+        char for letters in world.CLIENTS.values() for char in letters
+    }
     assert set("".join(map(world.caption, chars))) <= set(glyph_model.LETTERS)
 
 
@@ -220,8 +262,15 @@ def test_the_model_is_small(untrained):
 
 def test_images_and_texts_land_in_one_space(untrained):
     model, tokenizer = untrained
-    images = glyph_model.to_tensor([world.draw({"char": "A", "face": "DejaVuSans.ttf", "seed": i}) for i in range(2)])
-    assert images.shape == (2, 3, 32, 32) and images.dtype == torch.float32 and images.min() >= -1 and images.max() <= 1
+    images = glyph_model.to_tensor(
+        [world.draw({"char": "A", "face": "DejaVuSans.ttf", "seed": i}) for i in range(2)]
+    )
+    assert (
+        images.shape == (2, 3, 32, 32)
+        and images.dtype == torch.float32
+        and images.min() >= -1
+        and images.max() <= 1
+    )
     assert model.encode_image(images).shape == model.encode_text(tokenizer(["a", "b"])).shape == (2, 128)
 
 
@@ -232,7 +281,17 @@ def test_missing_weights_are_one_clear_line(tmp_path):
 
 # --- pre-training
 
-TINY = {"steps": 3, "batch": 4, "seed": 0, "lr": 1e-3, "warmup": 1, "log_every": 2, "checkpoint_every": 0, "dtype": "float32", "limit": 10}
+TINY = {
+    "steps": 3,
+    "batch": 4,
+    "seed": 0,
+    "lr": 1e-3,
+    "warmup": 1,
+    "log_every": 2,
+    "checkpoint_every": 0,
+    "dtype": "float32",
+    "limit": 10,
+}
 
 
 def test_batches_hold_trained_pairs_alone_and_no_character_twice():
@@ -242,7 +301,11 @@ def test_batches_hold_trained_pairs_alone_and_no_character_twice():
     recipes = pretrain.sample_batch(training, 256, seed=0, step=3)
     assert len({recipe["char"] for recipe in recipes}) == 256
     assert {(recipe["char"], recipe["face"]) for recipe in recipes} <= trained
-    assert recipes == pretrain.sample_batch(training, 256, seed=0, step=3) != pretrain.sample_batch(training, 256, seed=0, step=4)
+    assert (
+        recipes
+        == pretrain.sample_batch(training, 256, seed=0, step=3)
+        != pretrain.sample_batch(training, 256, seed=0, step=4)
+    )
 
 
 def test_the_loss_is_the_symmetric_cross_entropy(untrained):
@@ -250,7 +313,11 @@ def test_the_loss_is_the_symmetric_cross_entropy(untrained):
     images, ids = torch.randn(3, 3, 32, 32), tokenizer(["a", "bc", "d e"])
     with torch.no_grad():
         loss = pretrain.contrastive_loss(model, images, ids)
-        logits = model.logit_scale.exp() * model.encode_image(images, normalize=True) @ model.encode_text(ids, normalize=True).T
+        logits = (
+            model.logit_scale.exp()
+            * model.encode_image(images, normalize=True)
+            @ model.encode_text(ids, normalize=True).T
+        )
         expected = -(logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()).mean() / 2
     torch.testing.assert_close(loss, expected)
 
@@ -258,14 +325,18 @@ def test_the_loss_is_the_symmetric_cross_entropy(untrained):
 def test_a_few_steps_learn_a_batch_and_write_weights_and_log(tmp_path, monkeypatch):
     batch = pretrain.sample_batch(pretrain.split_world()[0], 8, seed=0, step=0)
     monkeypatch.setattr(pretrain, "sample_batch", lambda *_: batch)
-    log = pretrain.train(tmp_path / "model.safetensors", **{**TINY, "steps": 12, "log_every": 4, "checkpoint_every": 600})
+    log = pretrain.train(
+        tmp_path / "model.safetensors", **{**TINY, "steps": 12, "log_every": 4, "checkpoint_every": 600}
+    )
     assert log[-1]["loss"] < 0.7 * log[1]["loss"]
     assert [row["step"] for row in log[1:]] == [4, 8, 12]
     assert [json.loads(line) for line in (tmp_path / "pretrain.log").read_text().splitlines()] == log
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "pretrain.log"]
     assert (tmp_path / "model.safetensors").stat().st_size <= 5e6
     model, tokenizer = glyph_model.create(tmp_path / "model.safetensors")
-    assert pretrain.zero_shot_accuracy(model, tokenizer, pretrain.split_world()[1], limit=10)[0] == pytest.approx(log[-1]["accuracy"], abs=1e-4)
+    assert pretrain.zero_shot_accuracy(model, tokenizer, pretrain.split_world()[1], limit=10)[
+        0
+    ] == pytest.approx(log[-1]["accuracy"], abs=1e-4)
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
@@ -287,7 +358,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="other settings"):
         pretrain.train(killed, **{**TINY, "lr": 1e-2})
     steps = []
-    monkeypatch.setattr(pretrain, "sample_batch", lambda *arguments: steps.append(arguments[-1]) or sample(*arguments))
+    monkeypatch.setattr(
+        pretrain, "sample_batch", lambda *arguments: steps.append(arguments[-1]) or sample(*arguments)
+    )
     resumed = pretrain.train(killed, **TINY)
     assert steps == [2] and killed.read_bytes() == whole.read_bytes()
     strip = [[{**row, "seconds": 0} for row in rows] for rows in (log, resumed)]
@@ -302,7 +375,9 @@ def test_settings_that_make_no_sense_are_one_clear_line(tmp_path, wrong):
 
 def test_the_seed_model_in_the_repository_reads_held_out_images():
     assert glyph_model.WEIGHTS.stat().st_size <= 5e6
-    rows = [json.loads(line) for line in glyph_model.WEIGHTS.with_name("pretrain.log").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in glyph_model.WEIGHTS.with_name("pretrain.log").read_text().splitlines()
+    ]
     model, tokenizer = glyph_model.create()
     accuracy, captions = pretrain.zero_shot_accuracy(model, tokenizer, pretrain.split_world()[1])
     assert captions == rows[-1]["captions"] > 500

@@ -13,8 +13,8 @@ import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from metamoe.backbones import base  # noqa: E402
 import moe  # noqa: E402
+from metamoe.backbones import base  # noqa: E402
 from moe import MoELayer, Router, RoutingState  # noqa: E402
 
 D, H, K, R = 8, 20, 3, 2
@@ -52,13 +52,19 @@ class CLIPMLP(nn.Module):
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-LINEARS = {Gated: ("gate_proj", "up_proj", "down_proj"), TwoLayer: ("c_fc", "c_proj"), CLIPMLP: ("fc1", "fc2")}
+LINEARS = {
+    Gated: ("gate_proj", "up_proj", "down_proj"),
+    TwoLayer: ("c_fc", "c_proj"),
+    CLIPMLP: ("fc1", "fc2"),
+}
 
 
 @pytest.fixture(params=("masked", "sorted"))
 def both_ways(request, monkeypatch):
     """The test runs twice: all experts' ranks at once behind a mask, which few tokens take, and tokens sorted by expert."""
-    monkeypatch.setattr(MoELayer, "_masked", lambda layer, x: layer.kind == "lora" and request.param == "masked")
+    monkeypatch.setattr(
+        MoELayer, "_masked", lambda layer, x: layer.kind == "lora" and request.param == "masked"
+    )
 
 
 def make_expert(ffn, kind, rank=R, scaling=1.5):
@@ -73,7 +79,9 @@ def make_expert(ffn, kind, rank=R, scaling=1.5):
     return e
 
 
-def make_layer(cls=TwoLayer, kind="lora", n=K, lam=0.7, offset=False, mode="fixed", seed=0, experts=None, **options):
+def make_layer(
+    cls=TwoLayer, kind="lora", n=K, lam=0.7, offset=False, mode="fixed", seed=0, experts=None, **options
+):
     torch.manual_seed(seed)
     ffn = cls()
     experts = [make_expert(ffn, kind, scaling=1 + p / 2) for p in range(n)] if experts is None else experts
@@ -101,7 +109,11 @@ def naive_expert(layer, ffn, p):
     maps = {}
     for name in LINEARS[type(ffn)]:
         own, stack = getattr(ffn, name), layer.experts[name]
-        W = stack["weight"][p] if layer.kind == "full" else own.weight + layer.scaling[p] * stack["B"][p] @ stack["A"][p]
+        W = (
+            stack["weight"][p]
+            if layer.kind == "full"
+            else own.weight + layer.scaling[p] * stack["B"][p] @ stack["A"][p]
+        )
         bias = None if own.bias is None else stack["bias"][p] if layer.kind == "full" else own.bias
         maps[name] = lambda v, W=W, bias=bias: W @ v if bias is None else W @ v + bias
     if isinstance(ffn, Gated):
@@ -148,7 +160,9 @@ SETTINGS = [
 @pytest.mark.parametrize("cls, kind, top_k, weighting, mode", SETTINGS)
 @pytest.mark.usefixtures("both_ways")
 def test_forward_and_gradients_equal_naive(cls, kind, top_k, weighting, mode):
-    layer, ffn, _ = make_layer(cls, kind, mode=mode, top_k=top_k, weighting=weighting, offset=mode == "prefix")
+    layer, ffn, _ = make_layer(
+        cls, kind, mode=mode, top_k=top_k, weighting=weighting, offset=mode == "prefix"
+    )
     x = torch.randn(3, 5, D, requires_grad=True)
     layer.state.context_mask = mask = ragged_mask()
     y, want = layer(x), naive(layer, ffn, x, mask, mode, top_k, weighting)
@@ -167,8 +181,10 @@ def test_naive_tells_settings_apart():
     """The grid above would be worth nothing if its settings gave the same outputs."""
     layer, ffn, _ = make_layer()
     x, mask = torch.randn(3, 5, D), ragged_mask()
-    outputs = [naive(layer, ffn, x, mask, *s) for s in
-               itertools.product(moe.CONTEXTS, (1, 2), ("literal", "renormalized"))]
+    outputs = [
+        naive(layer, ffn, x, mask, *s)
+        for s in itertools.product(moe.CONTEXTS, (1, 2), ("literal", "renormalized"))
+    ]
     assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(outputs, 2))
 
 
@@ -184,18 +200,23 @@ def test_no_grad_equals_grad_and_one_sequence_equals_a_batch_of_one():
 
 # ---------------------------------------------------------------- the weights of the chosen experts
 
+
 def test_weightings_by_hand():
     layer, _, _ = make_layer(top_k=2)
     pi = torch.tensor([0.2, 0.5, 0.3], requires_grad=True)
     # total = 0.8; d(stopgrad weight of expert 1)/d pi = [0, 1 / 0.8, 0]; of the quotient: [0, 0.3 / 0.64, -0.5 / 0.64]
-    for weighting, values, gradient in (("literal", [0.5, 0.3], [0, 1, 0]),
-                                        ("renormalized", [0.625, 0.375], [0, 0.46875, -0.78125]),
-                                        ("stopgrad", [0.625, 0.375], [0, 1.25, 0])):
+    for weighting, values, gradient in (
+        ("literal", [0.5, 0.3], [0, 1, 0]),
+        ("renormalized", [0.625, 0.375], [0, 0.46875, -0.78125]),
+        ("stopgrad", [0.625, 0.375], [0, 1.25, 0]),
+    ):
         layer.weighting = weighting
         chosen, weight = layer.choose(pi)
         assert chosen.tolist() == [1, 2]
         torch.testing.assert_close(weight, torch.tensor(values))
-        torch.testing.assert_close(torch.autograd.grad(weight[0], pi)[0], torch.tensor(gradient, dtype=torch.float32))
+        torch.testing.assert_close(
+            torch.autograd.grad(weight[0], pi)[0], torch.tensor(gradient, dtype=torch.float32)
+        )
 
 
 def test_top1_task_loss_reaches_router_unless_renormalized():
@@ -231,11 +252,16 @@ def test_ties_go_to_the_lowest_index():
 
 # ---------------------------------------------------------------- the router
 
+
 def test_router_by_hand():
     z, context = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]])
     e = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
-    for lam, offset, logits in ((0.0, False, [1, 0]), (1.0, False, [0, 6]), (0.25, False, [0.75, 1.5]),
-                                (0.25, True, [0.25, -3])):
+    for lam, offset, logits in (
+        (0.0, False, [1, 0]),
+        (1.0, False, [0, 6]),
+        (0.25, False, [0.75, 1.5]),
+        (0.25, True, [0.25, -3]),
+    ):
         got = Router(e, lam, offset)(z, context)
         torch.testing.assert_close(got[0, 0], torch.tensor(logits, dtype=torch.float32).softmax(0))
     torch.testing.assert_close(Router(e, 0.9)(z, None)[0, 0], torch.tensor([1.0, 0]).softmax(0))
@@ -306,12 +332,23 @@ def test_a_disabled_expert_is_as_if_it_were_not_there(weighting, top_k):
     whole, out = layer(x), int(layer.counts.argmax())
     layer.counts.zero_()
     rest, layer.router.disabled = [p for p in range(K) if p != out], [out]
-    other = MoELayer(ffn, [experts[p] for p in rest], Router(layer.router.vectors[rest], 0.7, True), RoutingState(), min(top_k, 2), weighting)
+    other = MoELayer(
+        ffn,
+        [experts[p] for p in rest],
+        Router(layer.router.vectors[rest], 0.7, True),
+        RoutingState(),
+        min(top_k, 2),
+        weighting,
+    )
     pi = layer.router(x, layer.state.context(x))
     assert (pi[..., out] == 0).all()
     torch.testing.assert_close(pi.sum(-1), torch.ones(3, 5))
     torch.testing.assert_close(layer(x), other(x), atol=1e-5, rtol=1e-5)
-    assert layer.counts[out] == 0 and layer.counts.sum() == 15 * min(top_k, 2) and (whole - layer(x)).abs().max() > 1e-2
+    assert (
+        layer.counts[out] == 0
+        and layer.counts.sum() == 15 * min(top_k, 2)
+        and (whole - layer(x)).abs().max() > 1e-2
+    )
     layer.router.disabled = []
     assert torch.equal(layer(x), whole)
 
@@ -326,6 +363,7 @@ def test_clamp():
 
 
 # ---------------------------------------------------------------- invariances
+
 
 @pytest.mark.parametrize("mode", moe.CONTEXTS)
 @pytest.mark.parametrize("top_k", (1, 2))
@@ -352,7 +390,9 @@ def test_permuting_the_experts_permutes_only_indices(kind):
     for top_k in (1, 2, 3):
         layer, ffn, experts = make_layer(kind=kind, top_k=top_k)
         order = [2, 0, 1]
-        other = MoELayer(ffn, [experts[p] for p in order], Router(layer.router.vectors[order], 0.7), RoutingState(), top_k)
+        other = MoELayer(
+            ffn, [experts[p] for p in order], Router(layer.router.vectors[order], 0.7), RoutingState(), top_k
+        )
         layer.state.record = other.state.record = True
         x = torch.randn(3, 5, D)
         torch.testing.assert_close(layer(x), other(x), atol=1e-5, rtol=1e-5)
@@ -435,7 +475,10 @@ def test_masked_compiles_to_one_graph():
 
 # ---------------------------------------------------------------- precision
 
-@pytest.mark.parametrize("top_k, cls, stored", itertools.product((1, 2), (Gated, TwoLayer), ("float32", "bfloat16")))
+
+@pytest.mark.parametrize(
+    "top_k, cls, stored", itertools.product((1, 2), (Gated, TwoLayer), ("float32", "bfloat16"))
+)
 @pytest.mark.usefixtures("both_ways")
 def test_bf16_runs_and_is_close(top_k, cls, stored):
     """autocast over fp32 weights, and a seed that is stored in bf16; experts and router are fp32 in both."""
@@ -462,13 +505,21 @@ def test_bf16_runs_and_is_close(top_k, cls, stored):
 
 # ---------------------------------------------------------------- whole models
 
+
 def tiny_llama(seed=0):
     base.fix_torchvision()  # a CPU build of torch beside the registry's torchvision
     import transformers
 
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(vocab_size=50, hidden_size=D, intermediate_size=H, num_hidden_layers=3,
-                                      num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=D,
+        intermediate_size=H,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
     return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -478,7 +529,9 @@ NAMES = [f"model.layers.{l}.mlp" for l in range(3)]
 def uploads(kind="lora", n=K):
     """K clients' experts and routing vectors for tiny_llama."""
     torch.manual_seed(5)
-    experts = [{name: make_expert(Gated().apply(_no_bias), kind, scaling=1 + p) for name in NAMES} for p in range(n)]
+    experts = [
+        {name: make_expert(Gated().apply(_no_bias), kind, scaling=1 + p) for name in NAMES} for p in range(n)
+    ]
     return experts, torch.randn(n, 3, D)
 
 
@@ -490,11 +543,21 @@ def _no_bias(module):
 @pytest.mark.parametrize("kind, top_k", (("lora", 1), ("lora", 2), ("full", 1)))
 def test_save_and_load_give_the_same_model_bit_for_bit(kind, top_k, tmp_path):
     experts, vectors = uploads(kind)
-    model = moe.unify(tiny_llama(), NAMES, experts, vectors, names=["a", "b", "c"], lam=0.9, top_k=top_k,
-                      context="prefix", offset=True)
+    model = moe.unify(
+        tiny_llama(),
+        NAMES,
+        experts,
+        vectors,
+        names=["a", "b", "c"],
+        lam=0.9,
+        top_k=top_k,
+        context="prefix",
+        offset=True,
+    )
     ids = torch.randint(50, (2, 9))
     optimizer = torch.optim.SGD(
-        moe.router_parameters(model) + moe.expert_parameters(model) + moe.lambda_parameters(model), lr=0.1)
+        moe.router_parameters(model) + moe.expert_parameters(model) + moe.lambda_parameters(model), lr=0.1
+    )
     for _ in range(2):
         optimizer.zero_grad()
         model(ids, labels=ids).loss.backward()
@@ -526,7 +589,9 @@ def test_failed_save_leaves_no_folder_that_looks_complete(tmp_path, monkeypatch)
     model.moe_config["top_k"] = {1}  # not JSON: fails before anything is moved
     with pytest.raises(TypeError):
         moe.save(model, tmp_path / "m")
-    assert (tmp_path / "m" / "moe.safetensors").read_bytes() == old and (tmp_path / "m" / "moe_config.json").exists()
+    assert (tmp_path / "m" / "moe.safetensors").read_bytes() == old and (
+        tmp_path / "m" / "moe_config.json"
+    ).exists()
     model.moe_config["top_k"] = 1
 
     def stop(*_):
@@ -548,7 +613,9 @@ def test_unify_trains_routers_and_experts_alone_and_shares_one_state():
     assert all(layer.state is model.routing for layer in moe.layers(model))
     assert torch.equal(torch.stack(moe.router_parameters(model)), vectors.transpose(0, 1))
     other = copy.deepcopy(model)
-    assert other.routing is not model.routing and all(layer.state is other.routing for layer in moe.layers(other))
+    assert other.routing is not model.routing and all(
+        layer.state is other.routing for layer in moe.layers(other)
+    )
     assert json.loads(json.dumps(model.moe_config)) == model.moe_config
 
 
@@ -567,7 +634,11 @@ def test_opt_out_and_in_of_a_model_and_on_disk(tmp_path):
         assert again.moe_config["disabled"] == ["b"] and torch.equal(again(ids).logits, got)
         moe.write(tmp_path / "gone", *moe.remove_expert(*moe.read(tmp_path / "m"), "b"))
         gone = moe.load(tmp_path / "gone", tiny_llama())
-        assert gone.moe_config["names"] == ["a", "c"] and gone.moe_config["top_k"] == 2 and gone.moe_config["disabled"] == []
+        assert (
+            gone.moe_config["names"] == ["a", "c"]
+            and gone.moe_config["top_k"] == 2
+            and gone.moe_config["disabled"] == []
+        )
         torch.testing.assert_close(gone(ids).logits, got, atol=1e-5, rtol=1e-5)
         moe.enable_expert(again, "b")
         assert torch.equal(again(ids).logits, whole)
@@ -589,7 +660,10 @@ def test_an_expert_joins_and_the_others_stay_as_they_are():
     for kind in ("lora", "full"):
         experts, vectors = uploads(kind)
         model = moe.unify(tiny_llama(), NAMES, experts[:2], vectors[:2], names=["a", "b"], lam=0.8, top_k=2)
-        config, state = model.moe_config, {key: t for key, t in model.state_dict().items() if ".router." in key or ".experts." in key}
+        config, state = (
+            model.moe_config,
+            {key: t for key, t in model.state_dict().items() if ".router." in key or ".experts." in key},
+        )
         both = moe.assemble(tiny_llama(), config, state, [("c", experts[2], vectors[2])])
         want = moe.unify(tiny_llama(), NAMES, experts, vectors, names=["a", "b", "c"], lam=0.8, top_k=2)
         ids = torch.randint(50, (2, 9))
@@ -606,8 +680,9 @@ def test_counts():
         model.routing.record, model.routing.token_mask = True, mask
         seen = []
         for layer in moe.layers(model):
-            layer.register_forward_pre_hook(lambda layer, x: seen.append(
-                layer.choose(layer.router(x[0], layer.state.context(x[0])))[0]))
+            layer.register_forward_pre_hook(
+                lambda layer, x: seen.append(layer.choose(layer.router(x[0], layer.state.context(x[0])))[0])
+            )
         for times in (1, 2):
             model(ids)
             got = moe.counts(model)
@@ -629,32 +704,41 @@ def test_full_experts_do_not_keep_the_seeds_ffn():
 
 # ---------------------------------------------------------------- errors
 
+
 def _drop(experts, key):
     del experts[1][NAMES[0]][key]
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(ffn_names=NAMES[:2]), r"experts\[0\] and ffn_names differ in \['model.layers.2.mlp'\]"),
-    (dict(ffn_names=NAMES[:1] * 3), "ffn_names must be distinct"),
-    (dict(ffn_names=[]), "ffn_names must be distinct module paths, at least one"),
-    (dict(vectors=torch.zeros(2, 3, D)), "vectors has 2 entries, experts has 3"),
-    (dict(vectors=torch.zeros(3, 2, D)), r"vectors\[0\] is \(2, 8\), not \(L = 3, d\)"),
-    (dict(vectors=torch.zeros(3, 3, D + 1)), r"router has vectors \(3, 9\), not \(3 experts, 8\)"),
-    (dict(names=["a"]), "names has 1 entries, experts has 3"),
-    (dict(top_k=4), r"top_k is 4, not in 1..3"),
-    (dict(top_k=0), r"top_k is 0"),
-    (dict(weighting="softmax"), "weighting is 'softmax'"),
-    (dict(context="mean"), "context is 'mean'"),
-    (dict(lam=1.5), r"lam must be in \[0, 1\], not 1.5"),
-    (lambda e: _drop(e, "scaling"), r"experts\[1\] has no scaling"),
-    (lambda e: _drop(e, "up_proj.lora_A"), "up_proj has the shapes {'lora_B'.*, not {'lora_A'"),
-    (lambda e: e[2][NAMES[1]].update({"down_proj.lora_A": torch.zeros(2, 3)}),
-     r"layers.1.mlp: experts\[2\]: down_proj has the shapes {'lora_A': \(2, 3\).*, not {'lora_A': \(2, 20\)"),
-    (lambda e: e[0][NAMES[1]].update({"w1.lora_A": torch.zeros(2, 3)}),
-     r"experts\[0\], of kind lora, has unknown entries \['w1.lora_A'\]"),
-    (lambda e: e[0].update(uploads("full")[0][0]), "experts must be all LoRA or all full"),
-    (lambda e: e.clear(), "experts"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(ffn_names=NAMES[:2]), r"experts\[0\] and ffn_names differ in \['model.layers.2.mlp'\]"),
+        (dict(ffn_names=NAMES[:1] * 3), "ffn_names must be distinct"),
+        (dict(ffn_names=[]), "ffn_names must be distinct module paths, at least one"),
+        (dict(vectors=torch.zeros(2, 3, D)), "vectors has 2 entries, experts has 3"),
+        (dict(vectors=torch.zeros(3, 2, D)), r"vectors\[0\] is \(2, 8\), not \(L = 3, d\)"),
+        (dict(vectors=torch.zeros(3, 3, D + 1)), r"router has vectors \(3, 9\), not \(3 experts, 8\)"),
+        (dict(names=["a"]), "names has 1 entries, experts has 3"),
+        (dict(top_k=4), r"top_k is 4, not in 1..3"),
+        (dict(top_k=0), r"top_k is 0"),
+        (dict(weighting="softmax"), "weighting is 'softmax'"),
+        (dict(context="mean"), "context is 'mean'"),
+        (dict(lam=1.5), r"lam must be in \[0, 1\], not 1.5"),
+        (lambda e: _drop(e, "scaling"), r"experts\[1\] has no scaling"),
+        (lambda e: _drop(e, "up_proj.lora_A"), "up_proj has the shapes {'lora_B'.*, not {'lora_A'"),
+        (
+            lambda e: e[2][NAMES[1]].update({"down_proj.lora_A": torch.zeros(2, 3)}),
+            r"layers.1.mlp: experts\[2\]: down_proj has the shapes {'lora_A': \(2, 3\).*, not {'lora_A': \(2, 20\)",
+        ),
+        (
+            lambda e: e[0][NAMES[1]].update({"w1.lora_A": torch.zeros(2, 3)}),
+            r"experts\[0\], of kind lora, has unknown entries \['w1.lora_A'\]",
+        ),
+        (lambda e: e[0].update(uploads("full")[0][0]), "experts must be all LoRA or all full"),
+        (lambda e: e.clear(), "experts"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_unify_names_what_is_wrong_and_keeps_the_ffns(change, message):
     experts, vectors = uploads()
     arguments = dict(ffn_names=NAMES, experts=experts, vectors=vectors)
@@ -667,7 +751,9 @@ def test_unify_names_what_is_wrong_and_keeps_the_ffns(change, message):
     model = tiny_llama()
     with pytest.raises(ValueError, match=message):
         moe.unify(model, **arguments)
-    assert not any(isinstance(module, MoELayer) for module in model.modules()) and not hasattr(model, "routing")
+    assert not any(isinstance(module, MoELayer) for module in model.modules()) and not hasattr(
+        model, "routing"
+    )
 
 
 def test_other_errors():
@@ -701,8 +787,12 @@ def test_other_errors():
 
 
 def test_moe_imports_torch_and_safetensors_alone():
-    code = ("import sys, torch, safetensors.torch; before = set(sys.modules); import moe; "
-            "print(*{m.split('.')[0] for m in set(sys.modules) - before})")
-    run = subprocess.run([sys.executable, "-c", code], cwd=Path(moe.__file__).parent, capture_output=True, text=True)
+    code = (
+        "import sys, torch, safetensors.torch; before = set(sys.modules); import moe; "
+        "print(*{m.split('.')[0] for m in set(sys.modules) - before})"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(moe.__file__).parent, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     assert set(run.stdout.split()) <= {"moe", "torch", "safetensors"} | sys.stdlib_module_names

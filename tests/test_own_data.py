@@ -7,27 +7,30 @@ import shutil
 import subprocess
 import sys
 
+import drive
 import numpy as np
 import pytest
-from PIL import Image
-
-from metamoe import backbones
-from metamoe.backbones import text
-from metamoe import federation
-from metamoe.records import Records, read_records, write_records
-from metamoe.data import user
-import drive
 import tiny
-from metamoe.errors import UserError
-from metamoe.rundir import read_json, write_json
+from PIL import Image
 from test_stages import refused, stage, synthetic_archive
+
+from metamoe import backbones, federation
+from metamoe.backbones import text
+from metamoe.data import user
+from metamoe.errors import UserError
+from metamoe.records import Records, read_records, write_records
+from metamoe.rundir import read_json, write_json
 
 SHARES = {"train": 0, "validation": 0, "test": 0}
 FEW = ["--candidates", "24", "--proxies", "6"]
 
 
 def question(i, word="red"):
-    return {"prompt": f"Is thing {i} {word}?\nAnswer:", "choices": ["yes", "no", f"{word} indeed"], "answer": "no"}
+    return {
+        "prompt": f"Is thing {i} {word}?\nAnswer:",
+        "choices": ["yes", "no", f"{word} indeed"],
+        "answer": "no",
+    }
 
 
 def instruction(i, word="red"):
@@ -63,7 +66,12 @@ def test_lazy_records_are_used_as_a_list_is(written):
         with pytest.raises(IndexError):
             records[index]
     more = records + [{"n": 20}] + [{"n": 21}]
-    assert len(more) == 22 and list(more) == [*rows, {"n": 20}, {"n": 21}] and more[-1] == {"n": 21} and more[18:21] == [*rows[18:], {"n": 20}]
+    assert (
+        len(more) == 22
+        and list(more) == [*rows, {"n": 20}, {"n": 21}]
+        and more[-1] == {"n": 21}
+        and more[18:21] == [*rows[18:], {"n": 20}]
+    )
     assert len(records) == 20
     again = pickle.loads(pickle.dumps(more))
     assert list(again) == list(more) and len(pickle.dumps(more)) < 1000
@@ -91,33 +99,52 @@ def test_windows_give_the_features_of_one_pass(seed_model, monkeypatch):
     batches = list(backbone.embed(records))
     assert sorted(i for indices, _ in batches for i in indices) == list(range(90)) and len(batches) >= 3
     for skip in range(len(batches) + 1):
-        assert [indices for indices, _ in backbone.embed(records, skip=skip)] == [indices for indices, _ in batches[skip:]]
+        assert [indices for indices, _ in backbone.embed(records, skip=skip)] == [
+            indices for indices, _ in batches[skip:]
+        ]
 
 
 # --- a line of a file
 
 
-@pytest.mark.parametrize("raw, prompt, answer", [
-    ({"prompt": "Q: why?\nA:", "response": "so"}, "Q: why?\nA:", " so"),
-    ({"prompt": "Q: why?\nA: ", "response": "so \n"}, "Q: why?\nA:", " so"),  # the same text: tokenizers take a space with the word after it
-    ({"prompt": "def f(x):\n", "response": "    return x"}, "def f(x):\n", "    return x"),
-    ({"prompt": "Translate.\n", "response": "ja"}, "Translate.\n", "ja"),
-    ({"prompt": "A poem:", "response": "\n\nRoses"}, "A poem:", "\n\nRoses"),
-    ({"prompt": "  indented", "response": "yes", "choices": None, "id": 7}, "  indented", " yes"),
-])
+@pytest.mark.parametrize(
+    "raw, prompt, answer",
+    [
+        ({"prompt": "Q: why?\nA:", "response": "so"}, "Q: why?\nA:", " so"),
+        (
+            {"prompt": "Q: why?\nA: ", "response": "so \n"},
+            "Q: why?\nA:",
+            " so",
+        ),  # the same text: tokenizers take a space with the word after it
+        ({"prompt": "def f(x):\n", "response": "    return x"}, "def f(x):\n", "    return x"),
+        ({"prompt": "Translate.\n", "response": "ja"}, "Translate.\n", "ja"),
+        ({"prompt": "A poem:", "response": "\n\nRoses"}, "A poem:", "\n\nRoses"),
+        ({"prompt": "  indented", "response": "yes", "choices": None, "id": 7}, "  indented", " yes"),
+    ],
+)
 def test_an_instruction_is_used_as_it_is_written(raw, prompt, answer):
-    assert user.own_record(raw, "s") == {"source": "s", "input": raw["prompt"].strip(), "prompt": prompt, "answer": answer}
+    assert user.own_record(raw, "s") == {
+        "source": "s",
+        "input": raw["prompt"].strip(),
+        "prompt": prompt,
+        "answer": answer,
+    }
 
 
-@pytest.mark.parametrize("raw, answer, choices", [
-    ({"prompt": "Q", "choices": ["a", " b "], "answer": "b"}, " b", [" a", " b"]),
-    ({"prompt": "Q", "choices": ["a", "b"], "answer": 0}, " a", [" a", " b"]),
-    ({"prompt": "Q", "choices": ["1", "0"], "answer": "1"}, " 1", [" 1", " 0"]),  # a text, not an index
-    ({"prompt": "Q\n", "choices": ["a", "b"], "answer": 1}, "b", ["a", "b"]),
-])
+@pytest.mark.parametrize(
+    "raw, answer, choices",
+    [
+        ({"prompt": "Q", "choices": ["a", " b "], "answer": "b"}, " b", [" a", " b"]),
+        ({"prompt": "Q", "choices": ["a", "b"], "answer": 0}, " a", [" a", " b"]),
+        ({"prompt": "Q", "choices": ["1", "0"], "answer": "1"}, " 1", [" 1", " 0"]),  # a text, not an index
+        ({"prompt": "Q\n", "choices": ["a", "b"], "answer": 1}, "b", ["a", "b"]),
+    ],
+)
 def test_an_answer_is_a_choices_text_or_its_index(raw, answer, choices):
     record = user.own_record(raw, "s")
-    assert record["answer"] == answer and record["choices"] == choices and record["answer"] in record["choices"]
+    assert (
+        record["answer"] == answer and record["choices"] == choices and record["answer"] in record["choices"]
+    )
 
 
 BAD = {
@@ -184,13 +211,27 @@ def test_too_few_records(tmp_path):
 def test_a_file_is_split_80_10_10_by_the_seed(tmp_path):
     path = write_lines(tmp_path / "acme.jsonl", [question(i) for i in range(200)])
     parts = load(path)
-    assert {part: len(records) for part, records in parts.items()} == {"train": 160, "validation": 20, "test": 20}
+    assert {part: len(records) for part, records in parts.items()} == {
+        "train": 160,
+        "validation": 20,
+        "test": 20,
+    }
     prompts = [record["prompt"] for records in parts.values() for record in records]
-    assert len(set(prompts)) == 200 and parts["test"][0]["choices"] == [" yes", " no", " red indeed"] and parts["test"][0]["answer"] == " no"
-    assert {part: list(records) for part, records in load(path).items()} == {part: list(records) for part, records in parts.items()}
+    assert (
+        len(set(prompts)) == 200
+        and parts["test"][0]["choices"] == [" yes", " no", " red indeed"]
+        and parts["test"][0]["answer"] == " no"
+    )
+    assert {part: list(records) for part, records in load(path).items()} == {
+        part: list(records) for part, records in parts.items()
+    }
     assert list(load(path, seed=1)["test"]) != list(parts["test"])
     explicit = load(path, {"train": 7, "validation": 0, "test": 30})
-    assert {part: len(records) for part, records in explicit.items()} == {"train": 7, "validation": 20, "test": 30}
+    assert {part: len(records) for part, records in explicit.items()} == {
+        "train": 7,
+        "validation": 20,
+        "test": 30,
+    }
 
 
 def test_no_prompt_is_in_two_parts(tmp_path):
@@ -198,7 +239,11 @@ def test_no_prompt_is_in_two_parts(tmp_path):
     parts = load(write_lines(tmp_path / "acme.jsonl", rows))
     prompts = [{record["prompt"] for record in records} for records in parts.values()]
     assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
-    assert len(parts["validation"]) == len(parts["test"]) == 24 and len(parts["train"]) >= 186 and "choices" not in parts["train"][0]
+    assert (
+        len(parts["validation"]) == len(parts["test"]) == 24
+        and len(parts["train"]) >= 186
+        and "choices" not in parts["train"][0]
+    )
 
 
 @pytest.fixture
@@ -214,20 +259,42 @@ def photos(tmp_path):
 def test_a_folder_of_images_is_split_with_every_class_alike(photos, capsys):
     load = lambda sizes=SHARES, **more: user.own_images("zoo", str(photos), sizes, 0, **more)  # noqa: E731
     parts = load()
-    counts = {part: [sum(r["answer"] == name for r in records) for name in ("cat", "small dog", "emu")] for part, records in parts.items()}
-    assert {part: len(records) for part, records in parts.items()} == {"train": 74, "validation": 9, "test": 9}
-    assert all(abs(counts[part][0] - 6) <= 1 and abs(counts[part][1] - 3) <= 1 for part in ("validation", "test"))
+    counts = {
+        part: [sum(r["answer"] == name for r in records) for name in ("cat", "small dog", "emu")]
+        for part, records in parts.items()
+    }
+    assert {part: len(records) for part, records in parts.items()} == {
+        "train": 74,
+        "validation": 9,
+        "test": 9,
+    }
+    assert all(
+        abs(counts[part][0] - 6) <= 1 and abs(counts[part][1] - 3) <= 1 for part in ("validation", "test")
+    )
     assert len({r["image"] for records in parts.values() for r in records}) == 92
-    assert parts["train"][0]["choices"] == ["cat", "emu", "small dog"] and parts["train"][0]["source"] == "zoo" and parts == load()
+    assert (
+        parts["train"][0]["choices"] == ["cat", "emu", "small dog"]
+        and parts["train"][0]["source"] == "zoo"
+        and parts == load()
+    )
     assert [len(part) for part in load({"train": 20, "validation": 0, "test": 40}).values()] == [20, 9, 40]
     (photos / "Cat" / "7.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="client zoo: bad image .*7.png"):
         load()
-    assert sum(map(len, load(skip_bad=True).values())) == 91 and "1 bad images left out (the first:" in capsys.readouterr().out
-    for wrong, say in ((photos / "Cat", "holds no images in CLASS/"), (photos.parent, "1 classes"), (photos / "none", "no such folder")):
+    assert (
+        sum(map(len, load(skip_bad=True).values())) == 91
+        and "1 bad images left out (the first:" in capsys.readouterr().out
+    )
+    for wrong, say in (
+        (photos / "Cat", "holds no images in CLASS/"),
+        (photos.parent, "1 classes"),
+        (photos / "none", "no such folder"),
+    ):
         (photos.parent / "photos" / "list.txt").touch()
         with pytest.raises(UserError, match=say):
-            user.own_images("zoo", str(wrong), SHARES, 0) if say != "1 classes" else user.own_images("zoo", str(one_class(photos)), SHARES, 0)
+            user.own_images("zoo", str(wrong), SHARES, 0) if say != "1 classes" else user.own_images(
+                "zoo", str(one_class(photos)), SHARES, 0
+            )
 
 
 def one_class(photos):
@@ -237,11 +304,31 @@ def one_class(photos):
 
 def test_image_clients_and_public_set_of_ones_own(photos, tmp_path):
     """The data of a CLIP run, without the CLIP."""
-    run = {"backbone": "vit-b-32", "seed_model": "", "seed": 0, "clients": ["zoo"], "candidates": 20, "proxies": 4, "public_size": 0,
-           "train_size": 0, "validation_size": 0, "test_size": 0, "sources": {"root": None, "public": str(photos)}, "own": {"zoo": {"path": str(photos)} | SHARES}}
+    run = {
+        "backbone": "vit-b-32",
+        "seed_model": "",
+        "seed": 0,
+        "clients": ["zoo"],
+        "candidates": 20,
+        "proxies": 4,
+        "public_size": 0,
+        "train_size": 0,
+        "validation_size": 0,
+        "test_size": 0,
+        "sources": {"root": None, "public": str(photos)},
+        "own": {"zoo": {"path": str(photos)} | SHARES},
+    }
     federation.write_data(tmp_path / "run", run, *federation.read_data(tmp_path / "run", run))
-    assert read_json(tmp_path / "run" / "clients" / "zoo" / "private" / "done.json") == {"seed": 0, "train": 74, "validation": 9, "test": 9}
-    assert read_json(tmp_path / "run" / "public" / "classes.json") == ["cat", "emu", "small dog"] and len(read_records(tmp_path / "run" / "public" / "records.jsonl")) == 92
+    assert read_json(tmp_path / "run" / "clients" / "zoo" / "private" / "done.json") == {
+        "seed": 0,
+        "train": 74,
+        "validation": 9,
+        "test": 9,
+    }
+    assert (
+        read_json(tmp_path / "run" / "public" / "classes.json") == ["cat", "emu", "small dog"]
+        and len(read_records(tmp_path / "run" / "public" / "records.jsonl")) == 92
+    )
     assert read_json(tmp_path / "run" / "run.json") == run
 
 
@@ -253,24 +340,49 @@ def files(tmp_path):
     """Two private files, of both kinds, and a public one of both."""
     write_lines(tmp_path / "acme.jsonl", [question(i) for i in range(60)])
     write_lines(tmp_path / "brick.jsonl", [instruction(i, "blue") for i in range(80)])
-    write_lines(tmp_path / "public.jsonl", [question(i, "green") if i % 2 else instruction(i, "grey") for i in range(70)])
+    write_lines(
+        tmp_path / "public.jsonl",
+        [question(i, "green") if i % 2 else instruction(i, "grey") for i in range(70)],
+    )
     return tmp_path
 
 
 @pytest.fixture
 def new_run(files, seed_model):
     """Flags of a new run on the files."""
-    return ["--seed-model", seed_model, "--client", f"acme={files}/acme.jsonl", "--client", f"brick={files}/brick.jsonl", "--public", f"{files}/public.jsonl", *FEW]
+    return [
+        "--seed-model",
+        seed_model,
+        "--client",
+        f"acme={files}/acme.jsonl",
+        "--client",
+        f"brick={files}/brick.jsonl",
+        "--public",
+        f"{files}/public.jsonl",
+        *FEW,
+    ]
 
 
 def test_own_clients_and_public_set_from_nothing(files, new_run):
     result = stage("select_proxies", files / "run", *new_run)
     assert result.code == 0, result.err
     run = read_json(files / "run" / "run.json")
-    assert run["clients"] == ["acme", "brick"] and run["own"]["brick"] == {"path": f"{files}/brick.jsonl"} | SHARES and run["public_size"] == 0
-    assert [read_json(files / "run" / "clients" / name / "private" / "done.json")["train"] for name in run["clients"]] == [48, 64]
+    assert (
+        run["clients"] == ["acme", "brick"]
+        and run["own"]["brick"] == {"path": f"{files}/brick.jsonl"} | SHARES
+        and run["public_size"] == 0
+    )
+    assert [
+        read_json(files / "run" / "clients" / name / "private" / "done.json")["train"]
+        for name in run["clients"]
+    ] == [48, 64]
     public = read_records(files / "run" / "public" / "records.jsonl")
-    assert public[0] == {"source": "public", "input": "Describe the grey thing number 0.", "prompt": "Describe the grey thing number 0.", "answer": " It is grey, and 0 tall."}
+    assert public[0] == {
+        "source": "public",
+        "input": "Describe the grey thing number 0.",
+        "prompt": "Describe the grey thing number 0.",
+        "answer": " It is grey, and 0 tall.",
+    }
     assert len(public) == 70 and public[1]["answer"] == " no"
     before = drive.snapshot(files / "run")
     assert stage("select_proxies", files / "run", *new_run).out.count("skipped") == 2
@@ -285,34 +397,66 @@ def test_own_clients_and_public_set_from_nothing(files, new_run):
 
 def test_own_clients_take_the_backbones_public_set(files, seed_model, monkeypatch):
     synthetic_archive(monkeypatch)
-    flags = ["--seed-model", seed_model, "--clients", "intent", "--client", f"acme={files}/acme.jsonl", "--public-size", "48", *FEW, "--test-size", "5"]
+    flags = [
+        "--seed-model",
+        seed_model,
+        "--clients",
+        "intent",
+        "--client",
+        f"acme={files}/acme.jsonl",
+        "--public-size",
+        "48",
+        *FEW,
+        "--test-size",
+        "5",
+    ]
     result = stage("select_proxies", files / "run", *flags, "--client", "acme")
     assert "--train-size 400" in result.err  # intent's own preset, more than the small archive has
     result = stage("select_proxies", files / "run", *flags, "--train-size", "20", "--validation-size", "4")
     assert result.code == 0, result.err
-    done = {name: read_json(files / "run" / "clients" / name / "private" / "done.json") for name in ("intent", "acme")}
-    assert done == {"intent": {"seed": 0, "train": 20, "validation": 4, "test": 5}, "acme": {"seed": 0, "train": 20, "validation": 4, "test": 5}}
+    done = {
+        name: read_json(files / "run" / "clients" / name / "private" / "done.json")
+        for name in ("intent", "acme")
+    }
+    assert done == {
+        "intent": {"seed": 0, "train": 20, "validation": 4, "test": 5},
+        "acme": {"seed": 0, "train": 20, "validation": 4, "test": 5},
+    }
     assert len(read_records(files / "run" / "public" / "records.jsonl")) == 48
 
 
-@pytest.mark.parametrize("flags, say", [
-    (["--client", "acme=FILES/nowhere.jsonl"], "--client acme="),
-    (["--client", "acme=FILES/acme.jsonl", "--client", "acme=FILES/brick.jsonl"], "each NAME once"),
-    (["--client", "a/b=FILES/acme.jsonl"], "--client a/b="),
-    (["--client", "acme="], "--client acme="),
-    (["--client", "acme=FILES/acme.jsonl", "--clients", "acme"], "--clients acme: unknown"),
-    (["--client", "acme=FILES/acme.jsonl", "--test-size", "-1"], "--test-size -1"),
-    (["--client", "acme=FILES/acme.jsonl", "--train-size", "60"], "too few for --train-size 60"),
-    (["--client", "acme=FILES/acme.jsonl", "--candidates", "71"], "--candidates 71 is more than the 70 public samples"),
-    (["--client", "acme=FILES/acme.jsonl", "--public", "FILES/nowhere.jsonl"], "--public"),
-    (["--client", "acme=FILES/acme.jsonl", "--data", "acme=FILES"], "--client NAME=PATH"),
-    (["--client", "acme=FILES/acme.jsonl", "--public", "FILES/bad.jsonl"], "bad.jsonl, line 3: not JSON"),
-    (["--join", "acme=FILES/acme.jsonl"], "holds no run yet"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "flags, say",
+    [
+        (["--client", "acme=FILES/nowhere.jsonl"], "--client acme="),
+        (["--client", "acme=FILES/acme.jsonl", "--client", "acme=FILES/brick.jsonl"], "each NAME once"),
+        (["--client", "a/b=FILES/acme.jsonl"], "--client a/b="),
+        (["--client", "acme="], "--client acme="),
+        (["--client", "acme=FILES/acme.jsonl", "--clients", "acme"], "--clients acme: unknown"),
+        (["--client", "acme=FILES/acme.jsonl", "--test-size", "-1"], "--test-size -1"),
+        (["--client", "acme=FILES/acme.jsonl", "--train-size", "60"], "too few for --train-size 60"),
+        (
+            ["--client", "acme=FILES/acme.jsonl", "--candidates", "71"],
+            "--candidates 71 is more than the 70 public samples",
+        ),
+        (["--client", "acme=FILES/acme.jsonl", "--public", "FILES/nowhere.jsonl"], "--public"),
+        (["--client", "acme=FILES/acme.jsonl", "--data", "acme=FILES"], "--client NAME=PATH"),
+        (["--client", "acme=FILES/acme.jsonl", "--public", "FILES/bad.jsonl"], "bad.jsonl, line 3: not JSON"),
+        (["--join", "acme=FILES/acme.jsonl"], "holds no run yet"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_bad_flags_leave_nothing(files, seed_model, flags, say):
-    write_lines(files / "bad.jsonl", [instruction(0), instruction(1), "{"] + [instruction(i) for i in range(60)])
+    write_lines(
+        files / "bad.jsonl", [instruction(0), instruction(1), "{"] + [instruction(i) for i in range(60)]
+    )
     flags = [str(flag).replace("FILES", str(files)) for flag in flags]
-    defaults = ["--seed-model", seed_model, *FEW, *([] if "--public" in flags else ["--public", f"{files}/public.jsonl"])]
+    defaults = [
+        "--seed-model",
+        seed_model,
+        *FEW,
+        *([] if "--public" in flags else ["--public", f"{files}/public.jsonl"]),
+    ]
     assert say in refused("select_proxies", files / "run", *defaults, *flags, watch=files)
 
 
@@ -331,27 +475,45 @@ def test_a_client_joins_and_the_others_work_stays(tmp_path, files, seed_model):
     run_dir = tmp_path / "run"
     tiny.make_run(run_dir, seed_model)
     few = ["--epochs", "1", "--rank", "2", "--alpha", "4", "--batch-size", "6", "--warmup-steps", "1"]
-    for name, *flags in (["select_proxies"], ["train_expert", *few], ["unify_moe", "--method", "metamoe"], ["evaluate", "--models", "zeroshot", "metamoe"]):
+    for name, *flags in (
+        ["select_proxies"],
+        ["train_expert", *few],
+        ["unify_moe", "--method", "metamoe"],
+        ["evaluate", "--models", "zeroshot", "metamoe"],
+    ):
         assert stage(name, run_dir, *flags).code == 0
     before = drive.snapshot(run_dir)
     acme = f"acme={files}/acme.jsonl"
     for flags, say in (
-        (["--join", f"hotels={files}/acme.jsonl"], "a client of that name"), (["--join", "nobody"], "--join nobody=PATH"), (["--join", acme, "--proxies", "5"], "proxies 6"),
-        (["--join", acme, "--client", "hotels"], "leave out --client"), (["--join", f"acme={files}/none"], "no such file"), (["--join", acme, "--train-size", "60"], "too few"),
+        (["--join", f"hotels={files}/acme.jsonl"], "a client of that name"),
+        (["--join", "nobody"], "--join nobody=PATH"),
+        (["--join", acme, "--proxies", "5"], "proxies 6"),
+        (["--join", acme, "--client", "hotels"], "leave out --client"),
+        (["--join", f"acme={files}/none"], "no such file"),
+        (["--join", acme, "--train-size", "60"], "too few"),
     ):
         assert say in refused("select_proxies", run_dir, *flags)
     result = stage("select_proxies", run_dir, "--join", acme)
     assert result.code == 0 and result.out.startswith("select_proxies: acme: 6 of 48"), result.err
     after = drive.snapshot(run_dir)
-    assert {path for path in before | after if before.get(path) != after.get(path) and not path.startswith("clients/acme/")} == {"run.json"}
+    assert {
+        path
+        for path in before | after
+        if before.get(path) != after.get(path) and not path.startswith("clients/acme/")
+    } == {"run.json"}
     assert read_json(run_dir / "run.json")["clients"] == [*tiny.CLIENTS, "acme"]
     for again in (acme, "acme", "hotels"):
-        assert "dpp selection is there already, skipped" in stage("select_proxies", run_dir, "--join", again).out
+        assert (
+            "dpp selection is there already, skipped" in stage("select_proxies", run_dir, "--join", again).out
+        )
     assert drive.snapshot(run_dir) == after
     assert "other data" in refused("select_proxies", run_dir, "--join", f"acme={files}/brick.jsonl")
     assert stage("select_proxies", run_dir).out.count("skipped") == 4
     result = stage("train_expert", run_dir, *few)  # the others' experts are theirs still
-    assert result.out.count("expert is there already, skipped") == 3 and "acme: aligned-dpp: 48 private + 6 proxies" in result.out
+    assert (
+        result.out.count("expert is there already, skipped") == 3
+        and "acme: aligned-dpp: 48 private + 6 proxies" in result.out
+    )
     assert "uploads" in refused("unify_moe", run_dir, "--method", "metamoe")
     assert stage("unify_moe", run_dir, "--method", "metamoe", "--force").code == 0
     result = stage("evaluate", run_dir, "--models", "zeroshot", "metamoe")
@@ -363,14 +525,24 @@ def test_a_join_that_was_killed_goes_on(tmp_path, files, seed_model):
     """run.json is written before the client's data: without them the same command makes them."""
     run_dir = tmp_path / "run"
     tiny.make_run(run_dir, seed_model)
-    assert stage("select_proxies", run_dir, "--join", f"acme={files}/acme.jsonl", "--test-size", "9").code == 0
+    assert (
+        stage("select_proxies", run_dir, "--join", f"acme={files}/acme.jsonl", "--test-size", "9").code == 0
+    )
     whole = drive.snapshot(run_dir, "timing.json")
     shutil.rmtree(run_dir / "clients" / "acme")
     assert stage("select_proxies", run_dir, "--join", f"acme={files}/acme.jsonl").code == 0
-    assert drive.snapshot(run_dir, "timing.json") == whole and read_json(run_dir / "clients" / "acme" / "private" / "done.json")["test"] == 9
+    assert (
+        drive.snapshot(run_dir, "timing.json") == whole
+        and read_json(run_dir / "clients" / "acme" / "private" / "done.json")["test"] == 9
+    )
     left = {key: value for key, value in read_json(run_dir / "run.json").items() if key != "own"}
-    write_json(run_dir / "run.json", left | {"clients": tiny.CLIENTS})  # it had left: all its work is there still
-    assert "skipped" in stage("select_proxies", run_dir, "--join", f"acme={files}/acme.jsonl", "--test-size", "9").out
+    write_json(
+        run_dir / "run.json", left | {"clients": tiny.CLIENTS}
+    )  # it had left: all its work is there still
+    assert (
+        "skipped"
+        in stage("select_proxies", run_dir, "--join", f"acme={files}/acme.jsonl", "--test-size", "9").out
+    )
     assert drive.snapshot(run_dir, "timing.json") == whole
 
 
@@ -403,9 +575,19 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     with open(tmp_path / "big.jsonl", "w") as file:
         for i in range(300_000):
             file.write(json.dumps(instruction(i)) + "\n")
-    done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path], env=tiny.environment(PYTHONPATH=str(tiny.REPO)), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path],
+        env=tiny.environment(PYTHONPATH=str(tiny.REPO)),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     used = json.loads(done.stdout.splitlines()[-1])
     assert used["after"] - used["before"] < 60, used
-    assert read_json(tmp_path / "run" / "clients" / "acme" / "private" / "done.json") == {"seed": 0, "train": 240_000, "validation": 30_000, "test": 30_000}
+    assert read_json(tmp_path / "run" / "clients" / "acme" / "private" / "done.json") == {
+        "seed": 0,
+        "train": 240_000,
+        "validation": 30_000,
+        "test": 30_000,
+    }
     assert (tmp_path / "run" / "public" / "records.jsonl").stat().st_size > 40e6

@@ -10,20 +10,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import drive
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
+from tiny import CLIENTS, COMMON, SIZES
 
-import drive
 import select_proxies
+from dpp import relevance_weighted_dpp
 from metamoe import rundir
 from metamoe.data import bigbench
-import tiny
-from dpp import relevance_weighted_dpp
 from metamoe.rundir import atomic, read_json, write_json
 from metamoe.uploads import write_manifest
-from tiny import CLIENTS, COMMON, SIZES
 
 METHODS = ["soup", "btm", "btx", "flexolmo", "metamoe", "unrestricted"]
 CLOCKS = ("timing.json", "timings.json", "timings.md")
@@ -95,20 +95,46 @@ def test_every_expected_file_is_written(finished):
         assert np.load(client / "selection" / "relevance.npy").shape == (SIZES["public_size"],)
         for rule in ("similarity", "dpp", "random"):
             chosen = read_json(client / "selection" / rule / "selection.json")["proxies"]
-            assert len(chosen) == len(set(chosen)) == SIZES["proxies"] and all(0 <= i < SIZES["public_size"] for i in chosen)
+            assert len(chosen) == len(set(chosen)) == SIZES["proxies"] and all(
+                0 <= i < SIZES["public_size"] for i in chosen
+            )
         for variant in ("private-similarity", "aligned-dpp", "proxies-random"):
             upload = client / "upload" / variant
             assert sorted(drive.snapshot(upload)) == [
-                "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "manifest.json", "proxies.json", "router.safetensors",
+                "adapter/adapter_config.json",
+                "adapter/adapter_model.safetensors",
+                "manifest.json",
+                "proxies.json",
+                "router.safetensors",
             ]
             assert load_file(upload / "router.safetensors")["vectors"].shape == (2, 32)
-        assert sorted(p.name for p in (client / "experts").iterdir()) == ["aligned-dpp", "private", "proxies-random"]
-    expected = {method: ["done.json", "losses.json", "moe.safetensors", "moe_config.json", "timing.json"] for method in (*METHODS, "from-proxies")}
-    expected["soup"] = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "done.json", "timing.json"]
+        assert sorted(p.name for p in (client / "experts").iterdir()) == [
+            "aligned-dpp",
+            "private",
+            "proxies-random",
+        ]
+    expected = {
+        method: ["done.json", "losses.json", "moe.safetensors", "moe_config.json", "timing.json"]
+        for method in (*METHODS, "from-proxies")
+    }
+    expected["soup"] = [
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "done.json",
+        "timing.json",
+    ]
     expected["btm"] = ["done.json", "timing.json"]
     assert {folder.name: sorted(drive.snapshot(folder)) for folder in (run_dir / "moe").iterdir()} == expected
     assert {p.name for p in run_dir.iterdir()} == {
-        "run.json", "public", "clients", "moe", "scores", "results.json", "results.md", "timings.json", "timings.md",
+        "run.json",
+        "public",
+        "clients",
+        "moe",
+        "scores",
+        "results.json",
+        "results.md",
+        "timings.json",
+        "timings.md",
     }
 
 
@@ -126,20 +152,34 @@ def test_results_json_adds_up(finished):
     for row in results["rows"]:
         for name in CLIENTS:
             cell = row["clients"][name]
-            assert cell["n"] == SIZES["test_size"] and isinstance(cell["correct"], int) and 0 <= cell["correct"] <= cell["n"]
+            assert (
+                cell["n"] == SIZES["test_size"]
+                and isinstance(cell["correct"], int)
+                and 0 <= cell["correct"] <= cell["n"]
+            )
             assert cell["accuracy"] == pytest.approx(100 * cell["correct"] / cell["n"])
             assert cell["wilson"][0] <= cell["accuracy"] <= cell["wilson"][1]
-        assert row["average"] == pytest.approx(np.mean([row["clients"][name]["accuracy"] for name in CLIENTS]))
+        assert row["average"] == pytest.approx(
+            np.mean([row["clients"][name]["accuracy"] for name in CLIENTS])
+        )
     ours = {row["model"]: row["average"] for row in results["rows"]}
     for row in results["rows"]:
         if row["model"] != "metamoe":
             assert row["metamoe_minus"]["difference"] == pytest.approx(ours["metamoe"] - row["average"])
         for shares in row.get("routing", {}).values():
             assert np.shape(shares) == (2, 3) and np.sum(shares, 1) == pytest.approx([1, 1])
-    assert {row["model"] for row in results["rows"] if "routing" in row} == {"btx", "flexolmo", "metamoe", "unrestricted", "from-proxies"}
+    assert {row["model"] for row in results["rows"] if "routing" in row} == {
+        "btx",
+        "flexolmo",
+        "metamoe",
+        "unrestricted",
+        "from-proxies",
+    }
     for name in CLIENTS:
         upload = run_dir / "clients" / name / "upload" / "aligned-dpp"
-        assert results["uploaded_bytes"][f"{name}/aligned-dpp"] == sum(p.stat().st_size for p in upload.rglob("*") if p.is_file())
+        assert results["uploaded_bytes"][f"{name}/aligned-dpp"] == sum(
+            p.stat().st_size for p in upload.rglob("*") if p.is_file()
+        )
 
 
 def test_scores_agree_with_the_table(finished):
@@ -149,8 +189,14 @@ def test_scores_agree_with_the_table(finished):
     for model in ("zeroshot", "soup", "metamoe", "expert-intent"):
         for name in CLIENTS:
             scores = read_json(run_dir / "scores" / f"{model}.test.json")["scores"][name]
-            records = [json.loads(line) for line in (run_dir / "clients" / name / "private" / "test.jsonl").read_text().splitlines()]
-            correct = sum(r["choices"][max(range(len(s)), key=s.__getitem__)] == r["answer"] for s, r in zip(scores, records, strict=True))
+            records = [
+                json.loads(line)
+                for line in (run_dir / "clients" / name / "private" / "test.jsonl").read_text().splitlines()
+            ]
+            correct = sum(
+                r["choices"][max(range(len(s)), key=s.__getitem__)] == r["answer"]
+                for s, r in zip(scores, records, strict=True)
+            )
             assert rows[model]["clients"][name]["correct"] == correct
 
 
@@ -159,13 +205,25 @@ def test_the_table_has_the_papers_rows_in_its_order(finished):
     start = lines.index("| | intent | hotels | question | Average |") + 2
     titles = [line.split("|")[1].strip() for line in lines[start : lines.index("", start)]]
     assert titles == [
-        "UnrestrictedMoE", "ZeroShot", "Expert I (intent)", "Expert II (hotels)", "Expert III (question)",
-        "BTM", "ModelSoup", "BTX", "FlexOlmo", "MetaMoE", "from-proxies",
+        "UnrestrictedMoE",
+        "ZeroShot",
+        "Expert I (intent)",
+        "Expert II (hotels)",
+        "Expert III (question)",
+        "BTM",
+        "ModelSoup",
+        "BTX",
+        "FlexOlmo",
+        "MetaMoE",
+        "from-proxies",
     ]
     rows = read_json(finished[0] / "results.json")["rows"]
     for line, row in zip(lines[start:], rows):
         cells = [float(cell) for cell in line.split("|")[2:-1]]
-        assert cells == [pytest.approx(v, abs=0.006) for v in [*(row["clients"][name]["accuracy"] for name in CLIENTS), row["average"]]]
+        assert cells == [
+            pytest.approx(v, abs=0.006)
+            for v in [*(row["clients"][name]["accuracy"] for name in CLIENTS), row["average"]]
+        ]
 
 
 def test_training_on_separable_data_helps(finished):
@@ -182,14 +240,25 @@ def test_clocks_are_read_into_the_timings_alone(finished):
     run_dir, _ = finished
     timings = read_json(run_dir / "timings.json")
     selection, relevance = timings.pop("selection_seconds"), timings.pop("relevance_seconds")
-    assert timings.pop("embedding_seconds") > 0 and relevance.keys() == set(CLIENTS) and min(relevance.values()) > 0
-    assert selection.keys() == set(CLIENTS) and all(t.keys() == {"dpp", "random", "similarity"} and min(t.values()) > 0 for t in selection.values())
+    assert (
+        timings.pop("embedding_seconds") > 0
+        and relevance.keys() == set(CLIENTS)
+        and min(relevance.values()) > 0
+    )
+    assert selection.keys() == set(CLIENTS) and all(
+        t.keys() == {"dpp", "random", "similarity"} and min(t.values()) > 0 for t in selection.values()
+    )
     assert set(timings) == {row["model"] for row in read_json(run_dir / "results.json")["rows"]}
-    assert all(t["samples_per_second"] > 0 for t in timings.values()) and timings["metamoe"]["unify_seconds"] > 0
+    assert (
+        all(t["samples_per_second"] > 0 for t in timings.values()) and timings["metamoe"]["unify_seconds"] > 0
+    )
     for name in ("results.json", "results.md"):
         assert not re.search(r"second|time", (run_dir / name).read_text())
     table = (run_dir / "timings.md").read_text()
-    assert f"| MetaMoE | {timings['metamoe']['unify_seconds']:.2f} | {timings['metamoe']['samples_per_second']:.1f} |" in table
+    assert (
+        f"| MetaMoE | {timings['metamoe']['unify_seconds']:.2f} | {timings['metamoe']['samples_per_second']:.1f} |"
+        in table
+    )
     assert "| ZeroShot |  |" in table and f"| DPP | {selection[CLIENTS[0]]['dpp']:.3f} |" in table
 
 
@@ -203,7 +272,11 @@ def test_the_fixtures_layout_is_that_of_write_data(tmp_path, seed_model, pristin
     sizes = [f"--{key.replace('_', '-')}={value}" for key, value in SIZES.items()]
     result = stage("select_proxies", tmp_path / "run", "--seed-model", seed_model, *sizes)
     assert result.code == 0, result.err
-    made = {p for p in drive.snapshot(tmp_path / "run") if "selection" not in p and not p.endswith(("features.npy", "unreadable.json", "timing.json"))}
+    made = {
+        p
+        for p in drive.snapshot(tmp_path / "run")
+        if "selection" not in p and not p.endswith(("features.npy", "unreadable.json", "timing.json"))
+    }
     assert made == set(drive.snapshot(pristine))
     ours, theirs = read_json(pristine / "run.json"), read_json(tmp_path / "run" / "run.json")
     assert ours == theirs
@@ -214,16 +287,29 @@ def test_the_fixtures_layout_is_that_of_write_data(tmp_path, seed_model, pristin
 
 def synthetic_archive(monkeypatch, per_task=60):
     """Let bigbench.load_bigbench read a small archive made here."""
-    names = [bigbench.CLIENTS[name][0] for name in bigbench.CLIENTS] + [t if not t.endswith("*") else "natural_instructions/subtask001_a" for t in bigbench.PUBLIC]
+    names = [bigbench.CLIENTS[name][0] for name in bigbench.CLIENTS] + [
+        t if not t.endswith("*") else "natural_instructions/subtask001_a" for t in bigbench.PUBLIC
+    ]
 
     def members(archive, wanted):
         for task in names:
             member = f"bigbench-1.0.0/bigbench/benchmark_tasks/{task}/task.json"
             if wanted(member):
                 word = re.sub(r"\W|\d", "", task)
-                examples = [{"input": f"{word} {i} says {word}{i} to {word}{i * i}", "target_scores": {"yes": i % 2, "no": 1 - i % 2}} for i in range(per_task)]
-                for choices in (choices for client, _, choices in bigbench.CLIENTS.values() if client == task and choices):
-                    examples = [{"input": example["input"], "target": [choices[i % 2]]} for i, example in enumerate(examples)]
+                examples = [
+                    {
+                        "input": f"{word} {i} says {word}{i} to {word}{i * i}",
+                        "target_scores": {"yes": i % 2, "no": 1 - i % 2},
+                    }
+                    for i in range(per_task)
+                ]
+                for choices in (
+                    choices for client, _, choices in bigbench.CLIENTS.values() if client == task and choices
+                ):
+                    examples = [
+                        {"input": example["input"], "target": [choices[i % 2]]}
+                        for i, example in enumerate(examples)
+                    ]
                 yield member, {"examples": examples}
 
     monkeypatch.setattr(bigbench, "fetch", lambda **kwargs: None)
@@ -241,7 +327,9 @@ def test_a_second_run_in_another_folder_gives_the_same_bytes(tmp_path, pristine,
     assert tiny.drive(commands=tiny.commands(other))["code"] == 0
     ours, theirs = drive.snapshot(finished[0], *CLOCKS), drive.snapshot(other, *CLOCKS)
     assert ours.keys() == theirs.keys()
-    differ = [path for path in ours if ours[path] != theirs[path] and not path.startswith("scores/")]  # these hold samples/s
+    differ = [
+        path for path in ours if ours[path] != theirs[path] and not path.startswith("scores/")
+    ]  # these hold samples/s
     assert not differ
     for path in (p for p in ours if p.startswith("scores/")):
         a, b = read_json(finished[0] / path), read_json(other / path)
@@ -261,7 +349,11 @@ def test_another_seed_gives_another_model(tmp_path, seed_model, finished):
 
 
 def unify_commands(run_dir, methods=("metamoe", "flexolmo", "btx", "soup", "btm")):
-    return [c for c in tiny.commands(run_dir) if c[0] == "unify_moe" and c[c.index("--method") + 1] in methods and "--name" not in c]
+    return [
+        c
+        for c in tiny.commands(run_dir)
+        if c[0] == "unify_moe" and c[c.index("--method") + 1] in methods and "--name" not in c
+    ]
 
 
 @pytest.mark.slow
@@ -270,7 +362,11 @@ def test_the_server_opens_nothing_of_a_client_but_its_upload(run):
     report = tiny.drive(commands=unify_commands(run), audit=str(run))
     assert report["code"] == 0, report["stderr"]
     opened = {path for _, path in report["opened"]}
-    assert {"run.json", "public/records.jsonl", "clients/hotels/upload/aligned-dpp/manifest.json"} <= opened  # the hook does see
+    assert {
+        "run.json",
+        "public/records.jsonl",
+        "clients/hotels/upload/aligned-dpp/manifest.json",
+    } <= opened  # the hook does see
     allowed = re.compile(r"run\.json$|public(/|$)|clients/\w+/upload(/|$)|moe(/|$)")
     assert not [path for path in opened if not allowed.match(path)]
 
@@ -286,7 +382,9 @@ def test_the_server_needs_nothing_of_a_client_but_its_upload(run, finished):
     report = tiny.drive(commands=unify_commands(run))
     assert report["code"] == 0, report["stderr"]
     for method in ("metamoe", "flexolmo", "btx", "soup", "btm"):
-        assert drive.snapshot(run / "moe" / method, *CLOCKS) == drive.snapshot(finished[0] / "moe" / method, *CLOCKS)
+        assert drive.snapshot(run / "moe" / method, *CLOCKS) == drive.snapshot(
+            finished[0] / "moe" / method, *CLOCKS
+        )
 
 
 @pytest.mark.slow
@@ -307,38 +405,68 @@ def test_the_manifest_hashes_the_uploaded_files_alone(finished):
         manifest = read_json(upload / "manifest.json")
         assert manifest["files"] == drive.snapshot(upload, "manifest.json")
         assert set(manifest) == {"client", "data", "selection", "files"}
-        assert manifest["client"] == upload.parent.parent.name and f"{manifest['data']}-{manifest['selection']}" == upload.name
+        assert (
+            manifest["client"] == upload.parent.parent.name
+            and f"{manifest['data']}-{manifest['selection']}" == upload.name
+        )
 
 
 def test_proxies_are_sorted_indices_without_scores(finished):
     for upload in uploads(finished[0]):
         proxies = read_json(upload / "proxies.json")
-        assert all(type(i) is int for i in proxies) and proxies == sorted(set(proxies)) and len(proxies) == SIZES["proxies"]
+        assert (
+            all(type(i) is int for i in proxies)
+            and proxies == sorted(set(proxies))
+            and len(proxies) == SIZES["proxies"]
+        )
         client, rule = upload.parent.parent, upload.name.split("-")[1]
         assert set(proxies) == set(read_json(client / "selection" / rule / "selection.json")["proxies"])
 
 
 def test_without_the_pre_filter_the_dpp_chooses_from_all(fresh, tmp_path, seed_model):
     """The rule dpp-all of a run with candidates, and the rule dpp of a run without (--pool 0)."""
-    assert stage("select_proxies", fresh).code == stage("select_proxies", fresh, "--selection", "dpp-all").code == 0
+    assert (
+        stage("select_proxies", fresh).code
+        == stage("select_proxies", fresh, "--selection", "dpp-all").code
+        == 0
+    )
     tiny.make_run(tmp_path / "whole", seed_model, candidates=0)
     assert stage("select_proxies", tmp_path / "whole", "--pool", "0").code == 0
     features, differs = np.load(fresh / "public" / "features.npy"), False
     for name in CLIENTS:
         relevance = np.load(fresh / "clients" / name / "selection" / "relevance.npy")
         want = relevance_weighted_dpp(features, relevance, SIZES["proxies"]).tolist()
-        found = {folder.name: read_json(folder / "selection.json")["proxies"] for folder in (fresh / "clients" / name / "selection").glob("dpp*")}
-        assert found["dpp-all"] == want == read_json(tmp_path / "whole" / "clients" / name / "selection" / "dpp" / "selection.json")["proxies"]
+        found = {
+            folder.name: read_json(folder / "selection.json")["proxies"]
+            for folder in (fresh / "clients" / name / "selection").glob("dpp*")
+        }
+        assert (
+            found["dpp-all"]
+            == want
+            == read_json(tmp_path / "whole" / "clients" / name / "selection" / "dpp" / "selection.json")[
+                "proxies"
+            ]
+        )
         few = read_json(fresh / "run.json") | {"candidates": SIZES["proxies"]}
-        differs |= set(select_proxies.choose("dpp", features, relevance, few, name, range(len(features))).tolist()) != set(want)
+        differs |= set(
+            select_proxies.choose("dpp", features, relevance, few, name, range(len(features))).tolist()
+        ) != set(want)
         # an unreadable sample has no features and no relevance
         features[7], relevance[7] = np.nan, 0
         usable = [i for i in range(len(features)) if i != 7]
-        chosen = select_proxies.choose("dpp-all", features, relevance, read_json(fresh / "run.json"), name, usable).tolist()
-        assert chosen == [usable[i] for i in relevance_weighted_dpp(features[usable], relevance[usable], SIZES["proxies"])]
+        chosen = select_proxies.choose(
+            "dpp-all", features, relevance, read_json(fresh / "run.json"), name, usable
+        ).tolist()
+        assert chosen == [
+            usable[i] for i in relevance_weighted_dpp(features[usable], relevance[usable], SIZES["proxies"])
+        ]
         features = np.load(fresh / "public" / "features.npy")
     assert differs  # a pre-filter would have shown
-    for command in (["train_expert", "--selection", "dpp-all", "--epochs", "1"], ["unify_moe", "--method", "metamoe", "--selection", "dpp-all", "--name", "metamoe-dpp-all"], ["evaluate", "--models", "metamoe-dpp-all"]):
+    for command in (
+        ["train_expert", "--selection", "dpp-all", "--epochs", "1"],
+        ["unify_moe", "--method", "metamoe", "--selection", "dpp-all", "--name", "metamoe-dpp-all"],
+        ["evaluate", "--models", "metamoe-dpp-all"],
+    ):
         result = stage(command[0], fresh, *command[1:])
         assert result.code == 0, result.err
     assert "| the whole public set |" in (fresh / "results.md").read_text()
@@ -352,7 +480,9 @@ def test_no_private_text_and_no_path_is_in_an_upload_or_a_model(finished, seed_m
             lines = (run_dir / "clients" / name / "private" / f"{part}.jsonl").read_text().splitlines()
             secrets += [json.loads(line)["input"] for line in lines]
     assert tiny.SECRET in secrets[-1]
-    for path in [p for folder in [*uploads(run_dir), run_dir / "moe"] for p in folder.rglob("*") if p.is_file()]:
+    for path in [
+        p for folder in [*uploads(run_dir), run_dir / "moe"] for p in folder.rglob("*") if p.is_file()
+    ]:
         content = path.read_bytes()
         assert not [secret for secret in secrets if secret.encode() in content], path
 
@@ -360,7 +490,9 @@ def test_no_private_text_and_no_path_is_in_an_upload_or_a_model(finished, seed_m
 def test_what_is_uploaded_is_the_ffn_alone(finished):
     for upload in uploads(finished[0]):
         tensors = load_file(upload / "adapter" / "adapter_model.safetensors")
-        assert len(tensors) == 2 * 3 * 2 and all(re.search(r"\.mlp\.(gate|up|down)_proj\.lora_[AB]\.weight$", key) for key in tensors)
+        assert len(tensors) == 2 * 3 * 2 and all(
+            re.search(r"\.mlp\.(gate|up|down)_proj\.lora_[AB]\.weight$", key) for key in tensors
+        )
 
 
 # --- experts are PEFT adapters
@@ -381,10 +513,18 @@ def logits_with(seed_model, folder=None, deltas=None):
 
 def products(folder):
     """{weight: s B A} of a PEFT adapter, by its two files alone."""
-    config, tensors = read_json(folder / "adapter_config.json"), load_file(folder / "adapter_model.safetensors")
+    config, tensors = (
+        read_json(folder / "adapter_config.json"),
+        load_file(folder / "adapter_model.safetensors"),
+    )
     scaling = config["lora_alpha"] / config["r"]
     bases = {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
-    return {f"{b.removeprefix('base_model.model.')}.weight": scaling * tensors[f"{b}.lora_B.weight"] @ tensors[f"{b}.lora_A.weight"] for b in bases}
+    return {
+        f"{b.removeprefix('base_model.model.')}.weight": scaling
+        * tensors[f"{b}.lora_B.weight"]
+        @ tensors[f"{b}.lora_A.weight"]
+        for b in bases
+    }
 
 
 def test_peft_loads_an_upload_as_the_expert(finished, seed_model):
@@ -398,11 +538,16 @@ def test_peft_loads_an_upload_as_the_expert(finished, seed_model):
 
 def test_the_soup_is_the_average_of_the_products(finished, seed_model):
     run_dir, _ = finished
-    experts = [products(run_dir / "clients" / name / "upload" / "private-similarity" / "adapter") for name in CLIENTS]
+    experts = [
+        products(run_dir / "clients" / name / "upload" / "private-similarity" / "adapter") for name in CLIENTS
+    ]
     soup = products(run_dir / "moe" / "soup" / "adapter")
     assert soup.keys() == experts[0].keys()
     for key, delta in soup.items():
-        assert torch.allclose(delta, sum(expert[key] for expert in experts) / 3, atol=1e-6) and delta.abs().max() > 1e-3
+        assert (
+            torch.allclose(delta, sum(expert[key] for expert in experts) / 3, atol=1e-6)
+            and delta.abs().max() > 1e-3
+        )
     got = logits_with(seed_model, run_dir / "moe" / "soup" / "adapter")
     assert torch.allclose(got, logits_with(seed_model, deltas=soup), atol=1e-3)
 
@@ -416,36 +561,81 @@ def test_full_ffn_experts_are_trained_uploaded_and_unified(fresh, dtype):
     common = ["--dtype", dtype]  # the later --dtype wins
     assert stage("select_proxies", fresh, "--selection", "similarity", *common).code == 0
     for data in ("private", "aligned"):
-        result = stage("train_expert", fresh, "--data", data, "--selection", "similarity", "--full-ffn", "--epochs", "1", *common)
+        result = stage(
+            "train_expert",
+            fresh,
+            "--data",
+            data,
+            "--selection",
+            "similarity",
+            "--full-ffn",
+            "--epochs",
+            "1",
+            *common,
+        )
         assert result.code == 0, result.err
     upload = fresh / "clients" / "hotels" / "upload" / "private-similarity-full"
-    assert sorted(drive.snapshot(upload)) == ["ffn.safetensors", "manifest.json", "proxies.json", "router.safetensors"]
-    assert set(load_file(upload / "ffn.safetensors")) == {f"model.layers.{i}.mlp.{linear}_proj.weight" for i in (0, 1) for linear in ("gate", "up", "down")}
-    variants = [["soup"], ["btm"], ["metamoe", "--selection", "similarity", "--seed-expert", "--top-k", "2", "--train", "none"]]
+    assert sorted(drive.snapshot(upload)) == [
+        "ffn.safetensors",
+        "manifest.json",
+        "proxies.json",
+        "router.safetensors",
+    ]
+    assert set(load_file(upload / "ffn.safetensors")) == {
+        f"model.layers.{i}.mlp.{linear}_proj.weight" for i in (0, 1) for linear in ("gate", "up", "down")
+    }
+    variants = [
+        ["soup"],
+        ["btm"],
+        ["metamoe", "--selection", "similarity", "--seed-expert", "--top-k", "2", "--train", "none"],
+    ]
     if dtype == "float32":
-        variants += [["metamoe", "--selection", "similarity", "--weighting", w, "--name", w, "--top-k", "2", "--offset"] for w in ("stopgrad", "literal", "renormalized")]
+        variants += [
+            [
+                "metamoe",
+                "--selection",
+                "similarity",
+                "--weighting",
+                w,
+                "--name",
+                w,
+                "--top-k",
+                "2",
+                "--offset",
+            ]
+            for w in ("stopgrad", "literal", "renormalized")
+        ]
     for method, *flags in variants:
         result = stage("unify_moe", fresh, "--method", method, "--full-ffn", *flags, *common)
         assert result.code == 0, result.err
     result = stage("evaluate", fresh, *common)
     assert result.code == 0, result.err
     rows = read_json(fresh / "results.json")["rows"]
-    assert len(rows) == 4 + len(variants) and next(row for row in rows if row["model"] == "metamoe")["experts"] == ["seed", *CLIENTS]
+    assert len(rows) == 4 + len(variants) and next(row for row in rows if row["model"] == "metamoe")[
+        "experts"
+    ] == ["seed", *CLIENTS]
     assert read_json(fresh / "moe" / "metamoe" / "moe_config.json")["kind"] == "full"
     if dtype == "float32":  # the soup of the weights
-        paths = [fresh / "clients" / name / "upload" / "private-similarity-full" / "ffn.safetensors" for name in CLIENTS]
+        paths = [
+            fresh / "clients" / name / "upload" / "private-similarity-full" / "ffn.safetensors"
+            for name in CLIENTS
+        ]
         for key, tensor in load_file(fresh / "moe" / "soup" / "ffn.safetensors").items():
             assert torch.allclose(tensor, sum(load_file(path)[key] for path in paths) / 3, atol=1e-6)
 
 
-@pytest.mark.parametrize("flags", [
-    ["--seed-expert", "--top-k", "2", "--weighting", "stopgrad"],
-    ["--weighting", "literal", "--lambda-init", "0.3"],
-    ["--weighting", "renormalized", "--top-k", "3", "--offset"],
-    ["--context", "off", "--init", "random", "--train", "router"],
-    ["--samples", "public", "--data", "private", "--selection", "similarity"],
-    ["--train", "none"],
-], ids=lambda flags: " ".join(flags))
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--seed-expert", "--top-k", "2", "--weighting", "stopgrad"],
+        ["--weighting", "literal", "--lambda-init", "0.3"],
+        ["--weighting", "renormalized", "--top-k", "3", "--offset"],
+        ["--context", "off", "--init", "random", "--train", "router"],
+        ["--samples", "public", "--data", "private", "--selection", "similarity"],
+        ["--train", "none"],
+    ],
+    ids=lambda flags: " ".join(flags),
+)
 def test_every_switch_makes_a_model_that_evaluate_scores(run, flags):
     result = stage("unify_moe", run, "--method", "metamoe", "--name", "variant", *flags)
     assert result.code == 0, result.err
@@ -458,24 +648,51 @@ def test_every_switch_makes_a_model_that_evaluate_scores(run, flags):
 
 def test_the_untrained_moe_starts_at_the_uploads(run):
     """--train none: routing vectors and experts are the uploaded ones, lambda the given one."""
-    assert stage("unify_moe", run, "--method", "metamoe", "--name", "start", "--train", "none", "--lambda-init", "0.25").code == 0
+    assert (
+        stage(
+            "unify_moe",
+            run,
+            "--method",
+            "metamoe",
+            "--name",
+            "start",
+            "--train",
+            "none",
+            "--lambda-init",
+            "0.25",
+        ).code
+        == 0
+    )
     tensors = load_file(run / "moe" / "start" / "moe.safetensors")
     for layer in (0, 1):
         prefix = f"model.layers.{layer}.mlp"
         assert tensors[f"{prefix}.router.lam"].item() == 0.25
         for p, name in enumerate(CLIENTS):
             upload = run / "clients" / name / "upload" / "aligned-dpp"
-            assert torch.equal(tensors[f"{prefix}.router.vectors"][p], load_file(upload / "router.safetensors")["vectors"][layer])
+            assert torch.equal(
+                tensors[f"{prefix}.router.vectors"][p],
+                load_file(upload / "router.safetensors")["vectors"][layer],
+            )
             adapter = load_file(upload / "adapter" / "adapter_model.safetensors")
-            assert torch.equal(tensors[f"{prefix}.experts.up_proj.B"][p], adapter[f"base_model.model.{prefix}.up_proj.lora_B.weight"])
+            assert torch.equal(
+                tensors[f"{prefix}.experts.up_proj.B"][p],
+                adapter[f"base_model.model.{prefix}.up_proj.lora_B.weight"],
+            )
 
 
-@pytest.mark.parametrize("method, moves", [("metamoe", {"router", "lam", "experts"}), ("flexolmo", {"router"}), ("btx", {"router", "experts"})])
+@pytest.mark.parametrize(
+    "method, moves",
+    [("metamoe", {"router", "lam", "experts"}), ("flexolmo", {"router"}), ("btx", {"router", "experts"})],
+)
 def test_the_final_training_moves_what_the_method_says(run, method, moves):
     """FlexOlmo trains its router alone; without a context lambda gets no gradient."""
     assert stage("unify_moe", run, "--method", method, "--name", "start", "--train", "none").code == 0
     before, after = (load_file(run / "moe" / name / "moe.safetensors") for name in ("start", method))
-    moved = {key.split(".")[-1] if key.endswith("lam") else key.split(".")[4] for key in before if not torch.equal(before[key], after[key])}
+    moved = {
+        key.split(".")[-1] if key.endswith("lam") else key.split(".")[4]
+        for key in before
+        if not torch.equal(before[key], after[key])
+    }
     assert {"router" if m == "vectors" else m for m in moved} == moves
 
 
@@ -483,15 +700,30 @@ def test_the_final_training_moves_what_the_method_says(run, method, moves):
 
 
 def flags_of(name, run_dir, *needed):
-    command = next(c for c in tiny.commands(run_dir) if c[0] == name and set(needed) <= set(c) and "--name" not in c)
+    command = next(
+        c for c in tiny.commands(run_dir) if c[0] == name and set(needed) <= set(c) and "--name" not in c
+    )
     return command[3 + len(COMMON) :]
 
 
-@pytest.mark.parametrize("name, needed, folder, say", [
-    ("select_proxies", ["dpp"], "clients/hotels/selection/dpp", "dpp selection is there already, skipped"),
-    ("train_expert", ["aligned"], "clients/hotels/experts/aligned-dpp", "expert is there already, skipped"),
-    ("unify_moe", ["metamoe"], "moe/metamoe", "is there already, skipped"),
-])
+@pytest.mark.parametrize(
+    "name, needed, folder, say",
+    [
+        (
+            "select_proxies",
+            ["dpp"],
+            "clients/hotels/selection/dpp",
+            "dpp selection is there already, skipped",
+        ),
+        (
+            "train_expert",
+            ["aligned"],
+            "clients/hotels/experts/aligned-dpp",
+            "expert is there already, skipped",
+        ),
+        ("unify_moe", ["metamoe"], "moe/metamoe", "is there already, skipped"),
+    ],
+)
 def test_a_finished_stage_is_skipped(run, name, needed, folder, say):
     before = drive.snapshot(run), {p: p.stat().st_mtime_ns for p in (run / folder).rglob("*")}
     result = stage(name, run, *flags_of(name, run, *needed))
@@ -499,11 +731,26 @@ def test_a_finished_stage_is_skipped(run, name, needed, folder, say):
     assert (drive.snapshot(run), {p: p.stat().st_mtime_ns for p in (run / folder).rglob("*")}) == before
 
 
-@pytest.mark.parametrize("name, needed, folder, other, say", [
-    ("select_proxies", ["dpp"], "clients/hotels/selection/dpp", ["--dtype", "bfloat16"], "dtype 'float32' there, 'bfloat16' now"),
-    ("train_expert", ["aligned"], "clients/hotels/experts/aligned-dpp", ["--lr", "0.5"], "lr 0.02 there, 0.5 now"),
-    ("unify_moe", ["metamoe"], "moe/metamoe", ["--lambda-init", "0.5"], "lambda_init 1.0 there, 0.5 now"),
-])
+@pytest.mark.parametrize(
+    "name, needed, folder, other, say",
+    [
+        (
+            "select_proxies",
+            ["dpp"],
+            "clients/hotels/selection/dpp",
+            ["--dtype", "bfloat16"],
+            "dtype 'float32' there, 'bfloat16' now",
+        ),
+        (
+            "train_expert",
+            ["aligned"],
+            "clients/hotels/experts/aligned-dpp",
+            ["--lr", "0.5"],
+            "lr 0.02 there, 0.5 now",
+        ),
+        ("unify_moe", ["metamoe"], "moe/metamoe", ["--lambda-init", "0.5"], "lambda_init 1.0 there, 0.5 now"),
+    ],
+)
 def test_other_settings_are_refused_and_redone_with_force(run, name, needed, folder, other, say):
     flags = [*flags_of(name, run, *needed), *other]
     message = refused(name, run, *flags)
@@ -515,7 +762,12 @@ def test_other_settings_are_refused_and_redone_with_force(run, name, needed, fol
     changed = {path for path in before | after if before.get(path) != after.get(path)}
     assert f"{folder}/done.json" in changed
     # a selection is redone from the embeddings on
-    roots = (folder.replace("hotels", r"\w+"), r"clients/\w+/upload", r"clients/\w+/selection/(relevance.npy|timing.json)", "public/(features.npy|timing.json)")
+    roots = (
+        folder.replace("hotels", r"\w+"),
+        r"clients/\w+/upload",
+        r"clients/\w+/selection/(relevance.npy|timing.json)",
+        "public/(features.npy|timing.json)",
+    )
     assert all(re.match("|".join(roots), path) for path in changed), changed
     assert stage(name, run, *flags).out.count("skipped") >= 1
 
@@ -532,7 +784,14 @@ def test_another_seed_for_the_same_run_is_refused(run):
     assert "seed 0" in message and "1" in message and "--run-dir" in message
 
 
-@pytest.mark.parametrize("flags, say", [(["--train-size", "13"], "train_size 12"), (["--clients", "hotels"], "clients"), (["--proxies", "5"], "proxies 6")])
+@pytest.mark.parametrize(
+    "flags, say",
+    [
+        (["--train-size", "13"], "train_size 12"),
+        (["--clients", "hotels"], "clients"),
+        (["--proxies", "5"], "proxies 6"),
+    ],
+)
 def test_other_run_settings_are_refused(run, flags, say):
     assert say in refused("select_proxies", run, *flags)
 
@@ -557,46 +816,71 @@ def test_validation_results_stand_beside_the_test_results(run):
     before = (run / "results.json").read_bytes()
     assert stage("evaluate", run, "--split", "validation", "--models", "zeroshot", "metamoe", "btm").code == 0
     results = read_json(run / "results.validation.json")
-    assert results["n"] == dict.fromkeys(CLIENTS, SIZES["validation_size"]) and (run / "results.json").read_bytes() == before
+    assert (
+        results["n"] == dict.fromkeys(CLIENTS, SIZES["validation_size"])
+        and (run / "results.json").read_bytes() == before
+    )
     assert [row["title"] for row in results["rows"]] == ["ZeroShot", "BTM", "MetaMoE"]
 
 
 # --- bad input
 
 
-@pytest.mark.parametrize("flags, say", [
-    (["--backbone", "gpt-9"], "gpt-9"),
-    (["--clients", "intent", "nobody"], "nobody"),
-    (["--clients", "intent", "intent"], "intent"),
-    (["--client", "nobody"], "nobody"),
-    (["--proxies", "9", "--candidates", "8", "--public-size", "48"], "m must be at most n"),
-    (["--candidates", "99", "--public-size", "48"], "n must be at most |D_0|"),
-    (["--pool", "0", "--proxies", "49", "--public-size", "48"], "m must be at most |D_0|"),
-    (["--pool", "-1"], "--candidates -1"),
-    (["--train-size", "1"], "--train-size"),
-    (["--train-size", "0"], "--train-size"),
-    (["--test-size", "0"], "--test-size"),
-    (["--validation-size", "-1"], "--validation-size"),
-    (["--public-size", "1", "--candidates", "1", "--proxies", "1"], "--public-size"),
-    (["--seed", "-1"], "--seed"),
-    (["--seed-model", "/nowhere/at/all"], "/nowhere/at/all"),
-    (["--device", "abacus"], "abacus"),
-    pytest.param(["--device", "cuda"], "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")),
-    (["--train-size", "40", "--validation-size", "11", "--test-size", "10"], "60 distinct usable records, 61 asked for"),
-    (["--public-size", "100000"], "usable public records"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "flags, say",
+    [
+        (["--backbone", "gpt-9"], "gpt-9"),
+        (["--clients", "intent", "nobody"], "nobody"),
+        (["--clients", "intent", "intent"], "intent"),
+        (["--client", "nobody"], "nobody"),
+        (["--proxies", "9", "--candidates", "8", "--public-size", "48"], "m must be at most n"),
+        (["--candidates", "99", "--public-size", "48"], "n must be at most |D_0|"),
+        (["--pool", "0", "--proxies", "49", "--public-size", "48"], "m must be at most |D_0|"),
+        (["--pool", "-1"], "--candidates -1"),
+        (["--train-size", "1"], "--train-size"),
+        (["--train-size", "0"], "--train-size"),
+        (["--test-size", "0"], "--test-size"),
+        (["--validation-size", "-1"], "--validation-size"),
+        (["--public-size", "1", "--candidates", "1", "--proxies", "1"], "--public-size"),
+        (["--seed", "-1"], "--seed"),
+        (["--seed-model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--device", "abacus"], "abacus"),
+        pytest.param(
+            ["--device", "cuda"],
+            "cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
+        (
+            ["--train-size", "40", "--validation-size", "11", "--test-size", "10"],
+            "60 distinct usable records, 61 asked for",
+        ),
+        (["--public-size", "100000"], "usable public records"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_a_bad_setting_of_a_new_run_leaves_nothing(tmp_path, seed_model, monkeypatch, flags, say):
     """Not even run.json: the run directory is free for the corrected command, which then works."""
     synthetic_archive(monkeypatch)
     sizes = [f"--{key.replace('_', '-')}={value}" for key, value in SIZES.items()]
-    assert say in refused("select_proxies", tmp_path / "run", "--seed-model", seed_model, *sizes, *flags, watch=tmp_path)
+    assert say in refused(
+        "select_proxies", tmp_path / "run", "--seed-model", seed_model, *sizes, *flags, watch=tmp_path
+    )
 
 
 def test_the_corrected_command_works_in_the_same_folder(tmp_path, seed_model, monkeypatch):
     synthetic_archive(monkeypatch)
     sizes = [f"--{key.replace('_', '-')}={value}" for key, value in SIZES.items()]
     refused("select_proxies", tmp_path / "run", *sizes, "--seed-model", "/nowhere", watch=tmp_path)
-    refused("select_proxies", tmp_path / "run", *sizes, "--seed-model", seed_model, "--test-size", "100", watch=tmp_path)
+    refused(
+        "select_proxies",
+        tmp_path / "run",
+        *sizes,
+        "--seed-model",
+        seed_model,
+        "--test-size",
+        "100",
+        watch=tmp_path,
+    )
     assert stage("select_proxies", tmp_path / "run", *sizes, "--seed-model", seed_model).code == 0
 
 
@@ -607,45 +891,66 @@ def test_a_foreign_folder_is_left_alone(tmp_path, seed_model):
 
 def test_a_file_as_run_dir_is_refused(tmp_path, seed_model):
     (tmp_path / "file").write_text("not a folder")
-    assert "name another folder" in refused("select_proxies", tmp_path / "file", "--seed-model", seed_model, watch=tmp_path)
+    assert "name another folder" in refused(
+        "select_proxies", tmp_path / "file", "--seed-model", seed_model, watch=tmp_path
+    )
 
 
-@pytest.mark.parametrize("name, flags", [("train_expert", []), ("unify_moe", ["--method", "btm"]), ("evaluate", [])])
+@pytest.mark.parametrize(
+    "name, flags", [("train_expert", []), ("unify_moe", ["--method", "btm"]), ("evaluate", [])]
+)
 def test_a_later_stage_needs_a_run(tmp_path, name, flags):
     assert "run select_proxies.py first" in refused(name, tmp_path / "empty", *flags, watch=tmp_path)
 
 
-@pytest.mark.parametrize("name, flags, say", [
-    ("select_proxies", ["--client", "nobody"], "nobody"),
-    ("train_expert", ["--client", "nobody"], "nobody"),
-    ("train_expert", ["--lr", "0"], "--lr"),
-    ("train_expert", ["--lr", "nan"], "--lr"),
-    ("train_expert", ["--rank", "0"], "--rank"),
-    ("train_expert", ["--epochs", "0"], "--epochs"),
-    ("train_expert", ["--batch-size", "-4"], "--batch-size"),
-    ("train_expert", ["--warmup-steps", "-1"], "--warmup-steps"),
-    ("unify_moe", ["--method", "metamoe", "--lambda-init", "1.5"], "--lambda-init"),
-    ("unify_moe", ["--method", "metamoe", "--lambda-init", "nan"], "--lambda-init"),
-    ("unify_moe", ["--method", "metamoe", "--top-k", "0"], "--top-k"),
-    ("unify_moe", ["--method", "metamoe", "--top-k", "4"], "--top-k"),
-    ("unify_moe", ["--method", "metamoe", "--lr", "0"], "--lr"),
-    ("unify_moe", ["--method", "metamoe", "--lr", "nan"], "--lr"),
-    ("unify_moe", ["--method", "metamoe", "--name", "../../outside"], "--name"),
-    ("unify_moe", ["--method", "metamoe", "--name", "btm"], "--name"),
-    ("unify_moe", ["--method", "metamoe", "--name", "zeroshot"], "--name"),
-    ("unify_moe", ["--method", "metamoe", "--name", "expert-hotels"], "--name"),
-    ("unify_moe", ["--method", "metamoe", "--selection", "random"], "upload"),
-    ("evaluate", ["--models", "nobody"], "nobody"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "name, flags, say",
+    [
+        ("select_proxies", ["--client", "nobody"], "nobody"),
+        ("train_expert", ["--client", "nobody"], "nobody"),
+        ("train_expert", ["--lr", "0"], "--lr"),
+        ("train_expert", ["--lr", "nan"], "--lr"),
+        ("train_expert", ["--rank", "0"], "--rank"),
+        ("train_expert", ["--epochs", "0"], "--epochs"),
+        ("train_expert", ["--batch-size", "-4"], "--batch-size"),
+        ("train_expert", ["--warmup-steps", "-1"], "--warmup-steps"),
+        ("unify_moe", ["--method", "metamoe", "--lambda-init", "1.5"], "--lambda-init"),
+        ("unify_moe", ["--method", "metamoe", "--lambda-init", "nan"], "--lambda-init"),
+        ("unify_moe", ["--method", "metamoe", "--top-k", "0"], "--top-k"),
+        ("unify_moe", ["--method", "metamoe", "--top-k", "4"], "--top-k"),
+        ("unify_moe", ["--method", "metamoe", "--lr", "0"], "--lr"),
+        ("unify_moe", ["--method", "metamoe", "--lr", "nan"], "--lr"),
+        ("unify_moe", ["--method", "metamoe", "--name", "../../outside"], "--name"),
+        ("unify_moe", ["--method", "metamoe", "--name", "btm"], "--name"),
+        ("unify_moe", ["--method", "metamoe", "--name", "zeroshot"], "--name"),
+        ("unify_moe", ["--method", "metamoe", "--name", "expert-hotels"], "--name"),
+        ("unify_moe", ["--method", "metamoe", "--selection", "random"], "upload"),
+        ("evaluate", ["--models", "nobody"], "nobody"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_a_bad_setting_of_a_later_stage_changes_nothing(run, name, flags, say):
     assert say in refused(name, run, *flags)
 
 
-@pytest.mark.parametrize("name, flags", [("train_expert", ["--data", "public"]), ("unify_moe", ["--method", "voting"]), ("unify_moe", []), ("select_proxies", ["--selection", "luck"])])
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("train_expert", ["--data", "public"]),
+        ("unify_moe", ["--method", "voting"]),
+        ("unify_moe", []),
+        ("select_proxies", ["--selection", "luck"]),
+    ],
+)
 def test_argparse_refuses_what_is_no_choice(run, name, flags):
     before = drive.snapshot(run)
     result = stage(name, run, *flags)
-    assert result.code == 2 and "usage:" in result.err and "Traceback" not in result.err and drive.snapshot(run) == before
+    assert (
+        result.code == 2
+        and "usage:" in result.err
+        and "Traceback" not in result.err
+        and drive.snapshot(run) == before
+    )
 
 
 def test_an_expert_needs_its_selection(fresh):
@@ -658,7 +963,15 @@ def test_a_missing_upload_is_named(run):
     assert "hotels/upload/aligned-dpp" in message and "train_expert.py" in message
 
 
-@pytest.mark.parametrize("file", ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "router.safetensors", "proxies.json"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+        "router.safetensors",
+        "proxies.json",
+    ],
+)
 def test_an_edited_upload_is_named(run, file):
     path = run / "clients" / "hotels" / "upload" / "private-similarity" / file
     content = bytearray(path.read_bytes())
@@ -672,10 +985,14 @@ def test_an_edited_upload_is_named(run, file):
 def test_files_more_or_fewer_in_an_upload_are_named(run):
     upload = run / "clients" / "question" / "upload" / "aligned-dpp"
     (upload / "gift.txt").write_text("x")
-    assert "gift.txt is not in the manifest" in refused("unify_moe", run, "--method", "metamoe", "--name", "new")
+    assert "gift.txt is not in the manifest" in refused(
+        "unify_moe", run, "--method", "metamoe", "--name", "new"
+    )
     (upload / "gift.txt").unlink()
     (upload / "router.safetensors").unlink()
-    assert "router.safetensors is missing" in refused("unify_moe", run, "--method", "metamoe", "--name", "new")
+    assert "router.safetensors is missing" in refused(
+        "unify_moe", run, "--method", "metamoe", "--name", "new"
+    )
 
 
 @pytest.mark.parametrize("index", [-1, SIZES["public_size"]])
@@ -698,7 +1015,10 @@ def test_evaluate_without_the_clients_data_says_so(run):
 
 def test_leftovers_of_a_killed_stage_are_no_rows(run):
     shutil.copytree(run / "moe" / "metamoe", run / "moe" / ".next.part")
-    shutil.copytree(run / "clients" / "hotels" / "upload" / "aligned-dpp", run / "clients" / "hotels" / "upload" / ".next.part")
+    shutil.copytree(
+        run / "clients" / "hotels" / "upload" / "aligned-dpp",
+        run / "clients" / "hotels" / "upload" / ".next.part",
+    )
     before = (run / "results.json").read_bytes()
     assert stage("evaluate", run).code == 0
     assert (run / "results.json").read_bytes() == before
@@ -718,7 +1038,12 @@ def test_a_refusal_reaches_the_shell(tmp_path):
     """Exit code and stderr of a real process, not of `drive.call`."""
     command = [sys.executable, tiny.REPO / "unify_moe.py", "--run-dir", tmp_path / "none", "--method", "btm"]
     done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+    assert (
+        done.returncode == 2
+        and done.stdout == ""
+        and done.stderr.count("\n") == 1
+        and done.stderr.startswith("error: ")
+    )
     assert not any(tmp_path.iterdir())
 
 
@@ -728,7 +1053,11 @@ def test_a_refusal_reaches_the_shell(tmp_path):
 WRITERS = [
     ("select_proxies", ["--selection", "dpp"], ["clients/hotels/selection", "public/features.npy"]),
     ("select_proxies", ["--selection", "dpp", "--client", "hotels"], ["clients/hotels/selection"]),
-    ("train_expert", ["--data", "private", "--selection", "similarity", "--client", "hotels"], ["clients/hotels/experts/private", "clients/hotels/upload/private-similarity"]),
+    (
+        "train_expert",
+        ["--data", "private", "--selection", "similarity", "--client", "hotels"],
+        ["clients/hotels/experts/private", "clients/hotels/upload/private-similarity"],
+    ),
     ("unify_moe", ["--method", "metamoe"], ["moe/metamoe"]),
     ("unify_moe", ["--method", "soup"], ["moe/soup"]),
     ("evaluate", [], ["scores/metamoe.test.json"]),
@@ -736,7 +1065,11 @@ WRITERS = [
 ]
 
 
-@pytest.mark.parametrize("name, flags, remove", WRITERS, ids=lambda value: str(value[-1]) if isinstance(value, list) and value else "")
+@pytest.mark.parametrize(
+    "name, flags, remove",
+    WRITERS,
+    ids=lambda value: str(value[-1]) if isinstance(value, list) and value else "",
+)
 def test_a_limit_on_file_sizes_ends_in_one_line(run, name, flags, remove):
     """EFBIG where a file may not grow, as on a full disk: one line, exit code 2, no half a file."""
     for path in map(run.joinpath, remove):
@@ -761,7 +1094,10 @@ def full_disk_checks(result, run, before):
     assert not [p for p in run.rglob("*") if ".part" in p.name]
     for path in (run / new for new in after.keys() - before.keys()):  # written while there was room: whole
         {".json": read_json, ".npy": np.load, ".safetensors": load_file}[path.suffix](path)
-        assert path.parent.name in ("public", "selection", "scores") or any((p / "done.json").exists() or (p / "manifest.json").exists() for p in (path.parent, path.parent.parent))
+        assert path.parent.name in ("public", "selection", "scores") or any(
+            (p / "done.json").exists() or (p / "manifest.json").exists()
+            for p in (path.parent, path.parent.parent)
+        )
 
 
 @pytest.fixture
@@ -769,14 +1105,22 @@ def small_disk(tmp_path):
     """A mounted file system of 2 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", folder], capture_output=True) if shutil.which("mount") else None
+    mount = (
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", folder], capture_output=True)
+        if shutil.which("mount")
+        else None
+    )
     if mount is None or mount.returncode:
         pytest.skip("may not mount a small disk here")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.mark.parametrize("name, flags, remove", WRITERS, ids=lambda value: str(value[-1]) if isinstance(value, list) and value else "")
+@pytest.mark.parametrize(
+    "name, flags, remove",
+    WRITERS,
+    ids=lambda value: str(value[-1]) if isinstance(value, list) and value else "",
+)
 @pytest.mark.parametrize("room", [0, 5000])
 def test_a_full_disk_ends_in_one_line(run, small_disk, name, flags, remove, room):
     """ENOSPC for real, at once and after a page."""
@@ -802,7 +1146,12 @@ def test_a_full_disk_under_a_memory_map_ends_in_one_line(seed_model, small_disk)
     tiny.make_run(run_dir, seed_model, public_size=600)  # 75 kB of features
     before = drive.snapshot(run_dir)
     fill(small_disk, 30_000)
-    done = subprocess.run([sys.executable, tiny.REPO / "select_proxies.py", "--run-dir", run_dir, *COMMON], env=tiny.environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, tiny.REPO / "select_proxies.py", "--run-dir", run_dir, *COMMON],
+        env=tiny.environment(),
+        capture_output=True,
+        text=True,
+    )
     full_disk_checks(drive.Result(done.returncode, done.stdout, done.stderr), run_dir, before)
 
 
@@ -823,15 +1172,24 @@ def test_a_killed_pipeline_goes_on_to_the_same_results(tmp_path, pristine, finis
     run_dir, report = finished
     shutil.copytree(pristine, tmp_path / "run")
     killed = tiny.drive(
-        run_dir=str(tmp_path / "run"), pristine=str(pristine), commands=tiny.commands(tmp_path / "run"),
-        kills=10, seconds=report["seconds"], writes=500, seed=3,
+        run_dir=str(tmp_path / "run"),
+        pristine=str(pristine),
+        commands=tiny.commands(tmp_path / "run"),
+        kills=10,
+        seconds=report["seconds"],
+        writes=500,
+        seed=3,
     )
     assert killed["kills"] == 10 and killed["ended"]
     wanted = {p: h for p, h in drive.snapshot(run_dir, *CLOCKS).items() if not p.startswith("scores/")}
     for end in killed["ended"]:
         assert end["code"] == 0, killed["stderr"]
         assert not [path for path in end["files"] if ".part" in path]
-        got = {p: h for p, h in end["files"].items() if not p.startswith("scores/") and Path(p).name not in CLOCKS}
+        got = {
+            p: h
+            for p, h in end["files"].items()
+            if not p.startswith("scores/") and Path(p).name not in CLOCKS
+        }
         assert got == wanted
     assert any(log["left"] for log in killed["logs"])  # the kills did hit half-written things
 

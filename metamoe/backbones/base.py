@@ -18,7 +18,9 @@ def import_transformers():
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # of loading weights, a second or two
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT's, of no concern to the user
+    warnings.filterwarnings(
+        "ignore", message=".*is_gradient_checkpointing.*"
+    )  # PEFT's, of no concern to the user
     return transformers
 
 
@@ -38,7 +40,9 @@ def pick_device(name="auto"):
 def pick_dtype(name, device):
     """bfloat16 where the hardware computes in it, else float32."""
     if name == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        fast = (
+            torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        )
         name = "bfloat16" if fast else "float32"
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
@@ -63,7 +67,15 @@ class Backbone:
         from accelerate.utils import gather_object
 
         unreadable = {}  # process -> its list
-        while any(batch := gather_object([(*found, state.process_index, list(self.unreadable)) if (found := next(mine, None)) else None])):
+        while any(
+            batch := gather_object(
+                [
+                    (*found, state.process_index, list(self.unreadable))
+                    if (found := next(mine, None))
+                    else None
+                ]
+            )
+        ):
             for indices, values, process, bad in filter(None, batch):
                 unreadable[process] = bad
                 yield indices, values, [item for items in unreadable.values() for item in items]
@@ -74,14 +86,18 @@ class Backbone:
         for batch, values, unreadable in self.shared_embed(records, label):
             out[batch] = values
         if unreadable:
-            raise UserError(f"private sample {unreadable[0][1]}: repair it or take it out of the client's data")
+            raise UserError(
+                f"private sample {unreadable[0][1]}: repair it or take it out of the client's data"
+            )
         return out
 
     @torch.no_grad()
     def routing_vectors(self, model, records, label="routing vectors"):
         """(L, d) float32: mean over samples of the token mean of each FFN's input (a text's prompt, as in the router's context)."""
         lm, mask, state = unwrap(model), None, processes()
-        dealt = state.num_processes > 1 and not sharding()  # sharded weights come together only where all processes run the same layers
+        dealt = (
+            state.num_processes > 1 and not sharding()
+        )  # sharded weights come together only where all processes run the same layers
         sums = torch.zeros(len(self.ffn_names), self.width, dtype=torch.float64)
 
         def add_to(layer):
@@ -90,7 +106,10 @@ class Backbone:
 
             return hook
 
-        hooks = [lm.get_submodule(name).register_forward_pre_hook(add_to(i)) for i, name in enumerate(self.ffn_names)]
+        hooks = [
+            lm.get_submodule(name).register_forward_pre_hook(add_to(i))
+            for i, name in enumerate(self.ffn_names)
+        ]
         try:
             for number, (mask, forward) in enumerate(self.prompt_batches(model, records, label)):
                 if not dealt or number % state.num_processes == state.process_index:
@@ -113,7 +132,9 @@ class Backbone:
 
         torch.manual_seed(seed)
         targets = [f"{ffn}.{linear}" for ffn in self.ffn_names for linear in self.ffn_linears]
-        return get_peft_model(self.model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type=self.task_type))
+        return get_peft_model(
+            self.model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type=self.task_type)
+        )
 
     def train_full_ffn(self):
         """The model with its FFN weights themselves trainable, in float32."""
@@ -127,7 +148,10 @@ class Backbone:
             from peft import PeftModel
 
             return PeftModel.from_pretrained(self.model, Path(folder) / "adapter").eval()
-        self.model.load_state_dict({k: v.to(self.dtype) for k, v in load_file(Path(folder) / "ffn.safetensors").items()}, strict=False)
+        self.model.load_state_dict(
+            {k: v.to(self.dtype) for k, v in load_file(Path(folder) / "ffn.safetensors").items()},
+            strict=False,
+        )
         return self.model.eval()
 
 

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from metamoe.backbones.base import Backbone, unwrap
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import epoch_batches
 from metamoe.data.decoding import BadImage, open_image
 from metamoe.errors import UserError
+from metamoe.progress import progress
 from metamoe.rundir import atomic, read_json
 from moe import fix_torchvision
 
@@ -44,8 +44,10 @@ class ClipBackbone(Backbone):
         except UserError:
             raise
         except Exception as error:  # open_clip passes on what the hub, pickle, safetensors and torch raise
-            raise UserError(f"seed model {self.source}: open_clip cannot load it as {preset['architecture']} ({(str(error).splitlines() or [type(error).__name__])[0]}); "
-                            "give a local checkpoint with --seed-model") from None
+            raise UserError(
+                f"seed model {self.source}: open_clip cannot load it as {preset['architecture']} ({(str(error).splitlines() or [type(error).__name__])[0]}); "
+                "give a local checkpoint with --seed-model"
+            ) from None
         self.model = model.to(device).eval().requires_grad_(False)
         visual = self.model.visual
         # Without its projection the tower returns the post-LN CLS feature, which relevance and DPP work on.
@@ -55,7 +57,9 @@ class ClipBackbone(Backbone):
         self.size, self.width = visual.image_size[0], self.projection.shape[0]
         self.mean = getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
         self.std = getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
-        self.ffn_names = [f"visual.transformer.resblocks.{i}.mlp" for i in range(len(visual.transformer.resblocks))]
+        self.ffn_names = [
+            f"visual.transformer.resblocks.{i}.mlp" for i in range(len(visual.transformer.resblocks))
+        ]
         self.class_features, self.unreadable = {}, []
 
     # --- images
@@ -82,14 +86,18 @@ class ClipBackbone(Backbone):
         """
         dataset = Images(records, self.transform, seed)
         keys = [[(index, step) for index in batch] for step, batch in enumerate(batches)]
-        loader = torch.utils.data.DataLoader(dataset, batch_sampler=keys, num_workers=self.workers, collate_fn=list)
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_sampler=keys, num_workers=self.workers, collate_fn=list
+        )
         self.unreadable, self.seconds = [], 0.0
         waiting = time.perf_counter()
         for items in loader:
             self.seconds += time.perf_counter() - waiting
             self.unreadable += [(index, error) for index, _, error in items if error]
             good = [(index, image) for index, image, error in items if not error]
-            images = torch.stack([image for _, image in good]) if good else torch.empty(0, 3, self.size, self.size)
+            images = (
+                torch.stack([image for _, image in good]) if good else torch.empty(0, 3, self.size, self.size)
+            )
             yield [index for index, _ in good], images.to(self.device)
             waiting = time.perf_counter()
 
@@ -108,7 +116,7 @@ class ClipBackbone(Backbone):
     def text_features(self, classes):
         """Unit text features (C, e) of the class prompts; each class is encoded once."""
         new = [name for name in classes if name not in self.class_features]
-        for start in tqdm(range(0, len(new), 64), desc="class prompts", disable=None if len(new) > 64 else True):
+        for start in progress(range(0, len(new), 64), desc="class prompts", show=len(new) > 64):
             names = new[start : start + 64]
             tokens = self.tokenizer([self.template.format(name) for name in names]).to(self.device)
             self.class_features |= zip(names, self.model.encode_text(tokens, normalize=True))
@@ -130,7 +138,7 @@ class ClipBackbone(Backbone):
         """Yield (indices, features (b, d) float32) batch by batch: the seed's post-LN CLS feature of each readable image;
         after the first `skip` batches each `every`-th."""
         batches = chunks(len(records), batch)
-        with tqdm(total=len(records), initial=skip * batch, desc=label, unit="image", disable=None) as bar:
+        with progress(total=len(records), initial=skip * batch, desc=label, unit="image") as bar:
             for indices, images in self.load(records, batches[skip::every]):
                 yield indices, self.pool(self.model, images).cpu().numpy()
                 bar.update(len(indices))
@@ -138,7 +146,7 @@ class ClipBackbone(Backbone):
     def prompt_batches(self, model, records, label):
         """Yield (token mask (B, T), a function that runs the images through the model) batch by batch."""
         width = self.model.visual.positional_embedding.shape[0]
-        with tqdm(total=len(records), desc=label, unit="image", disable=None) as bar:
+        with progress(total=len(records), desc=label, unit="image") as bar:
             for indices, images in self.load(records, chunks(len(records), 128)):
                 tokens = torch.ones(len(indices), width, dtype=torch.bool, device=self.device)
                 yield tokens, lambda: self.pool(model, images)
@@ -152,7 +160,9 @@ class ClipBackbone(Backbone):
         targets = torch.tensor([label[record["answer"]] for record in records], device=self.device)
         state, batches = processes(), list(epoch_batches([1] * len(records), batch_size, steps, seed))
         mine = [batch[state.process_index :: state.num_processes] for batch in batches]
-        for whole, part, (indices, images) in zip(batches, mine, self.load(records, [part or whole[:1] for whole, part in zip(batches, mine)], seed)):
+        for whole, part, (indices, images) in zip(
+            batches, mine, self.load(records, [part or whole[:1] for whole, part in zip(batches, mine)], seed)
+        ):
             self.refuse_unreadable()
             # On the CPU the fused attention's backward is slower on so few tokens: a fifth of a step.
             with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext():
@@ -163,7 +173,7 @@ class ClipBackbone(Backbone):
     def scores(self, model, records, label="scoring", scoring=None):
         """Logits of each record's choices: a list of float64 arrays, one per record."""
         result, texts = [None] * len(records), self.text_features(records[0]["choices"])
-        with tqdm(total=len(records), desc=label, unit="image", disable=None) as bar:
+        with progress(total=len(records), desc=label, unit="image") as bar:
             for indices, images in self.load(records, chunks(len(records), 128)):
                 for i, values in zip(indices, self.classify(model, images, texts).double().cpu().numpy()):
                     result[i] = values
@@ -200,7 +210,13 @@ class Images(torch.utils.data.Dataset):
                 image = open_image(image)
         except BadImage as error:
             return index, None, str(error)
-        return index, self.transform(image, None if self.seed is None else np.random.default_rng([self.seed, step, index])), ""
+        return (
+            index,
+            self.transform(
+                image, None if self.seed is None else np.random.default_rng([self.seed, step, index])
+            ),
+            "",
+        )
 
 
 def chunks(count, size):

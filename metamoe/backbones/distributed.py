@@ -7,7 +7,13 @@ from types import SimpleNamespace
 
 import torch
 
-ALONE = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True, main_process_first=contextlib.nullcontext, wait_for_everyone=lambda: None)
+ALONE = SimpleNamespace(
+    process_index=0,
+    num_processes=1,
+    is_main_process=True,
+    main_process_first=contextlib.nullcontext,
+    wait_for_everyone=lambda: None,
+)
 
 
 def processes(device="auto"):
@@ -21,7 +27,9 @@ def processes(device="auto"):
     from accelerate import PartialState
 
     # the timeout: the others wait while the main process fits relevance heads and runs the DPP
-    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=datetime.timedelta(hours=6))
+    return PartialState(
+        cpu=device == "cpu" or not torch.cuda.is_available(), timeout=datetime.timedelta(hours=6)
+    )
 
 
 def sharding():

@@ -35,7 +35,10 @@ def public_features(run_dir, backbone, records, dtype):
 
 def embed_public(part, progress, backbone, records, dtype):
     """Embed D_0 into `part`, or go on where `progress` says that it stopped; returns what is known then: "unreadable", "seconds", ...."""
-    state, shape = {"dtype": dtype, "batches": 0, "unreadable": [], "seconds": 0.0}, (len(records), backbone.width)
+    state, shape = (
+        {"dtype": dtype, "batches": 0, "unreadable": [], "seconds": 0.0},
+        (len(records), backbone.width),
+    )
     main = processes().is_main_process
     with processes().main_process_first():
         if part.exists() and progress.exists() and (found := read_json(progress))["dtype"] == dtype:
@@ -66,7 +69,11 @@ def embed_public(part, progress, backbone, records, dtype):
     seconds = time.perf_counter() - start
     state["seconds"] = earlier + seconds
     write_json(progress, state)
-    waited = f", {100 * backbone.seconds / seconds:.0f}% of the time waiting for decoded images" if backbone.seconds else ""
+    waited = (
+        f", {100 * backbone.seconds / seconds:.0f}% of the time waiting for decoded images"
+        if backbone.seconds
+        else ""
+    )
     print(f"select_proxies: embedded {count} public samples, {count / seconds:.1f} a second{waited}")
     for _, message in state["unreadable"]:
         print(f"    skipped: {message}")

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from metamoe.backbones.base import Backbone, import_transformers, masked_mean, unwrap
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import epoch_batches
 from metamoe.errors import UserError
+from metamoe.progress import progress
 
 WINDOW = 8192  # texts that are tokenised at a time to be grouped by length
 
@@ -25,26 +25,46 @@ class TextBackbone(Backbone):
     task_type = "CAUSAL_LM"
     unreadable, seconds = (), 0.0
 
-    def __init__(self, source, device, dtype, max_length=256, embedded="prompt", answers="text", loss="answer"):
+    def __init__(
+        self, source, device, dtype, max_length=256, embedded="prompt", answers="text", loss="answer"
+    ):
         transformers = import_transformers()
-        self.source, self.device, self.dtype, self.max_length, self.embedded = str(source), device, dtype, max_length, embedded
+        self.source, self.device, self.dtype, self.max_length, self.embedded = (
+            str(source),
+            device,
+            dtype,
+            max_length,
+            embedded,
+        )
         self.letters, self.whole_text = answers == "letters", loss == "text"
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.source)
             # The frozen weights are stored in the compute dtype, so that autocast casts the small trained ones only.
             # Eager attention on the CPU: the fused kernel's backward is twice as slow at the lengths of short texts.
             attention = "eager" if device.type == "cpu" else "sdpa"
-            model = transformers.AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype, attn_implementation=attention)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                self.source, dtype=dtype, attn_implementation=attention
+            )
         except (OSError, ValueError) as error:
-            raise UserError(f"seed model {self.source}: cannot be loaded as a causal language model ({str(error).splitlines()[0]}); name a local "
-                            "folder with --seed-model, or log in to the hub (hf auth login) where it asks for that") from None
+            raise UserError(
+                f"seed model {self.source}: cannot be loaded as a causal language model ({str(error).splitlines()[0]}); name a local "
+                "folder with --seed-model, or log in to the hub (hf auth login) where it asks for that"
+            ) from None
         self.ffn_names = [name for name, _ in model.named_modules() if name.endswith(".mlp")]
-        if not self.ffn_names or not all(hasattr(model.get_submodule(ffn), linear) for ffn in self.ffn_names for linear in self.ffn_linears):
-            raise UserError(f"seed model {self.source}: a {type(model).__name__} has no FFNs of gate_proj, up_proj and down_proj in every layer; "
-                            "LLaMA, Mistral, Qwen, SmolLM and their like do")
+        if not self.ffn_names or not all(
+            hasattr(model.get_submodule(ffn), linear) for ffn in self.ffn_names for linear in self.ffn_linears
+        ):
+            raise UserError(
+                f"seed model {self.source}: a {type(model).__name__} has no FFNs of gate_proj, up_proj and down_proj in every layer; "
+                "LLaMA, Mistral, Qwen, SmolLM and their like do"
+            )
         self.model = model.to(device).eval().requires_grad_(False)
         self.width = self.model.config.hidden_size
-        self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        self.pad = (
+            self.tokenizer.pad_token_id
+            if self.tokenizer.pad_token_id is not None
+            else self.tokenizer.eos_token_id
+        )
 
     def public_classes(self, folder):
         return []  # the label set is the vocabulary
@@ -78,11 +98,16 @@ class TextBackbone(Backbone):
 
         In many vocabularies " A" is one token, in others a space and a letter. Raises UserError where ids coincide.
         """
-        letters = [self.tokenizer(f" {letter}", add_special_tokens=False)["input_ids"] for letter in string.ascii_uppercase]
+        letters = [
+            self.tokenizer(f" {letter}", add_special_tokens=False)["input_ids"]
+            for letter in string.ascii_uppercase
+        ]
         shared = os.path.commonprefix(letters)
         ids = [letter[len(shared)] for letter in letters if len(letter) > len(shared)]
         if len(set(ids)) < len(letters):
-            raise UserError(f"seed model {self.source}: its tokenizer does not tell the letters A to Z apart: score with --scoring likelihood")
+            raise UserError(
+                f"seed model {self.source}: its tokenizer does not tell the letters A to Z apart: score with --scoring likelihood"
+            )
         return shared, ids
 
     def collate(self, encoded):
@@ -125,8 +150,10 @@ class TextBackbone(Backbone):
         """Yield (indices, features (b, d) float32) batch by batch: mean over the tokens of the prompt (or the input: the
         preset's `embed`) of the seed's last hidden state. The batches are always the same; the first `skip` are left out,
         and of the rest all but each `every`-th."""
-        with tqdm(total=len(records), desc=label, unit="text", disable=None) as bar:
-            for number, (indices, encoded) in enumerate(self.windows(records, lambda record: {"prompt": record[self.embedded]})):
+        with progress(total=len(records), desc=label, unit="text") as bar:
+            for number, (indices, encoded) in enumerate(
+                self.windows(records, lambda record: {"prompt": record[self.embedded]})
+            ):
                 if number >= skip and (number - skip) % every == 0:
                     ids, real, prompts, _ = self.collate(encoded)
                     with self.autocast():
@@ -136,7 +163,7 @@ class TextBackbone(Backbone):
 
     def prompt_batches(self, model, records, label):
         """Yield (token mask (B, T), a function that runs the prompts through the model) batch by batch."""
-        with tqdm(total=len(records), desc=label, unit="text", disable=None) as bar:
+        with progress(total=len(records), desc=label, unit="text") as bar:
             for indices, encoded in self.windows(records, self.form):
                 ids, mask, prompts, _ = self.collate(encoded)
                 yield mask, lambda: self.hidden(model, ids, mask, prompts)
@@ -153,12 +180,16 @@ class TextBackbone(Backbone):
         """Yield each step's loss (with its graph) over batches of texts of like length; under `accelerate launch` this
         process's part of the batch, so that the sum over processes is the mean over the whole batch's tokens."""
         state = processes()
-        bar = tqdm(records, desc="measuring lengths", unit="text", disable=None if len(records) > 10_000 else True)
-        lengths = np.fromiter((sum(map(len, self.example(record))) for record in bar), np.int32, len(records))  # the tokens themselves need not fit
+        bar = progress(records, desc="measuring lengths", unit="text", show=len(records) > 10_000)
+        lengths = np.fromiter(
+            (sum(map(len, self.example(record))) for record in bar), np.int32, len(records)
+        )  # the tokens themselves need not fit
         for batch in epoch_batches(lengths, batch_size, steps, seed):
             encoded = [self.example(records[i]) for i in batch]
             mine = encoded[state.process_index :: state.num_processes]
-            share = sum(map(self.count, mine)) / sum(map(self.count, encoded))  # 1 for one process, 0 where a short batch leaves nothing
+            share = sum(map(self.count, mine)) / sum(
+                map(self.count, encoded)
+            )  # 1 for one process, 0 where a short batch leaves nothing
             yield self.loss(model, mine or encoded[:1]) * share
 
     def count(self, example):
@@ -193,9 +224,11 @@ class TextBackbone(Backbone):
             encoded = [(self.encode(r)[0], [self.encode(r, c)[1] for c in r["choices"]]) for r in records]
         else:
             score = self._score_answers
-            encoded = [(prompt, [answer]) for prompt, answer in (self.encode(r, r["answer"]) for r in records)]
+            encoded = [
+                (prompt, [answer]) for prompt, answer in (self.encode(r, r["answer"]) for r in records)
+            ]
         result = [None] * len(records)
-        with tqdm(total=len(records), desc=label, unit="text", disable=None) as bar:
+        with progress(total=len(records), desc=label, unit="text") as bar:
             for batch in self.batches([len(p) + sum(map(len, cs)) for p, cs in encoded]):
                 for i, values in zip(batch, score(model, [encoded[i] for i in batch])):
                     result[i] = values
@@ -208,29 +241,48 @@ class TextBackbone(Backbone):
         return [np.array([np.cumsum([0.0, *tokens])[-1] for tokens in choices]) for choices in found]
 
     def _score_answers(self, model, encoded):
-        found = self._token_log_probs(model, encoded, lambda part: part >= 0 if self.whole_text else part == 0)  # as in training
+        found = self._token_log_probs(
+            model, encoded, lambda part: part >= 0 if self.whole_text else part == 0
+        )  # as in training
         return [np.array(tokens) for (tokens,) in found]
 
     def _score_letters(self, model, encoded):
         shared, letters = self.letter_ids()
         ids, real, prompts, _ = self.collate([(prompt, shared) for prompt, _ in encoded])
         with self.autocast():
-            states = self.hidden(model, ids, real, real if self.whole_text else prompts)[range(len(encoded)), real.sum(1) - 1]  # (B, d)
-        logits = states.float() @ unwrap(model).lm_head.weight[letters].float().T  # (B, 26); bfloat16 would tie likely letters
+            states = self.hidden(model, ids, real, real if self.whole_text else prompts)[
+                range(len(encoded)), real.sum(1) - 1
+            ]  # (B, d)
+        logits = (
+            states.float() @ unwrap(model).lm_head.weight[letters].float().T
+        )  # (B, 26); bfloat16 would tie likely letters
         return [row[: len(choices)].double().cpu().numpy() for row, (_, choices) in zip(logits, encoded)]
 
     def _generate(self, model, encoded):
         from transformers import GenerationConfig
 
         lm, width = unwrap(model), max(len(prompt) for prompt, _ in encoded)
-        ids = torch.tensor([[self.pad] * (width - len(prompt)) + prompt for prompt, _ in encoded], device=self.device)
-        real = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in encoded], device=self.device)
+        ids = torch.tensor(
+            [[self.pad] * (width - len(prompt)) + prompt for prompt, _ in encoded], device=self.device
+        )
+        real = torch.tensor(
+            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in encoded], device=self.device
+        )
         # not the seed's own configuration, which may sample or punish repetition
-        config = GenerationConfig(max_new_tokens=16, do_sample=False, pad_token_id=self.pad, eos_token_id=self.tokenizer.eos_token_id, use_cache=lm.config.use_cache)
+        config = GenerationConfig(
+            max_new_tokens=16,
+            do_sample=False,
+            pad_token_id=self.pad,
+            eos_token_id=self.tokenizer.eos_token_id,
+            use_cache=lm.config.use_cache,
+        )
         if hasattr(lm, "routing"):
             lm.routing.context_mask = lm.routing.token_mask = None
         with self.autocast():
-            texts = self.tokenizer.batch_decode(lm.generate(input_ids=ids, attention_mask=real, generation_config=config)[:, width:], skip_special_tokens=True)
+            texts = self.tokenizer.batch_decode(
+                lm.generate(input_ids=ids, attention_mask=real, generation_config=config)[:, width:],
+                skip_special_tokens=True,
+            )
         values = []
         for text, (_, choices) in zip(texts, encoded):
             found = re.search(r"\b[A-Z]\b", text)
@@ -249,7 +301,12 @@ class TextBackbone(Backbone):
         ids = torch.full((len(encoded), width), self.pad)
         part = torch.full_like(ids, -1)  # 0: prompt, 1, 2, ...: that choice, -1: padding
         position = torch.zeros_like(ids)
-        rows, sources, targets, owners = [], [], [], []  # each scored token: row, position that predicts it, id, choice
+        rows, sources, targets, owners = (
+            [],
+            [],
+            [],
+            [],
+        )  # each scored token: row, position that predicts it, id, choice
         for row, (prompt, choices) in enumerate(encoded):
             end = len(prompt)
             ids[row, :end], part[row, :end], position[row, :end] = torch.tensor(prompt), 0, torch.arange(end)
@@ -265,12 +322,18 @@ class TextBackbone(Backbone):
         ids, part, position = ids.to(self.device), part.to(self.device), position.to(self.device)
         sees = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])  # (B, T, T)
         sees &= torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
-        mask = torch.zeros(sees.shape, dtype=self.dtype, device=self.device).masked_fill(~sees, torch.finfo(self.dtype).min)
+        mask = torch.zeros(sees.shape, dtype=self.dtype, device=self.device).masked_fill(
+            ~sees, torch.finfo(self.dtype).min
+        )
         with self.autocast():
             # The routing counts are those of the prompt: wrong choices say nothing of a client's tokens.
-            states = self.hidden(model, ids, part == 0, context(part), attention_mask=mask[:, None], position_ids=position)
+            states = self.hidden(
+                model, ids, part == 0, context(part), attention_mask=mask[:, None], position_ids=position
+            )
             logits = unwrap(model).lm_head(states[rows, sources])
-        log_probs = F.log_softmax(logits.float(), -1).gather(1, torch.tensor(targets, device=self.device)[:, None])[:, 0]
+        log_probs = F.log_softmax(logits.float(), -1).gather(
+            1, torch.tensor(targets, device=self.device)[:, None]
+        )[:, 0]
         values = [[[] for _ in choices] for _, choices in encoded]
         for row, owner, value in zip(rows, owners, log_probs.double().tolist()):
             values[row][owner].append(value)
@@ -288,12 +351,23 @@ def lettered(record):
         return record
     letters = [f" {letter}" for letter in string.ascii_uppercase[: len(record["choices"])]]
     if len(letters) < len(record["choices"]):
-        raise UserError(f"a record has {len(record['choices'])} choices, letters reach 26: make the run with --answers text and score with --scoring likelihood (its prompt: {record['prompt'][:60]!r})")
+        raise UserError(
+            f"a record has {len(record['choices'])} choices, letters reach 26: make the run with --answers text and score with --scoring likelihood (its prompt: {record['prompt'][:60]!r})"
+        )
     head, _, last = record["prompt"].rpartition("\n")
     if not last.endswith(":"):
         head, last = record["prompt"], "Answer:"
-    lines = [head] * bool(head) + ["Choices:"] + [f"{letter.strip()}. {choice.strip()}" for letter, choice in zip(letters, record["choices"])] + [last]
-    return record | {"prompt": "\n".join(lines), "choices": letters, "answer": letters[record["choices"].index(record["answer"])]}
+    lines = (
+        [head] * bool(head)
+        + ["Choices:"]
+        + [f"{letter.strip()}. {choice.strip()}" for letter, choice in zip(letters, record["choices"])]
+        + [last]
+    )
+    return record | {
+        "prompt": "\n".join(lines),
+        "choices": letters,
+        "answer": letters[record["choices"].index(record["answer"])],
+    }
 
 
 def head_loss(head, states, targets, logit_bytes=2**29):
@@ -306,5 +380,8 @@ def head_loss(head, states, targets, logit_bytes=2**29):
     def part(states, targets):
         return F.cross_entropy(head(states).float(), targets, reduction="sum")
 
-    parts = [checkpoint(part, *pair, use_reentrant=False) for pair in zip(states.split(chunk), targets.split(chunk))]
+    parts = [
+        checkpoint(part, *pair, use_reentrant=False)
+        for pair in zip(states.split(chunk), targets.split(chunk))
+    ]
     return torch.stack(parts).sum() / len(states)

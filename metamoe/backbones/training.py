@@ -5,12 +5,12 @@ import math
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from metamoe.backbones.base import unwrap
 from metamoe.backbones.distributed import ALONE, processes, sharding
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
+from metamoe.progress import progress
 
 
 def use_checkpointing(flag, run, backbone):
@@ -41,7 +41,23 @@ def sum_over_processes(loss, parameters):
     return total[0]
 
 
-def train(backbone, model, records, groups, *, steps, batch_size, warmup_steps, optimizer, weight_decay, seed, label, classes=(), after_step=None, checkpointing=False):
+def train(
+    backbone,
+    model,
+    records,
+    groups,
+    *,
+    steps,
+    batch_size,
+    warmup_steps,
+    optimizer,
+    weight_decay,
+    seed,
+    label,
+    classes=(),
+    after_step=None,
+    checkpointing=False,
+):
     """Train in place; every record once an epoch, `steps` steps, constant rate after a linear warm-up.
 
     groups: optimiser parameter groups, each with its own "lr". optimizer: "adamw", or "sgd" (Nesterov momentum 0.9).
@@ -53,14 +69,16 @@ def train(backbone, model, records, groups, *, steps, batch_size, warmup_steps, 
     else:
         optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps))
+    )
     losses, alone = [], processes() is ALONE
     if checkpointing:
         backbone.checkpoint(model)
     if sharding():
         shard(model)
     model.train()
-    with enough_memory(label), tqdm(total=steps, desc=label, unit="step", disable=None) as bar:
+    with enough_memory(label), progress(total=steps, desc=label, unit="step") as bar:
         for loss in backbone.losses(model, records, classes, batch_size, steps, seed):
             loss.backward()
             if not alone:
@@ -72,7 +90,9 @@ def train(backbone, model, records, groups, *, steps, batch_size, warmup_steps, 
                 after_step()
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
-                raise UserError(f"{label}: the loss became {losses[-1]} at step {len(losses)}: lower the learning rate")
+                raise UserError(
+                    f"{label}: the loss became {losses[-1]} at step {len(losses)}: lower the learning rate"
+                )
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             bar.update()
     model.eval()
@@ -86,7 +106,9 @@ def enough_memory(label):
     try:
         yield
     except torch.OutOfMemoryError:
-        raise UserError(f"{label}: the GPU's memory is full: use --gradient-checkpointing, a smaller --batch-size, or several GPUs (accelerate launch)") from None
+        raise UserError(
+            f"{label}: the GPU's memory is full: use --gradient-checkpointing, a smaller --batch-size, or several GPUs (accelerate launch)"
+        ) from None
 
 
 def epoch_batches(lengths, batch_size, steps, seed):

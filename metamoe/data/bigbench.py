@@ -21,8 +21,23 @@ CLIENTS = {
     "hotels": ("multiemo/hotels_sentence_en", SENTIMENT, None),
     # The type of a question's answer: a generation task with a closed set of answers; records with several are left out.
     "question": (
-        "natural_instructions/subtask046_miscellaenous_question_typing", "{input}\nType:",
-        ["Abbreviation.", "Date.", "Entity.", "Event.", "Facility.", "Humans.", "Law.", "Location.", "Money.", "Organization.", "Other.", "Quantity.", "Time."],
+        "natural_instructions/subtask046_miscellaenous_question_typing",
+        "{input}\nType:",
+        [
+            "Abbreviation.",
+            "Date.",
+            "Entity.",
+            "Event.",
+            "Facility.",
+            "Humans.",
+            "Law.",
+            "Location.",
+            "Money.",
+            "Organization.",
+            "Other.",
+            "Quantity.",
+            "Time.",
+        ],
     ),
 }
 
@@ -63,7 +78,9 @@ MAX_CHARS = 300  # of a prompt: keeps the default run on a CPU; about 70 tokens
 MAX_ANSWER_CHARS = 60
 
 
-MIN_WORDS = 4  # of a client's text: one-word sentences ("No.") stand in every corpus and say nothing about a copy
+MIN_WORDS = (
+    4  # of a client's text: one-word sentences ("No.") stand in every corpus and say nothing about a copy
+)
 
 
 def normalise(text):
@@ -133,17 +150,23 @@ def load_bigbench(clients, sizes, n_public, seed):
 
     def is_wanted(member):
         task = member.removeprefix(prefix).removesuffix("/task.json")
-        return member.endswith("/task.json") and (task in wanted or task.startswith("natural_instructions/subtask"))
+        return member.endswith("/task.json") and (
+            task in wanted or task.startswith("natural_instructions/subtask")
+        )
 
     for member, content in read_members(archive, is_wanted):
         raw[member.removeprefix(prefix).removesuffix("/task.json")] = content["examples"]
 
     parts, private_texts = {}, []
-    for name in CLIENTS:  # every embedded client's texts leave the public set, whichever take part in this run
+    for (
+        name
+    ) in CLIENTS:  # every embedded client's texts leave the public set, whichever take part in this run
         task, template, choices = CLIENTS[name]
         private_texts += [text for example in raw[task] for text in client_texts(example)]
         if name in clients:
-            parts[name] = split_client(name, [to_record(e, task, template, choices) for e in raw[task]], sizes, seed)
+            parts[name] = split_client(
+                name, [to_record(e, task, template, choices) for e in raw[task]], sizes, seed
+            )
     return public_records(raw, containment_filter(private_texts), n_public), parts
 
 
@@ -163,8 +186,10 @@ def split_client(name, records, sizes, seed):
             if len(kept) == need:
                 break
     if len(kept) < need:
-        raise UserError(f"client {name}: {len(kept)} distinct usable records, {need} asked for (--train-size {sizes['train']} + "
-                        f"--validation-size {sizes['validation']} + --test-size {sizes['test']}): lower one of them")
+        raise UserError(
+            f"client {name}: {len(kept)} distinct usable records, {need} asked for (--train-size {sizes['train']} + "
+            f"--validation-size {sizes['validation']} + --test-size {sizes['test']}): lower one of them"
+        )
     parts, start = {}, 0
     for part, size in sizes.items():
         parts[part] = kept[start : start + size]
@@ -179,12 +204,20 @@ def public_records(raw, contains_private, n_public):
     total = sum(quota for quota, _ in PUBLIC.values())
     records, spare, seen = [], [], set()
     for task, (quota, template) in PUBLIC.items():
-        sources = [t for t in sorted(raw) if t.startswith(task[:-1]) and t not in private] if task.endswith("*") else [task]
+        sources = (
+            [t for t in sorted(raw) if t.startswith(task[:-1]) and t not in private]
+            if task.endswith("*")
+            else [task]
+        )
         for source in sources:
             usable = []
             for example in raw[source]:
                 record = to_record(example, source, template)
-                if record is not None and normalise(record["prompt"]) not in seen and not contains_private(record["prompt"] + record["answer"]):
+                if (
+                    record is not None
+                    and normalise(record["prompt"]) not in seen
+                    and not contains_private(record["prompt"] + record["answer"])
+                ):
                     seen.add(normalise(record["prompt"]))
                     usable.append(record)
             usable = [usable[i] for i in rng.permutation(len(usable))]

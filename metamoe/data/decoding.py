@@ -3,10 +3,9 @@
 import errno
 import io
 
-from tqdm import tqdm
-
 from metamoe.data.sources import open_dataset
 from metamoe.errors import UserError
+from metamoe.progress import progress
 
 
 class BadImage(Exception):
@@ -29,8 +28,12 @@ def open_image(image, seen={}):
         if key not in seen:
             dataset = open_dataset(image, name).get(image["split"])
             if dataset is None or image["column"] not in dataset.features:
-                raise UserError(f"{name}: no such split or no column {image['column']} there any more: take the dataset that the run was made with")
-            seen[key] = dataset.select_columns([image["column"]]).cast_column(image["column"], datasets.Image(decode=False))
+                raise UserError(
+                    f"{name}: no such split or no column {image['column']} there any more: take the dataset that the run was made with"
+                )
+            seen[key] = dataset.select_columns([image["column"]]).cast_column(
+                image["column"], datasets.Image(decode=False)
+            )
     try:
         file = image
         if not isinstance(image, str):
@@ -50,7 +53,7 @@ def open_image(image, seen={}):
 
 def bad_images(records, client):
     """Yield (index, what is wrong with it) of a client's images that do not decode; decodes them all."""
-    for index, record in enumerate(tqdm(records, desc=f"checking {client}", unit="image", disable=None)):
+    for index, record in enumerate(progress(records, desc=f"checking {client}", unit="image")):
         try:
             open_image(record["image"])
         except BadImage as error:
@@ -60,4 +63,6 @@ def bad_images(records, client):
 def check_images(records, client):
     """UserError naming the first of a client's images that does not decode."""
     for _, error in bad_images(records, client):
-        raise UserError(f"client {client}: bad image {error}: replace it, or take a whole copy of the dataset")
+        raise UserError(
+            f"client {client}: bad image {error}: replace it, or take a whole copy of the dataset"
+        )

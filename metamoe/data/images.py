@@ -22,17 +22,35 @@ from metamoe.errors import UserError
 # case and spelling of `_` and `-`). Each hub id has its classes in the ClassLabel `label` (timm's pets a `label_cat_dog`
 # besides). Flowers has its original split there (1020 / 1020 / 6149 images), CoOp's is 4093 / 1633 / 2463.
 IMAGE_CLIENTS = {
-    "pets": ("timm/oxford-iiit-pet", "split_zhou_OxfordPets.json", "images", ["oxford_pets", "pets", "oxford-iiit-pet", "oxford-iiit-pets"]),
-    "flowers": ("dpdl-benchmark/oxford_flowers102", "split_zhou_OxfordFlowers.json", "jpg",
-                ["oxford_flowers", "flowers", "flowers102", "oxford_flowers102", "102flowers"]),
+    "pets": (
+        "timm/oxford-iiit-pet",
+        "split_zhou_OxfordPets.json",
+        "images",
+        ["oxford_pets", "pets", "oxford-iiit-pet", "oxford-iiit-pets"],
+    ),
+    "flowers": (
+        "dpdl-benchmark/oxford_flowers102",
+        "split_zhou_OxfordFlowers.json",
+        "jpg",
+        ["oxford_flowers", "flowers", "flowers102", "oxford_flowers102", "102flowers"],
+    ),
     "eurosat": ("timm/eurosat-rgb", "split_zhou_EuroSAT.json", "2750", ["eurosat", "eurosat_rgb"]),
 }
 
 
-IMAGENET = ("ILSVRC/imagenet-1k", ["imagenet", "imagenet-1k", "ILSVRC2012", "ILSVRC"])  # gated: its hub page asks to accept the terms
+IMAGENET = (
+    "ILSVRC/imagenet-1k",
+    ["imagenet", "imagenet-1k", "ILSVRC2012", "ILSVRC"],
+)  # gated: its hub page asks to accept the terms
 
 
-IMAGENET_TRAIN = ["train", "images/train", "ILSVRC/Data/CLS-LOC/train", "Data/CLS-LOC/train", "."]  # below its folder
+IMAGENET_TRAIN = [
+    "train",
+    "images/train",
+    "ILSVRC/Data/CLS-LOC/train",
+    "Data/CLS-LOC/train",
+    ".",
+]  # below its folder
 
 
 CLASS_NAME_FILES = ["classnames.txt", "LOC_synset_mapping.txt", "synset_words.txt"]
@@ -43,9 +61,14 @@ IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".we
 
 # EuroSAT's own class names, without spaces -> what CoOp's split file calls them.
 EUROSAT_NAMES = {
-    "annualcrop": "annual crop land", "herbaceousvegetation": "herbaceous vegetation land", "highway": "highway or road",
-    "industrial": "industrial buildings", "pasture": "pasture land", "permanentcrop": "permanent crop land",
-    "residential": "residential buildings", "sealake": "sea or lake",
+    "annualcrop": "annual crop land",
+    "herbaceousvegetation": "herbaceous vegetation land",
+    "highway": "highway or road",
+    "industrial": "industrial buildings",
+    "pasture": "pasture land",
+    "permanentcrop": "permanent crop land",
+    "residential": "residential buildings",
+    "sealake": "sea or lake",
 }
 
 
@@ -70,11 +93,15 @@ def load_images(clients, sizes, n_public, seed, sources):
         for part, size in sizes.items():
             images, labels = found[part]
             if size > len(images) or not images and part != "validation":
-                raise UserError(f"client {name}: its {part} part has {len(images)} images, --{part}-size {size} asked for: "
-                                + ("lower it (0: all there are)" if images else "name a dataset that has some"))
+                raise UserError(
+                    f"client {name}: its {part} part has {len(images)} images, --{part}-size {size} asked for: "
+                    + ("lower it (0: all there are)" if images else "name a dataset that has some")
+                )
             rng = np.random.default_rng([seed, zlib.crc32(f"{name} {part}".encode())])
-            parts[name][part] = [{"image": images[i], "answer": choices[labels[i]], "source": name, "choices": choices}
-                                 for i in balanced(labels, size or len(labels), rng)]
+            parts[name][part] = [
+                {"image": images[i], "answer": choices[labels[i]], "source": name, "choices": choices}
+                for i in balanced(labels, size or len(labels), rng)
+            ]
     return None if n_public is None else public_images(n_public, sources), parts
 
 
@@ -89,14 +116,18 @@ def client_images(name, seed, sources):
     elif folder:
         names, parts = read_split(folder, split_file, image_folder)
     else:
-        raise UserError(f"{flag}: {where} holds neither {split_file} (CoOp's DATASETS.md links it; the images go into {image_folder}/ "
-                        f"beside it) nor a Hugging Face dataset (hub id: {hub_id})")
+        raise UserError(
+            f"{flag}: {where} holds neither {split_file} (CoOp's DATASETS.md links it; the images go into {image_folder}/ "
+            f"beside it) nor a Hugging Face dataset (hub id: {hub_id})"
+        )
     names = [class_name(n) for n in names]
     if name == "eurosat":
         names = [EUROSAT_NAMES.get(n.replace(" ", ""), n) for n in names]
     check_names(names, flag)
     if len(set(names)) < len(names):
-        raise UserError(f"{flag}: two of its classes are called {Counter(names).most_common(1)[0][0]!r}: every class needs a name of its own")
+        raise UserError(
+            f"{flag}: two of its classes are called {Counter(names).most_common(1)[0][0]!r}: every class needs a name of its own"
+        )
     return names, parts
 
 
@@ -104,7 +135,9 @@ def check_names(names, flag):
     """UserError where classes are numbered: CLIP's text encoder needs names."""
     for name in names:
         if re.fullmatch(r"n?[ _]?\d+", name):
-            raise UserError(f"{flag}: a class is called {name!r} there, and CLIP needs names: take a copy of the dataset whose labels are named")
+            raise UserError(
+                f"{flag}: a class is called {name!r} there, and CLIP needs names: take a copy of the dataset whose labels are named"
+            )
 
 
 def read_split(folder, split_file, image_folder):
@@ -112,18 +145,33 @@ def read_split(folder, split_file, image_folder):
     path = folder / split_file
     try:
         split = json.loads(path.read_text(encoding="utf-8"))
-        listed = {part: [(str(file), int(label), str(name)) for file, label, name in split[key]]
-                  for part, key in (("train", "train"), ("validation", "val"), ("test", "test"))}
+        listed = {
+            part: [(str(file), int(label), str(name)) for file, label, name in split[key]]
+            for part, key in (("train", "train"), ("validation", "val"), ("test", "test"))
+        }
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): download it again (CoOp's DATASETS.md links it)") from None
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}): download it again (CoOp's DATASETS.md links it)"
+        ) from None
     items = [item for part in listed.values() for item in part]
     names = dict(sorted({label: name for _, label, name in items}.items()))
     index = {label: i for i, label in enumerate(names)}
-    if any(names[label] != name for _, label, name in items) or len({file for file, _, _ in items}) < len(items):
-        raise UserError(f"{path} is damaged (a label with two names, or an image listed twice): download it again (CoOp's DATASETS.md links it)")
-    places = [base / sub for base in (folder, folder.parent) for sub in (image_folder, ".", "images", "jpg", "2750", "EuroSAT")]
+    if any(names[label] != name for _, label, name in items) or len({file for file, _, _ in items}) < len(
+        items
+    ):
+        raise UserError(
+            f"{path} is damaged (a label with two names, or an image listed twice): download it again (CoOp's DATASETS.md links it)"
+        )
+    places = [
+        base / sub
+        for base in (folder, folder.parent)
+        for sub in (image_folder, ".", "images", "jpg", "2750", "EuroSAT")
+    ]
     place = os.path.abspath(next((p for p in places if items and (p / items[0][0]).exists()), places[0]))
-    parts = {part: ([os.path.join(place, file) for file, _, _ in found], [index[label] for _, label, _ in found]) for part, found in listed.items()}
+    parts = {
+        part: ([os.path.join(place, file) for file, _, _ in found], [index[label] for _, label, _ in found])
+        for part, found in listed.items()
+    }
     for image in (image for images, _ in parts.values() for image in images):
         if not os.path.exists(image):
             raise UserError(f"{image} is missing, {path} lists it: unpack the dataset's images into {place}")
@@ -137,19 +185,34 @@ def read_dataset(name, where, flag, seed):
     """
     splits = open_dataset(dataset_at(where), flag)
     parts, names = {}, None
-    for part, spellings in (("train", ("train",)), ("validation", ("validation", "val", "valid", "dev")), ("test", ("test",))):
+    for part, spellings in (
+        ("train", ("train",)),
+        ("validation", ("validation", "val", "valid", "dev")),
+        ("test", ("test",)),
+    ):
         if split := next((s for s in spellings if s in splits), None):
             column, found, labels = read_rows(splits[split], split, flag)
             if names not in (None, found):
-                raise UserError(f"{flag}: its splits train and {split} have different classes: name a copy where they agree")
+                raise UserError(
+                    f"{flag}: its splits train and {split} have different classes: name a copy where they agree"
+                )
             names = found
-            parts[part] = {**dataset_at(where), "split": split, "column": column}, np.arange(len(labels)), labels
+            parts[part] = (
+                {**dataset_at(where), "split": split, "column": column},
+                np.arange(len(labels)),
+                labels,
+            )
     for part, share in (("test", 0.2), ("validation", 0.1)):
         if part not in parts:
             image, rows, labels = parts["train"]
-            out = stratified(labels, share, np.random.default_rng([seed, zlib.crc32(f"{name} cut {part}".encode())]))
+            out = stratified(
+                labels, share, np.random.default_rng([seed, zlib.crc32(f"{name} cut {part}".encode())])
+            )
             parts[part], parts["train"] = (image, rows[out], labels[out]), (image, rows[~out], labels[~out])
-    return names, {part: ([{**image, "row": row} for row in rows.tolist()], labels.tolist()) for part, (image, rows, labels) in parts.items()}
+    return names, {
+        part: ([{**image, "row": row} for row in rows.tolist()], labels.tolist())
+        for part, (image, rows, labels) in parts.items()
+    }
 
 
 def public_images(n_public, sources):
@@ -171,37 +234,66 @@ def public_images(n_public, sources):
         raise UserError(f"--public-size {n_public}: {flag} has {len(labels)} images: lower it (0: all)")
     rng = np.random.default_rng(0)  # one public set for everybody, as in public_records
     chosen = np.sort(rng.permutation(len(labels))[:n_public]) if n_public else np.arange(len(labels))
-    return [{"image": image_of(i), "answer": names[labels[i]], "source": Path(where).name} for i in chosen.tolist()]
+    return [
+        {"image": image_of(i), "answer": names[labels[i]], "source": Path(where).name}
+        for i in chosen.tolist()
+    ]
 
 
-def read_image_folder(where, flag, below=IMAGENET_TRAIN, advice="unpack ILSVRC2012_img_train.tar and the archives in it there"):
+def read_image_folder(
+    where, flag, below=IMAGENET_TRAIN, advice="unpack ILSVRC2012_img_train.tar and the archives in it there"
+):
     """(class names, labels, function from an index to its path) of a tree CLASS/IMAGE, listed without a stat per file.
 
     The classes' folders lie in `where` itself or in one of the folders `below` it, the first that has any.
     """
     for train in (Path(where) / folder for folder in below):
-        folders = sorted(e.name for e in os.scandir(train) if e.is_dir() and e.name not in ("val", "validation", "test")) if train.is_dir() else []
+        folders = (
+            sorted(
+                e.name
+                for e in os.scandir(train)
+                if e.is_dir() and e.name not in ("val", "validation", "test")
+            )
+            if train.is_dir()
+            else []
+        )
         if folders:
             break
     train = os.path.abspath(train)
     labels, files, kept = [], [], []
     for folder in folders:
-        found = sorted(n for n in os.listdir(os.path.join(train, folder)) if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith("."))
+        found = sorted(
+            n
+            for n in os.listdir(os.path.join(train, folder))
+            if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")
+        )
         if found:
             labels += [len(kept)] * len(found)
             files += found
             kept.append(folder)
     if not files:
-        places = "in CLASS/" if below == ["."] else "in train/CLASS/ (such as train/n01440764/n01440764_18.JPEG) nor in CLASS/, and no parquet files"
+        places = (
+            "in CLASS/"
+            if below == ["."]
+            else "in train/CLASS/ (such as train/n01440764/n01440764_18.JPEG) nor in CLASS/, and no parquet files"
+        )
         raise UserError(f"{flag}: {where} holds no images {places}: {advice}")
     named = {}
-    for place in (Path(train), *Path(train).parents[:4]):  # Kaggle's file lies four levels above its train folder
+    for place in (
+        Path(train),
+        *Path(train).parents[:4],
+    ):  # Kaggle's file lies four levels above its train folder
         for file in (place / name for name in CLASS_NAME_FILES):
             if not named and file.is_file():
-                lines = [line.split(maxsplit=1) for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
+                lines = [
+                    line.split(maxsplit=1)
+                    for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
+                ]
                 named = {line[0]: line[1] for line in lines if len(line) == 2 and line[0] in kept}
     names = [named.get(folder, folder) for folder in kept]
     if unnamed := [name for name in names if re.fullmatch(r"n\d{8}", name)]:
-        raise UserError(f"{flag}: no name for the class {unnamed[0]} of {train}: put CoOp's classnames.txt ('n01440764 tench' a line) "
-                        f"or Kaggle's LOC_synset_mapping.txt into {where}")
+        raise UserError(
+            f"{flag}: no name for the class {unnamed[0]} of {train}: put CoOp's classnames.txt ('n01440764 tench' a line) "
+            f"or Kaggle's LOC_synset_mapping.txt into {where}"
+        )
     return names, np.array(labels), lambda i: os.path.join(train, kept[labels[i]], files[i])

@@ -25,7 +25,10 @@ TRAIN_CAP = 10_000  # private samples a client, where --train-size does not say 
 ALPACA = ("tatsu-lab/alpaca", ["alpaca", "alpaca_data.json", "stanford_alpaca"])
 
 
-SPLIT_FILES = {"train": r"(train|alpaca_data)([-_.].*)?\.(jsonl|json|csv)", "validation": r"(validation|valid|val|dev)([-_.].*)?\.(jsonl|json|csv)"}
+SPLIT_FILES = {
+    "train": r"(train|alpaca_data)([-_.].*)?\.(jsonl|json|csv)",
+    "validation": r"(validation|valid|val|dev)([-_.].*)?\.(jsonl|json|csv)",
+}
 
 
 def question_record(source, context, question, choices, number):
@@ -34,8 +37,13 @@ def question_record(source, context, question, choices, number):
     if not 0 <= number < len(choices):
         raise ValueError(f"label {number}")
     choices = [" " + choice.strip() for choice in choices]
-    return {"source": source, "input": f"{context}\n{question}".strip(), "prompt": f"Context: {context}\n" * bool(context) + f"Question: {question}\nAnswer:",
-            "answer": choices[number], "choices": choices}
+    return {
+        "source": source,
+        "input": f"{context}\n{question}".strip(),
+        "prompt": f"Context: {context}\n" * bool(context) + f"Question: {question}\nAnswer:",
+        "answer": choices[number],
+        "choices": choices,
+    }
 
 
 def commonsenseqa(row):
@@ -45,17 +53,27 @@ def commonsenseqa(row):
         question, choices = question["stem"], question["choices"]
     if isinstance(choices, list):
         choices = {key: [choice[key] for choice in choices] for key in ("label", "text")}
-    return question_record("commonsenseqa", "", question, choices["text"], choices["label"].index(row["answerKey"]))
+    return question_record(
+        "commonsenseqa", "", question, choices["text"], choices["label"].index(row["answerKey"])
+    )
 
 
 def cosmosqa(row):
     """A row of allenai/cosmos_qa, also as its authors' CSV has it: `context`, `question`, `answer0` ... `answer3`, `label` from 0."""
-    return question_record("cosmosqa", row["context"], row["question"], [row[f"answer{i}"] for i in range(4)], int(row["label"]))
+    return question_record(
+        "cosmosqa", row["context"], row["question"], [row[f"answer{i}"] for i in range(4)], int(row["label"])
+    )
 
 
 def socialiqa(row):
     """A row of allenai/social_i_qa: `context`, `question`, `answerA` ... `answerC`, `label` from "1"."""
-    return question_record("socialiqa", row["context"], row["question"], [row[f"answer{letter}"] for letter in "ABC"], int(row["label"]) - 1)
+    return question_record(
+        "socialiqa",
+        row["context"],
+        row["question"],
+        [row[f"answer{letter}"] for letter in "ABC"],
+        int(row["label"]) - 1,
+    )
 
 
 def alpaca(row):
@@ -63,15 +81,23 @@ def alpaca(row):
     instruction, given, output = row["instruction"].strip(), row["input"].strip(), row["output"].strip()
     if not output:
         return None
-    return {"source": "alpaca", "input": f"{instruction}\n{given}".strip(), "prompt": f"Question: {instruction}\n" + f"Input: {given}\n" * bool(given) + "Answer:",
-            "answer": " " + output}
+    return {
+        "source": "alpaca",
+        "input": f"{instruction}\n{given}".strip(),
+        "prompt": f"Question: {instruction}\n" + f"Input: {given}\n" * bool(given) + "Answer:",
+        "answer": " " + output,
+    }
 
 
 # client name -> (hub id, names of its folder below --data-root, row to record)
 TEXT_CLIENTS = {
     "commonsenseqa": ("tau/commonsense_qa", ["commonsenseqa", "commonsense_qa", "csqa"], commonsenseqa),
     "cosmosqa": ("allenai/cosmos_qa", ["cosmosqa", "cosmos_qa", "cosmos"], cosmosqa),
-    "socialiqa": ("allenai/social_i_qa", ["socialiqa", "social_i_qa", "social_iqa", "siqa", "socialiqa-train-dev"], socialiqa),
+    "socialiqa": (
+        "allenai/social_i_qa",
+        ["socialiqa", "social_i_qa", "social_iqa", "siqa", "socialiqa-train-dev"],
+        socialiqa,
+    ),
 }
 
 
@@ -89,20 +115,31 @@ def load_text(clients, sizes, seed, sources):
         where, flag = locate(name, hub_id, spellings, sources)
         splits = read_splits(where, flag, hub_id)
         if "validation" not in splits:
-            raise UserError(f"{flag}: no validation split there, which the paper tests on: name a copy that has it (hub id: {hub_id})")
-        train, test = (to_records(splits[split], make, flag, split, hub_id) for split in ("train", "validation"))
+            raise UserError(
+                f"{flag}: no validation split there, which the paper tests on: name a copy that has it (hub id: {hub_id})"
+            )
+        train, test = (
+            to_records(splits[split], make, flag, split, hub_id) for split in ("train", "validation")
+        )
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         order, keys = grouped([digest(record["input"].split("\n")[0]) for record in train], rng)
         if sizes["validation"] + max(sizes["train"], 2) > len(train) or sizes["test"] > len(test):
-            raise UserError(f"client {name}: its train split has {len(train)} records for --train-size {sizes['train']} + --validation-size "
-                            f"{sizes['validation']}, its validation split {len(test)} for --test-size {sizes['test']}: lower one of them")
+            raise UserError(
+                f"client {name}: its train split has {len(train)} records for --train-size {sizes['train']} + --validation-size "
+                f"{sizes['validation']}, its validation split {len(test)} for --test-size {sizes['test']}: lower one of them"
+            )
         validation, rest = hold_out(order, keys, sizes["validation"])
         if sizes["train"] > len(rest):
-            raise UserError(f"client {name}: --train-size {sizes['train']}: {len(rest)} records share no context with the validation part: lower it")
+            raise UserError(
+                f"client {name}: --train-size {sizes['train']}: {len(rest)} records share no context with the validation part: lower it"
+            )
         rest = rng.permutation(rest)[: sizes["train"] or TRAIN_CAP]
         chosen = rng.permutation(len(test))[: sizes["test"] or len(test)]
-        parts[name] = {"train": [train[i] for i in np.sort(rest)], "validation": [train[i] for i in np.sort(validation)],
-                       "test": [test[i] for i in np.sort(chosen)]}
+        parts[name] = {
+            "train": [train[i] for i in np.sort(rest)],
+            "validation": [train[i] for i in np.sort(validation)],
+            "test": [test[i] for i in np.sort(chosen)],
+        }
     return parts
 
 
@@ -113,17 +150,28 @@ def read_splits(where, flag, hub_id):
     if os.path.isabs(where) and not holds_dataset(where):
         found = {}
         for split, pattern in SPLIT_FILES.items():
-            files = [f for place in (Path(where), Path(where) / "data", Path(where) / "socialiqa-train-dev") if place.is_dir()
-                     for f in sorted(place.iterdir(), key=lambda f: (len(f.name), f.name)) if re.fullmatch(pattern, f.name)]
+            files = [
+                f
+                for place in (Path(where), Path(where) / "data", Path(where) / "socialiqa-train-dev")
+                if place.is_dir()
+                for f in sorted(place.iterdir(), key=lambda f: (len(f.name), f.name))
+                if re.fullmatch(pattern, f.name)
+            ]
             if files:
                 found[split] = read_rows_of(files[0])
         if "train" not in found:
-            raise UserError(f"{flag}: {where} holds no saved Hugging Face dataset, no parquet files and no train file (train*.jsonl, .json or "
-                            f".csv): put the dataset there (hub id: {hub_id})")
+            raise UserError(
+                f"{flag}: {where} holds no saved Hugging Face dataset, no parquet files and no train file (train*.jsonl, .json or "
+                f".csv): put the dataset there (hub id: {hub_id})"
+            )
         return found
     splits = open_dataset(dataset_at(where), flag)
-    return {split: splits[name] for split, names in (("train", ["train"]), ("validation", ["validation", "valid", "val", "dev"]))
-            for name in names if name in splits}
+    return {
+        split: splits[name]
+        for split, names in (("train", ["train"]), ("validation", ["validation", "valid", "val", "dev"]))
+        for name in names
+        if name in splits
+    }
 
 
 def read_rows_of(path):
@@ -135,14 +183,20 @@ def read_rows_of(path):
                 rows = list(csv.DictReader(file))
             else:
                 text = file.read()
-                rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
+                rows = (
+                    json.loads(text)
+                    if text.lstrip().startswith("[")
+                    else [json.loads(line) for line in text.split("\n") if line.strip()]
+                )
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): download it again") from None
     labels = path.with_name(f"{path.stem}-labels.lst")
     if labels.exists():
         values = labels.read_text().split()
         if len(values) != len(rows):
-            raise UserError(f"{labels} has {len(values)} labels for the {len(rows)} records of {path.name}: download both again")
+            raise UserError(
+                f"{labels} has {len(values)} labels for the {len(rows)} records of {path.name}: download both again"
+            )
         rows = [{**row, "label": label} for row, label in zip(rows, values)]
     return rows
 
@@ -154,7 +208,9 @@ def to_records(rows, make, flag, split, hub_id):
         try:
             record = make(row)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{flag}: row {number} of its {split} split is not one of {hub_id} ({type(error).__name__}: {error}): name a copy of that dataset") from None
+            raise UserError(
+                f"{flag}: row {number} of its {split} split is not one of {hub_id} ({type(error).__name__}: {error}): name a copy of that dataset"
+            ) from None
         if record:
             records.append(record)
     return records
@@ -166,13 +222,19 @@ def public_text(n_public, sources, skip_bad=False):
     if os.path.isfile(where) and not alpaca_file(where):
         records, starts, _ = own_file(where, flag, Path(where).stem, skip_bad, mixed=True)
     else:
-        records = starts = to_records(read_splits(where, flag, ALPACA[0])["train"], alpaca, flag, "train", ALPACA[0])
+        records = starts = to_records(
+            read_splits(where, flag, ALPACA[0])["train"], alpaca, flag, "train", ALPACA[0]
+        )
     if n_public > len(records):
         raise UserError(f"--public-size {n_public}: {flag} has {len(records)} records: lower it (0: all)")
     if not n_public:
         return records
-    chosen = np.sort(np.random.default_rng(0).permutation(len(records))[:n_public])  # one public set for everybody, as in public_records
-    return [records[i] for i in chosen] if records is starts else Records(where, starts[chosen], records.convert)
+    chosen = np.sort(
+        np.random.default_rng(0).permutation(len(records))[:n_public]
+    )  # one public set for everybody, as in public_records
+    return (
+        [records[i] for i in chosen] if records is starts else Records(where, starts[chosen], records.convert)
+    )
 
 
 def alpaca_file(path):

@@ -8,7 +8,9 @@ import numpy as np
 
 def digest(text):
     """A 64-bit number that stands for a text."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
+    )
 
 
 def grouped(keys, rng):

@@ -7,12 +7,12 @@ from array import array
 from functools import partial
 
 import numpy as np
-from tqdm import tqdm
 
 from metamoe.data.decoding import bad_images, check_images
 from metamoe.data.images import check_names, class_name, read_image_folder
 from metamoe.data.splits import digest, grouped, hold_out
 from metamoe.errors import UserError
+from metamoe.progress import progress
 from metamoe.records import Records
 
 LEAST = 50  # records of an own file: fewer leave five to test on
@@ -34,14 +34,22 @@ def own_record(raw, source):
     several = raw.get("choices") is not None
     for key in ("prompt", "choices", "answer") if several else ("prompt", "response"):
         if raw.get(key) is None:
-            raise BadRecord(f"no key {key!r}" + ("" if several or key == "prompt" else " (nor 'choices' and 'answer')"))
+            raise BadRecord(
+                f"no key {key!r}" + ("" if several or key == "prompt" else " (nor 'choices' and 'answer')")
+            )
     prompt, texts = raw["prompt"], raw["choices"] if several else [raw["response"]]
     if not isinstance(prompt, str):
         raise BadRecord(f"'prompt' is not a string ({type(prompt).__name__})")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise BadRecord("'choices' is not a list of strings" if several else f"'response' is not a string ({type(texts[0]).__name__})")
+        raise BadRecord(
+            "'choices' is not a list of strings"
+            if several
+            else f"'response' is not a string ({type(texts[0]).__name__})"
+        )
     if not prompt.strip() or not all(text.strip() for text in texts):
-        raise BadRecord("empty prompt" if not prompt.strip() else "empty choice" if several else "empty response")
+        raise BadRecord(
+            "empty prompt" if not prompt.strip() else "empty choice" if several else "empty response"
+        )
     try:
         "".join([prompt, *texts]).encode()
     except UnicodeEncodeError:
@@ -71,7 +79,10 @@ def own_file(path, flag, source, skip_bad, mixed=False):
     first bad record raises UserError with file, line number and reason; with `skip_bad` they are left out and counted.
     """
     starts, keys, bad, first, several, position = array("q"), array("Q"), 0, "", None, 0
-    with open(path, "rb") as lines, tqdm(total=os.path.getsize(path), desc=f"checking {source}", unit="B", unit_scale=True, disable=None) as bar:
+    with (
+        open(path, "rb") as lines,
+        progress(total=os.path.getsize(path), desc=f"checking {source}", unit="B", unit_scale=True) as bar,
+    ):
         for number, line in enumerate(lines, 1):
             start, position = position, position + len(line)
             bar.update(len(line))
@@ -84,10 +95,14 @@ def own_file(path, flag, source, skip_bad, mixed=False):
                     raise BadRecord(f"not JSON ({error})") from None
                 record = own_record(raw, source)
                 if several not in (None, "choices" in record) and not mixed:
-                    raise BadRecord(f"{'has' if 'choices' in record else 'no'} 'choices', unlike the records before it: a client is one or the other")
+                    raise BadRecord(
+                        f"{'has' if 'choices' in record else 'no'} 'choices', unlike the records before it: a client is one or the other"
+                    )
             except BadRecord as error:
                 if not skip_bad:
-                    raise UserError(f"{path}, line {number}: {error}: repair it, or leave such records out with --skip-bad-records") from None
+                    raise UserError(
+                        f"{path}, line {number}: {error}: repair it, or leave such records out with --skip-bad-records"
+                    ) from None
                 bad, first = bad + 1, first or f"line {number}: {error}"
                 continue
             several = "choices" in record
@@ -105,10 +120,15 @@ def own_text(name, path, sizes, seed, skip_bad=False):
     """{"train" | "validation" | "test": Records} of an own client: 80/10/10 of the file or, where not 0, of `sizes`; no prompt is in two parts."""
     flag = f"--client {name}={path}"
     if not os.path.isfile(path):
-        raise UserError(f"{flag}: no such file; name one of JSON lines, with `prompt`, `choices`, `answer` or `prompt`, `response` in each")
+        raise UserError(
+            f"{flag}: no such file; name one of JSON lines, with `prompt`, `choices`, `answer` or `prompt`, `response` in each"
+        )
     records, starts, keys = own_file(path, flag, name, skip_bad)
     order, keys = grouped(keys, np.random.default_rng([seed, zlib.crc32(name.encode())]))
-    return {part: Records(path, starts[rows], records.convert) for part, rows in own_parts(order, keys, sizes, flag).items()}
+    return {
+        part: Records(path, starts[rows], records.convert)
+        for part, rows in own_parts(order, keys, sizes, flag).items()
+    }
 
 
 def own_images(name, path, sizes, seed, skip_bad=False):
@@ -116,12 +136,19 @@ def own_images(name, path, sizes, seed, skip_bad=False):
     flag = f"--client {name}={path}"
     if not os.path.isdir(path):
         raise UserError(f"{flag}: no such folder; name one that holds a folder of images for each class")
-    names, labels, image_of = read_image_folder(path, flag, ["."], "name the folder that holds a folder of images for each class")
+    names, labels, image_of = read_image_folder(
+        path, flag, ["."], "name the folder that holds a folder of images for each class"
+    )
     names = [class_name(n) for n in names]
     check_names(names, flag)
     if len(set(names)) < max(2, len(names)):
-        raise UserError(f"{flag}: {len(names)} classes, {len(set(names))} different names: two or more are needed, each with a name of its own")
-    records = [{"image": image_of(i), "answer": names[label], "source": name, "choices": names} for i, label in enumerate(labels)]
+        raise UserError(
+            f"{flag}: {len(names)} classes, {len(set(names))} different names: two or more are needed, each with a name of its own"
+        )
+    records = [
+        {"image": image_of(i), "answer": names[label], "source": name, "choices": names}
+        for i, label in enumerate(labels)
+    ]
     if skip_bad:
         bad = list(bad_images(records, name))
         if bad:
@@ -149,6 +176,8 @@ def own_parts(order, keys, sizes, flag):
     parts["train"] = left[: sizes["train"] or len(left)]
     wanted = {part: sizes[part] or (tenth if part != "train" else 2) for part in parts}
     if any(len(rows) < wanted[part] for part, rows in parts.items()):
-        raise UserError(f"{flag}: {len(order)} records with {len(np.unique(keys[order]))} different prompts or images are too few for --train-size "
-                        f"{sizes['train']}, --validation-size {sizes['validation']} and --test-size {sizes['test']} (0: 80/10/10): lower one of them")
+        raise UserError(
+            f"{flag}: {len(order)} records with {len(np.unique(keys[order]))} different prompts or images are too few for --train-size "
+            f"{sizes['train']}, --validation-size {sizes['validation']} and --test-size {sizes['test']} (0: 80/10/10): lower one of them"
+        )
     return {part: np.sort(rows) for part, rows in parts.items()}

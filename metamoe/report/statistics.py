@@ -12,7 +12,12 @@ def is_choice(records):
 
 def is_right(scores, records):
     """1.0 where the answer's text is the likeliest choice, else 0.0; also 0.0 where no letter was generated."""
-    return np.array([float(len(values) > 0 and record["choices"][int(np.argmax(values))] == record["answer"]) for values, record in zip(scores, records)])
+    return np.array(
+        [
+            float(len(values) > 0 and record["choices"][int(np.argmax(values))] == record["answer"])
+            for values, record in zip(scores, records)
+        ]
+    )
 
 
 def perplexity(scores):
@@ -34,7 +39,10 @@ def paired_bootstrap(ours, theirs, seed, resamples=10_000):
     for values in differences:
         draws.append(values[rng.integers(len(values), size=(resamples, len(values)))].mean(1))
     low, high = np.percentile(100 * np.mean(draws, 0), [2.5, 97.5])
-    return {"difference": 100 * float(np.mean([values.mean() for values in differences])), "interval": [float(low), float(high)]}
+    return {
+        "difference": 100 * float(np.mean([values.mean() for values in differences])),
+        "interval": [float(low), float(high)],
+    }
 
 
 def shares(counts):

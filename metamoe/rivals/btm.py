@@ -16,7 +16,12 @@ def ensemble(experts, instruction=()):
     mixed = {}
     for name in experts[0]["scores"]:
         if name in instruction:
-            mixed[name] = [np.logaddexp.reduce(tokens) - math.log(len(experts)) for tokens in zip(*(expert["scores"][name] for expert in experts))]
+            mixed[name] = [
+                np.logaddexp.reduce(tokens) - math.log(len(experts))
+                for tokens in zip(*(expert["scores"][name] for expert in experts))
+            ]
         else:
-            mixed[name] = [np.mean(ps, 0) for ps in zip(*(probabilities(expert["scores"][name]) for expert in experts))]
+            mixed[name] = [
+                np.mean(ps, 0) for ps in zip(*(probabilities(expert["scores"][name]) for expert in experts))
+            ]
     return mixed

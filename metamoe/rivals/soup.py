@@ -20,7 +20,9 @@ def average(experts):
             elif key.endswith("lora_A"):
                 soup[ffn][key] = torch.cat(tensors)  # (K r, d_in)
             elif key.endswith("lora_B"):
-                soup[ffn][key] = torch.cat([t * expert[ffn]["scaling"] / len(experts) for t, expert in zip(tensors, experts)], 1)  # (d_out, K r)
+                soup[ffn][key] = torch.cat(
+                    [t * expert[ffn]["scaling"] / len(experts) for t, expert in zip(tensors, experts)], 1
+                )  # (d_out, K r)
             else:
                 soup[ffn][key] = torch.stack(tensors).mean(0)
     return soup
@@ -29,11 +31,22 @@ def average(experts):
 def save_soup(soup, upload, folder):
     """The soup as what a client uploads: a PEFT adapter, or ffn.safetensors."""
     if (upload / "ffn.safetensors").exists():
-        save_file({f"{ffn}.{key}": t for ffn, expert in soup.items() for key, t in expert.items()}, folder / "ffn.safetensors")
+        save_file(
+            {f"{ffn}.{key}": t for ffn, expert in soup.items() for key, t in expert.items()},
+            folder / "ffn.safetensors",
+        )
         return
-    tensors = {f"base_model.model.{ffn}.{key}.weight": t.contiguous() for ffn, expert in soup.items() for key, t in expert.items() if key != "scaling"}
+    tensors = {
+        f"base_model.model.{ffn}.{key}.weight": t.contiguous()
+        for ffn, expert in soup.items()
+        for key, t in expert.items()
+        if key != "scaling"
+    }
     rank = next(t for key, t in tensors.items() if "lora_A" in key).shape[0]
-    config = json.loads((upload / "adapter" / "adapter_config.json").read_text()) | {"r": rank, "lora_alpha": rank}
+    config = json.loads((upload / "adapter" / "adapter_config.json").read_text()) | {
+        "r": rank,
+        "lora_alpha": rank,
+    }
     (folder / "adapter").mkdir()
     save_file(tensors, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(folder / "adapter" / "adapter_config.json", config)

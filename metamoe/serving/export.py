@@ -14,7 +14,9 @@ from metamoe.rundir import atomic, finished, folder_bytes, read_json, sha256, wr
 def check_export(args, run):
     """The folder to export to is free, or holds an earlier export; the model is one that can be exported."""
     if PRESETS[run["backbone"]]["kind"] != "text" or args.method in ("soup", "btm"):
-        raise UserError(f"--export {args.export}: an MoE of a language model alone; {run['backbone']}, {args.method} is none")
+        raise UserError(
+            f"--export {args.export}: an MoE of a language model alone; {run['backbone']}, {args.method} is none"
+        )
     folder = Path(args.export)
     earlier = all((folder / file).exists() for file in ("config.json", "modeling_metamoe.py"))
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not earlier:
@@ -23,15 +25,28 @@ def check_export(args, run):
 
 def export(run, source, folder, force):
     """Write the model RUN/moe/NAME as a Hugging Face folder: weights, configuration, tokenizer, code."""
-    settings = {"model": source.name, "moe": sha256(source / "moe.safetensors"), "config": sha256(source / "moe_config.json")}
+    settings = {
+        "model": source.name,
+        "moe": sha256(source / "moe.safetensors"),
+        "config": sha256(source / "moe_config.json"),
+    }
     if finished(folder, settings, force):
         print(f"unify_moe: {folder}: is there already, skipped")
         return
     backbone = load_backbone(run["backbone"], run["seed_model"], "cpu", "bfloat16")
     backbone.model = None  # the weights are wanted as they are stored
-    model = moe.load(source, import_transformers().AutoModelForCausalLM.from_pretrained(backbone.source, dtype="auto"))
+    model = moe.load(
+        source, import_transformers().AutoModelForCausalLM.from_pretrained(backbone.source, dtype="auto")
+    )
     seed = type(model.config).__name__, type(model).__name__
-    layers = [{key: list(t.shape) for key, t in layer.state_dict().items() if key.startswith(("experts.", "router."))} for layer in moe.layers(model)]
+    layers = [
+        {
+            key: list(t.shape)
+            for key, t in layer.state_dict().items()
+            if key.startswith(("experts.", "router."))
+        }
+        for layer in moe.layers(model)
+    ]
     if any(layer != layers[0] for layer in layers):
         raise UserError(f"--export {folder}: the experts' shapes differ from layer to layer")
     # tools pad on the right without a mask, and do not say where a prompt ends: the prefix needs neither
@@ -41,12 +56,19 @@ def export(run, source, folder, force):
         backbone.tokenizer.save_pretrained(part)
         config = read_json(part / "config.json")
         config |= {
-            "model_type": "metamoe", "architectures": ["MetaMoEForCausalLM"], "moe": model.moe_config | {"context": context, "shapes": layers[0]},
-            "auto_map": {"AutoConfig": "modeling_metamoe.MetaMoEConfig", "AutoModelForCausalLM": "modeling_metamoe.MetaMoEForCausalLM"},
+            "model_type": "metamoe",
+            "architectures": ["MetaMoEForCausalLM"],
+            "moe": model.moe_config | {"context": context, "shapes": layers[0]},
+            "auto_map": {
+                "AutoConfig": "modeling_metamoe.MetaMoEConfig",
+                "AutoModelForCausalLM": "modeling_metamoe.MetaMoEForCausalLM",
+            },
         }
         write_json(part / "config.json", config)
         code = (Path(__file__).parent / "modeling_metamoe.py").read_text()
-        (part / "modeling_metamoe.py").write_text(code.replace("LlamaConfig", seed[0]).replace("LlamaForCausalLM", seed[1]))
+        (part / "modeling_metamoe.py").write_text(
+            code.replace("LlamaConfig", seed[0]).replace("LlamaForCausalLM", seed[1])
+        )
         shutil.copyfile(moe.__file__, part / "moe.py")
         write_json(part / "done.json", settings)
     print(f"unify_moe: {folder}: {source.name} as a Hugging Face folder, {folder_bytes(folder) / 1e6:.0f} MB")

@@ -27,7 +27,15 @@ class MetaMoEForCausalLM(SeedModel):
     def __init__(self, config):
         super().__init__(config)
         shapes = config.moe["shapes"]  # {"experts.gate_proj.A": [K, r, d], ..., "router.vectors": [K, d]}
-        assemble(self, config.moe, {f"{name}.{key}": torch.zeros(shape) for name in config.moe["ffn_names"] for key, shape in shapes.items()})
+        assemble(
+            self,
+            config.moe,
+            {
+                f"{name}.{key}": torch.zeros(shape)
+                for name in config.moe["ffn_names"]
+                for key, shape in shapes.items()
+            },
+        )
 
     def _init_weights(self, module):
         super()._init_weights(module)

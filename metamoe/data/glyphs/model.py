@@ -13,7 +13,10 @@ from moe import fix_torchvision
 FOLDER = Path(__file__).resolve().parent
 WEIGHTS = FOLDER / "model.safetensors"
 LETTERS = " -0123456789abcdefghijklmnopqrstuvwxyz"  # all that Unicode names are made of; ids 1, 2, ..., 0 is padding
-START, END = len(LETTERS) + 1, len(LETTERS) + 2  # the end has the highest id: there open_clip takes a text's feature
+START, END = (
+    len(LETTERS) + 1,
+    len(LETTERS) + 2,
+)  # the end has the highest id: there open_clip takes a text's feature
 
 
 class Tokenizer:

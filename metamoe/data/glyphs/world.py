@@ -21,10 +21,30 @@ from metamoe.errors import UserError
 # family -> faces. A client's training and validation parts are drawn in the families of TRAIN, its test part in the
 # others alone: serif letters after sans-serif ones. Armenian is in the DejaVu families only.
 FAMILIES = {
-    "DejaVu Sans": ["DejaVuSans.ttf", "DejaVuSans-Oblique.ttf", "DejaVuSans-Bold.ttf", "DejaVuSans-BoldOblique.ttf"],
-    "DejaVu Sans Mono": ["DejaVuSansMono.ttf", "DejaVuSansMono-Oblique.ttf", "DejaVuSansMono-Bold.ttf", "DejaVuSansMono-BoldOblique.ttf"],
-    "DejaVu Serif": ["DejaVuSerif.ttf", "DejaVuSerif-Italic.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSerif-BoldItalic.ttf"],
-    "STIXGeneral": ["STIXGeneral.ttf", "STIXGeneralItalic.ttf", "STIXGeneralBol.ttf", "STIXGeneralBolIta.ttf"],
+    "DejaVu Sans": [
+        "DejaVuSans.ttf",
+        "DejaVuSans-Oblique.ttf",
+        "DejaVuSans-Bold.ttf",
+        "DejaVuSans-BoldOblique.ttf",
+    ],
+    "DejaVu Sans Mono": [
+        "DejaVuSansMono.ttf",
+        "DejaVuSansMono-Oblique.ttf",
+        "DejaVuSansMono-Bold.ttf",
+        "DejaVuSansMono-BoldOblique.ttf",
+    ],
+    "DejaVu Serif": [
+        "DejaVuSerif.ttf",
+        "DejaVuSerif-Italic.ttf",
+        "DejaVuSerif-Bold.ttf",
+        "DejaVuSerif-BoldItalic.ttf",
+    ],
+    "STIXGeneral": [
+        "STIXGeneral.ttf",
+        "STIXGeneralItalic.ttf",
+        "STIXGeneralBol.ttf",
+        "STIXGeneralBolIta.ttf",
+    ],
 }
 TRAIN = ("DejaVu Sans", "DejaVu Sans Mono")
 TEST = ("DejaVu Serif", "STIXGeneral")
@@ -37,7 +57,10 @@ CLIENTS = {
 }
 # client -> how its collection looks: least and greatest red, green, blue of paper and ink. D_0 has every colour.
 LOOKS = {
-    "greek": (((0.85, 0.8, 0.6), (1, 0.95, 0.75)), ((0, 0, 0), (0.25, 0.15, 0.1))),  # dark ink on yellowed paper
+    "greek": (
+        ((0.85, 0.8, 0.6), (1, 0.95, 0.75)),
+        ((0, 0, 0), (0.25, 0.15, 0.1)),
+    ),  # dark ink on yellowed paper
     "cyrillic": (((0, 0, 0.2), (0.15, 0.2, 0.45)), ((0.85, 0.85, 0.85), (1, 1, 1))),  # white on blue signs
     "armenian": (((0.6, 0.85, 0.6), (0.75, 1, 0.8)), ((0.25, 0, 0), (0.45, 0.1, 0.15))),  # red on green tiles
 }
@@ -45,7 +68,11 @@ SCRIPT_WORDS = {"GREEK": "greek", "COPTIC": "greek", "CYRILLIC": "cyrillic", "AR
 GREEK_LETTERS = {unicodedata.name(chr(c)).split()[-1] for c in range(0x3B1, 0x3CA)}  # ALPHA, BETA, ...
 
 SIZE, CANVAS = 32, 64  # pixels of an image, and of the canvas that a letter is set on first
-EM, BASELINE, MARGIN = 46, 48, 5  # on the canvas: font size, height of the base line, least distance to the edges
+EM, BASELINE, MARGIN = (
+    46,
+    48,
+    5,
+)  # on the canvas: font size, height of the base line, least distance to the edges
 
 # ---------------------------------------------------------------------------------------------------------------
 # Which characters there are
@@ -84,7 +111,9 @@ def caption(char):
 def font_path(face):
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / face
     if not path.exists():
-        raise UserError(f"font {path} is missing: this matplotlib comes without its fonts, install the one of the package registry")
+        raise UserError(
+            f"font {path} is missing: this matplotlib comes without its fonts, install the one of the package registry"
+        )
     return path
 
 
@@ -92,11 +121,14 @@ def font_path(face):
 def characters(face):
     """The characters `face` draws: named letters, numbers, punctuation and symbols whose outline is not empty."""
     with TTFont(font_path(face)) as font:
-        start = font["loca"]  # glyph i lies at start[i] .. start[i + 1] of the file: nothing between, nothing drawn
+        start = font[
+            "loca"
+        ]  # glyph i lies at start[i] .. start[i + 1] of the file: nothing between, nothing drawn
         return frozenset(
             chr(code)
             for code, glyph in font.getBestCmap().items()
-            if unicodedata.category(chr(code))[0] in "LNPS" and unicodedata.name(chr(code), "")
+            if unicodedata.category(chr(code))[0] in "LNPS"
+            and unicodedata.name(chr(code), "")
             and start[(i := font.getGlyphID(glyph))] != start[i + 1]
         )
 
@@ -110,7 +142,13 @@ def faces_of(char, families=tuple(FAMILIES)):
 def world():
     """D_0's world: every (character, family) outside the clients' scripts, as often as the family has faces for it."""
     chars = sorted(set().union(*(characters(face) for faces in FAMILIES.values() for face in faces)))
-    return [(char, family) for char in chars if script_of(char) is None for family in FAMILIES for _ in faces_of(char, (family,))]
+    return [
+        (char, family)
+        for char in chars
+        if script_of(char) is None
+        for family in FAMILIES
+        for _ in faces_of(char, (family,))
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -145,13 +183,23 @@ def draw(image):
     """
     rng = np.random.default_rng(image["seed"])
     mask = glyph(image["char"], image["face"])
-    if rng.random() < 0.5:  # heavier by a pixel of the canvas all round; Pillow's own stroke fills some letters with ink
+    if (
+        rng.random() < 0.5
+    ):  # heavier by a pixel of the canvas all round; Pillow's own stroke fills some letters with ink
         mask = mask.filter(ImageFilter.MaxFilter(3))
-    angle, (dx, dy), (wide, high) = rng.normal(0, 0.1), rng.uniform(-4, 4, 2), rng.uniform(0.92, 1.08, 2) * rng.uniform(0.92, 1.08)
+    angle, (dx, dy), (wide, high) = (
+        rng.normal(0, 0.1),
+        rng.uniform(-4, 4, 2),
+        rng.uniform(0.92, 1.08, 2) * rng.uniform(0.92, 1.08),
+    )
     cos, sin, centre = np.cos(angle), np.sin(angle), CANVAS / 2
-    inverse = np.array([[cos / wide, sin / wide], [-sin / high, cos / high]])  # of the output's place in the input's
+    inverse = np.array(
+        [[cos / wide, sin / wide], [-sin / high, cos / high]]
+    )  # of the output's place in the input's
     x, y = centre - inverse @ (centre + dx, centre + dy)
-    mask = mask.transform(mask.size, Image.Transform.AFFINE, (*inverse[0], x, *inverse[1], y), Image.Resampling.BILINEAR)
+    mask = mask.transform(
+        mask.size, Image.Transform.AFFINE, (*inverse[0], x, *inverse[1], y), Image.Resampling.BILINEAR
+    )
     mask = np.asarray(mask.reduce(CANVAS // SIZE), dtype=np.float32)[..., None] / 255  # (32, 32, 1)
     if "look" in image:
         paper, ink = (rng.uniform(*colours) for colours in LOOKS[image["look"]])
@@ -179,14 +227,23 @@ def split_client(name, sizes, seed):
     """A client's parts: as many records of each letter as of any other (but one), in random faces of the part's families."""
     letters, rng = CLIENTS[name], np.random.default_rng([seed, zlib.crc32(name.encode())])
     choices = [caption(char) for char in letters]
-    number = int(rng.integers(2**40))  # of a drawing, its recipe's seed: counted on, so that no two recipes are the same
+    number = int(
+        rng.integers(2**40)
+    )  # of a drawing, its recipe's seed: counted on, so that no two recipes are the same
     parts = {}
     for part, size in sizes.items():
-        order = np.concatenate([rng.permutation(len(letters)) for _ in range(0, size, len(letters))] or [[]])[:size]
+        order = np.concatenate([rng.permutation(len(letters)) for _ in range(0, size, len(letters))] or [[]])[
+            :size
+        ]
         parts[part] = []
         for i in order.astype(int):
             faces = faces_of(letters[i], TEST if part == "test" else TRAIN)
-            image = {"char": letters[i], "face": faces[rng.integers(len(faces))], "look": name, "seed": (number := number + 1)}
+            image = {
+                "char": letters[i],
+                "face": faces[rng.integers(len(faces))],
+                "look": name,
+                "seed": (number := number + 1),
+            }
             parts[part].append({"image": image, "answer": choices[i], "source": name, "choices": choices})
     return parts
 
@@ -197,7 +254,11 @@ def public_records(n_public):
     A character comes up in proportion to the faces that hold it, each time with one to four drawings in the faces of
     one family: near-duplicates, as a scraped collection has them.
     """
-    rng, pairs, records = np.random.default_rng(0), world(), []  # one set for everybody: not a matter of the run's seed
+    rng, pairs, records = (
+        np.random.default_rng(0),
+        world(),
+        [],
+    )  # one set for everybody: not a matter of the run's seed
     while len(records) < n_public:
         char, family = pairs[rng.integers(len(pairs))]
         faces = faces_of(char, (family,))

@@ -189,12 +189,12 @@ def test_balanced_gives_small_classes_whole():
 
 
 def test_the_public_subset_is_one_for_every_seed(data):
-    def images(n, seed):
+    def drawn(n, seed):
         return [r["image"] for r in images.load_images([], ALL, n, seed, {"root": str(data)})[0]]
 
-    every = images(0, 0)
-    assert images(4, 0) == images(4, 7) == [image for image in every if image in images(4, 0)] != every[:4]
-    assert len(set(images(4, 0))) == 4 and images(10, 1) == every
+    every = drawn(0, 0)
+    assert drawn(4, 0) == drawn(4, 7) == [image for image in every if image in drawn(4, 0)] != every[:4]
+    assert len(set(drawn(4, 0))) == 4 and drawn(10, 1) == every
     fails("--public-size 11", "10 images", sizes=ALL, clients=[], n_public=11, sources={"root": str(data)})
 
 

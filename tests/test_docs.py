@@ -1,0 +1,140 @@
+"""What README.md and docs/ promise: examples that run, links that lead somewhere, flags that exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPT = re.compile(r"\S+\.(py|sh)")
+
+
+def page_id(page):
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page, language):
+    """The code of every fenced block of this language ("" for a block without one)."""
+    found, inside = [], None
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```") and inside is None:
+            inside, kind = [], line[3:].strip()
+        elif line.startswith("```"):
+            if kind == language:
+                found.append("\n".join(inside) + "\n")
+            inside = None
+        elif inside is not None:
+            inside.append(line)
+    return found
+
+
+def prose(page):
+    """The text without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def script_and_flags(command):
+    """("tests/run.sh", ["--flag"]) of a command that runs a script of this project; None for any other program."""
+    words = shlex.split(command, comments=True)
+    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # QUICK=1 bash run_all.sh
+        words.pop(0)
+    if not words:
+        return None
+    at = next((i for i, word in enumerate(words) if SCRIPT.fullmatch(word)), None)
+    if at is None or at > 0 and words[0] not in ("python", "bash", "accelerate"):
+        return None
+    return words[at], [word.split("=")[0] for word in words[at + 1 :] if word.startswith("--")]
+
+
+def commands(page):
+    """Commands of the blocks without a language, and those that stand in the prose between backticks."""
+    lines = []
+    for block in blocks(page, ""):
+        lines += block.replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`([^`\n]+)`", prose(page))
+    for line in lines:
+        if re.match(r"([A-Z_]+=\S* )*(python|bash|accelerate|\S+\.(py|sh))\s", line):
+            found = script_and_flags(line)
+            if found:
+                yield line, *found
+
+
+def anchors(page):
+    """GitHub's names of the page's headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def flags_of(script):
+    program = "bash" if script.endswith(".sh") else sys.executable
+    done = subprocess.run([program, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{script} --help: {done.stderr}"
+    return set(re.findall(r"--[a-z][\w-]*", done.stdout))
+
+
+@pytest.fixture(scope="module")
+def known_flags():
+    """{script: its flags}, one --help a script, two at a time."""
+    scripts = sorted({script for page in PAGES for _, script, flags in commands(page) if flags})
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(scripts, pool.map(flags_of, scripts)))
+
+
+def test_readme_examples_run(tmp_path, monkeypatch):
+    """As they stand, each in a namespace of its own; the shapes are those that their comments say."""
+    import moe
+
+    monkeypatch.chdir(tmp_path)  # one of them writes a folder
+    examples = blocks(README, "python")
+    assert len(examples) == 2
+    names = [{"__name__": "readme"} for _ in examples]
+    for example, namespace in zip(examples, names):
+        exec(compile(example, "README.md", "exec"), namespace)
+    select, unify = names
+    assert select["proxies"].shape == (50,)
+    assert unify["logits"].shape == (1, 12, 100)
+    assert len(moe.layers(unify["model"])) == unify["L"]
+
+
+def test_readme_is_short():
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, lines)) <= 400
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_commands_have_flags_that_exist(page, known_flags):
+    own = {block.split()[1].rstrip(":") for block in blocks(page, "python") if block.startswith("# ")}  # "# make_data.py: ..."
+    for line, script, flags in commands(page):
+        if script in own:
+            continue
+        assert (ROOT / script).exists(), f"{page.name}: {line}"
+        unknown = [flag for flag in flags if flag not in known_flags[script]]
+        assert not unknown, f"{page.name}: {line}: {unknown}"
+
+
+def test_commands_are_found():
+    """The parser above sees what it should, and leaves other programs alone."""
+    assert script_and_flags("QUICK=1 bash run_all.sh --seed 1  # a comment --no") == ("run_all.sh", ["--seed"])
+    assert script_and_flags("accelerate launch --multi_gpu train_expert.py --run-dir RUN") == ("train_expert.py", ["--run-dir"])
+    assert script_and_flags("lm_eval --model hf --tasks intent") is None
+    assert script_and_flags("bash run_all.sh --client a=b.jsonl --seed 0") == ("run_all.sh", ["--client", "--seed"])
+    assert len(list(commands(README))) > 5

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import fetch
 import tasks
-from moe import fix_torchvision
+from metamoe.serving.seed_model import fix_torchvision
 from rundir import UserError, atomic, read_json
 
 # The paper's settings for CLIP. Sizes of 0: all there is.

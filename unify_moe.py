@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 
 import moe
 from backbones import PRESETS, import_transformers, load_backbone, processes, read_expert, train, use_checkpointing
+from metamoe.serving import generation, seed_model
 from rundir import UserError, atomic, finished, folder_bytes, open_run, read_json, read_manifest, read_records, run_main, sha256
 from rundir import upload_variant, usable_public, write_json
 
@@ -266,7 +267,8 @@ def export(run, source, folder, force):
         write_json(part / "config.json", config)
         code = (Path(__file__).parent / "export" / "modeling_metamoe.py").read_text()
         (part / "modeling_metamoe.py").write_text(code.replace("LlamaConfig", seed[0]).replace("LlamaForCausalLM", seed[1]))
-        shutil.copyfile(moe.__file__, part / "moe.py")
+        for module in (moe, generation, seed_model):
+            shutil.copyfile(module.__file__, part / Path(module.__file__).name)
         write_json(part / "done.json", settings)
     print(f"unify_moe: {folder}: {source.name} as a Hugging Face folder, {folder_bytes(folder) / 1e6:.0f} MB")
 

@@ -16,6 +16,8 @@ import drive
 import moe
 import tiny
 import unify_moe
+from metamoe.serving import generation
+from metamoe.serving import seed_model as seed_model_module
 from rundir import read_json, write_json
 from tiny import CLIENTS, COMMON
 
@@ -162,12 +164,13 @@ def test_an_export_runs_without_this_repository(made, seed_model, tmp_path):
 def test_what_is_in_an_export(made, seed_model):
     export, run_dir = made / "export", made / "run"
     files = {p.name for p in export.iterdir()}
-    assert files >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "modeling_metamoe.py", "moe.py", "done.json"}
+    assert files >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "modeling_metamoe.py", "moe.py", "generation.py", "seed_model.py", "done.json"}
     seed, own = load_file(seed_model / "model.safetensors"), load_file(export / "model.safetensors")
     assert all(torch.equal(own[name], t) for name, t in seed.items())  # the seed's, under the seed's names
     added = load_file(run_dir / "moe" / "metamoe" / "moe.safetensors")
     assert own.keys() == seed.keys() | added.keys() and all(torch.equal(own[name], t) for name, t in added.items())
-    assert (export / "moe.py").read_bytes() == Path(moe.__file__).read_bytes()
+    for source in (moe, generation, seed_model_module):
+        assert (export / Path(source.__file__).name).read_bytes() == Path(source.__file__).read_bytes()
     secrets = [tiny.SECRET, str(run_dir), str(seed_model), str(Path.home()), str(tiny.REPO)]
     for path in export.iterdir():
         assert not [secret for secret in secrets if secret.encode() in path.read_bytes()], path

@@ -1,27 +1,25 @@
 """MetaMoE's mixture-of-experts layer: independently trained FFN experts and a context-aware router in one model.
 
 The layer of "MetaMoE: Diversity-Aware Proxy Selection for Privacy-Preserving Mixture-of-Experts Unification"
-(arXiv 2605.14289, ICML 2026), Eq. 5-6. This file needs torch and safetensors alone and can be copied:
+(arXiv 2605.14289, ICML 2026), Eq. 5-6. It needs torch and safetensors alone and can be copied:
 
-    model = unify(seed, ffn_names, experts, vectors)      # experts: K x {ffn_name: LoRA or full FFN weights}
-    model.routing.context_mask = prompt_mask              # (B, T), what the router's context is the mean of
-    save(model, "unified"); model = load("unified", fresh_seed)
-    model.generate(ids, attention_mask=mask)              # a language model of transformers: with or without a cache
-    disable_expert(model, "hotels")                       # opt out, without training; enable_expert: in again
+    model = unify(seed_model, ffn_names, experts, vectors)  # experts: K x {ffn_name: LoRA or full FFN weights}
+    model.routing.context_mask = prompt_mask                # (B, T), tokens averaged into the router's context
+    save(model, "unified"); model = load("unified", fresh_seed_model)
+    disable_expert(model, "hotels")                         # opt out without training; enable_expert undoes it
 
-Letters in shapes: B sequences, T tokens, N = B T, d width, h the FFN's hidden width, K experts, k = top_k,
-r LoRA rank, L layers.
+`generate` and key-value caches also need metamoe/serving/generation.py.
+Shapes: B sequences, T tokens, N = B T, d width, h the FFN's hidden width, K experts, k = top_k, r LoRA rank, L layers.
 """
 
+import importlib
 import json
 import math
 import os
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MethodType
 
 import torch
 import torch.nn as nn
@@ -31,8 +29,10 @@ from torch import Tensor
 
 WEIGHTINGS = ("stopgrad", "literal", "renormalized")
 CONTEXTS = ("fixed", "prefix", "none")
-CROP = 32  # so many tokens can be taken back from the end of a key-value cache (speculative decoding does)
-# an FFN is known by the names of its linears, the last of them the down projection, and of its activation
+# Up to so many tokens LoRA experts run behind masks, all at once: K - 1 times more low-rank work, but no sorting, no wait
+# on CUDA, no product of a new size in each batch. The number of tokens decides what is faster, not K.
+FEW_TOKENS = {"cpu": 2048, "cuda": 65536}
+# an FFN is known by the names of its linears, the down projection last, and of its activation
 FFNS = (
     (("gate_proj", "up_proj", "down_proj"), "act_fn"),  # LLaMA: down(act(gate(x)) * up(x))
     (("c_fc", "c_proj"), "gelu"),  # open_clip
@@ -40,198 +40,12 @@ FFNS = (
 )
 
 
-@dataclass(eq=False)
-class RoutingState:
-    """What the router has to know of a batch beside its tokens; one object for all layers.
-
-    mode: what the context z_x of Eq. 6 is. "fixed": one mean over the tokens of context_mask, the same for every token
-        of the sequence; with a key-value cache the mean over the first forward's tokens, the prompt's, which every later
-        token keeps. "prefix": the running mean over the tokens of context_mask up to and including t, so no token
-        is routed by its future. "none": no context.
-    context_mask: (B, T) bool, None for all tokens. Padding must be False in it: outputs then do not depend on padding.
-    token_mask: (B, T) bool, the tokens that `record` counts, None for all.
-    record: add the number of routed tokens (each of the k choices counted) to every layer's `counts`.
-
-    In a language model of transformers "all tokens" are those of its attention_mask, and the sums of the tokens in a
-    key-value cache are kept in that cache (see `Past`). The masks are set before a forward and hold until they are changed
-    or set to None; `generate` does without them: its context is the prompt's mean ("fixed") or the prefix's.
-    """
-
-    mode: str = "fixed"
-    context_mask: Tensor | None = None
-    token_mask: Tensor | None = None
-    record: bool = False
-    # of the forward at hand, set by the hooks of a language model
-    prompt: int | None = field(default=None, repr=False)  # inside generate: the prompt's length
-    generated: Tensor | None = field(default=None, repr=False)  # inside generate: the attention mask of all tokens so far
-    real: Tensor | None = field(default=None, repr=False)  # (B, T), from the attention mask
-    before: dict = field(default_factory=dict, repr=False)  # the sums of the cache's tokens: {layer: (sums, numbers)}
-    after: dict | None = field(default=None, repr=False)  # where the sums go that a cache will keep; None: nowhere
-
-    def context(self, z: Tensor, layer: int = 0) -> Tensor | None:
-        """z_x of Eq. 6 for z (B, T, d): (B, 1, d) if fixed, (B, T, d) if prefix, in float32; None without context.
-
-        Where no token is in the mask (yet), the context is 0. layer: whose sums of the tokens in a key-value cache it goes
-        on from. Raises ValueError on an unknown mode, and on a mask that is not (B, T).
-        """
-        if self.mode == "none":
-            return None
-        if self.mode not in CONTEXTS:
-            raise ValueError(f"mode is {self.mode!r}, not one of {CONTEXTS}")
-        if self.mode == "fixed" and layer in self.before:
-            sums, number = self.before[layer]
-        else:
-            z = z.float()  # a bf16 sum over a long sequence loses its last terms
-            mask = self.real if self.context_mask is None or self.prompt else self.context_mask
-            if mask is None:
-                mask = torch.ones(1, z.shape[1], 1, dtype=torch.bool, device=z.device)
-            else:
-                mask = _mask("context_mask", mask, z).unsqueeze(-1)  # (B, T, 1)
-                z = z.masked_fill(~mask, 0)  # not z * mask: padding may hold NaN
-            if self.mode == "fixed":
-                sums, number = z.sum(1, keepdim=True), mask.sum(1, keepdim=True)  # (B, 1, d), (B, 1, 1)
-            else:
-                sums, number = z.cumsum(1), mask.cumsum(1)  # (B, T, d), (B, T, 1)
-                if layer in self.before:
-                    sums, number = sums + self.before[layer][0][:, -1:], number + self.before[layer][1][:, -1:]
-        if self.after is not None:
-            self.after[layer] = self._kept(layer, sums, number.expand(len(sums), -1, -1))
-        return sums / number.clamp(min=1)
-
-    def _kept(self, layer, sums, number):
-        """The last CROP sums and numbers: after taking back as many tokens the running mean is still known."""
-        if self.mode == "prefix" and layer in self.before and sums.shape[1] < CROP:
-            sums, number = (torch.cat(pair, 1) for pair in zip(self.before[layer], (sums, number)))
-        return tuple(t[:, -CROP:].clone() for t in (sums, number))  # clone: a view would keep the whole in memory
-
-
-class Past:
-    """The router's sums over the tokens that a key-value cache holds; an attribute of that cache, so that they live, are
-    copied and are reordered with it.
-
-    mode: RoutingState's. length: the tokens in the cache. prompt: how many of them the fixed mean is of. sums: {layer:
-    (sums (B, s, d), numbers (B, s, 1))} up to the last s <= CROP tokens; s = 1 if fixed.
-    """
-
-    def __init__(self, mode, length, prompt, sums):
-        self.mode, self.length, self.prompt, self.sums = mode, length, prompt, sums
-
-    def upto(self, length, mode):
-        """The sums when the cache holds `length` tokens: its last ones may have been taken back. Else ValueError."""
-        if mode != self.mode:
-            raise ValueError(f"the key-value cache was filled in mode {self.mode!r}, the mode is {mode!r} now: begin with an empty one")
-        back = self.length - length
-        if back < 0:
-            raise ValueError(f"the key-value cache holds {length} tokens, {-back} of which the router has not seen: fill it with the unified model alone")
-        if mode == "fixed":
-            if length < self.prompt:
-                raise ValueError(f"the key-value cache was cropped to {length} of the {self.prompt} tokens whose mean is the context: begin with an empty one")
-            return self.sums
-        if back and any(back >= s.shape[1] for s, _ in self.sums.values()):
-            raise ValueError(f"{back} tokens were taken back from the key-value cache, the router can go back by {CROP - 1} at most: begin with an empty one")
-        return {layer: tuple(t[:, : t.shape[1] - back] for t in pair) for layer, pair in self.sums.items()}
-
-    @staticmethod
-    def of(cache, length, mode):
-        """The sums of the tokens in `cache`, {} for an empty one. ValueError where another model filled it."""
-        if length == 0:  # new or reset: nothing of an earlier prompt
-            return {}
-        if mode == "none":
-            return {}
-        if not hasattr(cache, "routing_past"):
-            raise ValueError(f"the key-value cache holds {length} tokens that the router has not seen: fill it with the unified model")
-        return cache.routing_past.upto(length, mode)
-
-    def keep_in(self, cache):
-        if not hasattr(cache, "routing_past"):
-            for change in (reorder_cache, batch_select_indices, batch_repeat_interleave):  # all that changes its batch
-                setattr(cache, change.__name__, MethodType(change, cache))
-        cache.routing_past = self
-
-    def change(self, function):
-        self.sums = {layer: tuple(map(function, pair)) for layer, pair in self.sums.items()}
-
-
-def reorder_cache(self, beam_idx):
-    type(self).reorder_cache(self, beam_idx)
-    self.routing_past.change(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-
-def batch_select_indices(self, indices):
-    type(self).batch_select_indices(self, indices)
-    self.routing_past.change(lambda t: t[indices.to(t.device)])
-
-
-def batch_repeat_interleave(self, repeats):
-    type(self).batch_repeat_interleave(self, repeats)
-    self.routing_past.change(lambda t: t.repeat_interleave(repeats, dim=0))
-
-
-def _before(module, args, kwargs):
-    """Before a forward of a language model: which tokens are real, and what the router knows of those in the cache."""
-    state = module.routing
-    given = dict(zip(("input_ids", "attention_mask", "position_ids", "past_key_values"), args)) | kwargs
-    ids = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-    if ids is None:
-        return  # the forward has its own message
-    B, T = ids.shape[:2]
-    cache, mask = given.get("past_key_values"), given.get("attention_mask")
-    length = 0 if cache is None else int(cache.get_seq_length())
-    state.before = Past.of(cache, length, state.mode)
-    use_cache = given.get("use_cache")
-    state.after = {} if cache is not None or (module.config.use_cache if use_cache is None else use_cache) else None
-    if state.prompt:
-        mask = state.generated  # a static cache has generate pass another, of four dimensions
-    if mask is not None and not (torch.is_tensor(mask) and mask.dim() == 2):
-        if state.context_mask is None and state.mode != "none":
-            raise ValueError("the attention mask is not (B, T), and does not say which tokens are real: set routing.context_mask")
-        mask = None
-    state.real = None if mask is None else mask[:, -T:].bool()
-    if state.prompt and state.mode == "fixed":
-        prompt = torch.arange(length, length + T, device=ids.device).expand(B, T) < state.prompt
-        state.real = prompt if mask is None else prompt & state.real.to(ids.device)
-
-
-def _after(module, args, kwargs, output):
-    """After it: what the router knows now goes into the cache that the forward filled."""
-    state = module.routing
-    if state.after and state.mode != "none":
-        values = output.values() if isinstance(output, dict) else output
-        cache = next((value for value in values if hasattr(value, "get_seq_length")), kwargs.get("past_key_values"))
-        if cache is not None:
-            length = int(cache.get_seq_length())
-            prompt = cache.routing_past.prompt if state.before else min(length, state.prompt or length)
-            Past(state.mode, length, prompt, state.after).keep_in(cache)
-    state.after = None
-    if not torch.is_grad_enabled():  # else a backward that recomputes the forward needs them again
-        state.real, state.before = None, {}
-
-
-def generate(self, inputs=None, *args, **kwargs):
-    """The seed's own generate; the context is the prompt's mean ("fixed") or the prefix's, with or without a cache."""
-    prompt = next((t for t in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
-    chunked = kwargs.get("prefill_chunk_size", getattr(kwargs.get("generation_config") or self.generation_config, "prefill_chunk_size", None))
-    if chunked and self.routing.mode == "fixed":
-        raise ValueError("prefill_chunk_size: the context is the mean of the whole prompt; leave it out, or set routing.mode to 'prefix'")
-    self.routing.prompt = 1 if prompt is None else max(1, prompt.shape[1])  # nothing: it begins with BOS
-    try:
-        return type(self).generate(self, inputs, *args, **kwargs)
-    finally:
-        self.routing.prompt = self.routing.generated = None
-
-
-def prepare_inputs_for_generation(self, input_ids, *args, attention_mask=None, inputs_embeds=None, **kwargs):
-    self.routing.generated = attention_mask
-    return type(self).prepare_inputs_for_generation(self, input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-
-
 class Router(nn.Module):
     """The context-aware router, Eq. 6: pi = softmax(z~ . e_p), z~ = (1 - lambda) z + lambda z_x.
 
-    vectors: (K, d), the uploaded mean FFN inputs that e_p starts from. lam: where lambda starts.
+    vectors: (K, d), the uploaded mean FFN inputs that e_p starts from. lam: where lambda starts, in [0, 1].
     offset: subtract |e_p|^2 / 2 from the logits, which makes the largest one the nearest mean.
     disabled: indices of experts that have opted out: their pi is 0, the others' sum to 1.
-    Raises ValueError where vectors is not a matrix or lam not in [0, 1].
     """
 
     def __init__(self, vectors: Tensor, lam: float = 0.3, offset: bool = False):
@@ -249,13 +63,13 @@ class Router(nn.Module):
         with torch.autocast(z.device.type, enabled=False):  # bf16 logits of size 100 are off by 0.5
             e = self.vectors.float().t()  # (d, K)
             logits = z.float() @ e  # (B, T, K)
-            if context is not None:
-                # Eq. 6. z~ . e is linear in z~: blending the K logits spares a blend of width d
+            if context is not None:  # z~ . e is linear in z~: blend the K logits, not the d features
                 logits = (1 - self.lam) * logits + self.lam * (context.float() @ e)
             if self.offset:
                 logits = logits - e.square().sum(0) / 2
             if self.disabled:
-                logits = logits.index_fill(-1, torch.tensor(self.disabled, device=logits.device), -math.inf)
+                out = torch.tensor(self.disabled, device=logits.device)
+                logits = logits.index_fill(-1, out, -math.inf)
             return logits.softmax(-1)  # Eq. 6
 
     @torch.no_grad()
@@ -267,51 +81,52 @@ class Router(nn.Module):
 class MoELayer(nn.Module):
     """The MoE layer, Eq. 5: y_t = sum over the top-k experts p of weight_p FFN_p(z_t). Takes the place of an FFN.
 
-    ffn: the seed's own FFN, gated or two-layer, known by the names in FFNS. Its linears are frozen and become the layer's,
-        under their own names; with full experts only its activation is kept.
-    experts: K dicts, all of one kind. LoRA, FFN_p's linears being W + scaling B A: {"up_proj.lora_A": (r, d_in),
-        "up_proj.lora_B": (d_out, r), ..., "scaling": float}; ranks may differ, and a linear that is left out has no
-        update. Full: {"up_proj.weight": (d_out, d_in), "up_proj.bias": (d_out,), ...}, biases where ffn has them.
-    router, state: the layer's Router and the model's RoutingState.
-    weighting: the weights of the chosen experts. "literal": pi_p, as Eq. 5 is written; shrinks every FFN output.
-        "renormalized": pi_p / sum of the chosen pi; at top-1 the constant 1, so no gradient reaches the router.
-        "stopgrad": pi_p / stop_gradient(sum): renormalized in the forward, literal's direction in the backward.
-
+    ffn: the seed model's FFN, gated or two-layer (FFNS). With LoRA experts its linears, frozen, become the layer's.
+    experts: K dicts, all of one kind. LoRA, W + scaling B A: {"up_proj.lora_A": (r, d_in), "up_proj.lora_B": (d_out, r),
+        ..., "scaling": float}; ranks may differ, linears may be left out. Full: {"up_proj.weight": (d_out, d_in), ...}.
+    weighting: of the chosen experts. "literal": pi_p, as in Eq. 5. "renormalized": pi_p / sum of the chosen pi.
+        "stopgrad": pi_p / stop_gradient(sum), which still trains the router at top-1.
     Raises ValueError, naming the argument, where shapes, counts or kinds disagree.
     """
 
     def __init__(self, ffn, experts, router, state, top_k=1, weighting="stopgrad"):
         super().__init__()
         self.linears, act = _parts(ffn)
-        width = getattr(ffn, self.linears[0]).in_features
-        if tuple(router.vectors.shape) != (len(experts), width):
-            raise ValueError(f"router has vectors {tuple(router.vectors.shape)}, not ({len(experts)} experts, {width})")
+        want = (len(experts), getattr(ffn, self.linears[0]).in_features)
+        if tuple(router.vectors.shape) != want:
+            raise ValueError(
+                f"router has vectors {tuple(router.vectors.shape)}, not ({want[0]} experts, {want[1]})"
+            )
         if not 1 <= top_k <= len(experts):
             raise ValueError(f"top_k is {top_k}, not in 1..{len(experts)}, the number of experts")
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting is {weighting!r}, not one of {WEIGHTINGS}")
-        self.kind = _kind(experts)
-        self.experts = _stack(experts, ffn, self.linears, self.kind)
-        self.scaling = [float(e["scaling"]) for e in experts] if self.kind == "lora" else None
-        for name in self.linears if self.kind == "lora" else ():
-            setattr(self, name, getattr(ffn, name).requires_grad_(False))
-        self.act = getattr(ffn, act)
-        self.router, self.state, self.top_k, self.weighting, self.index = router, state, top_k, weighting, 0
-        self.register_buffer("counts", torch.zeros_like(router.vectors[:, 0], dtype=torch.long), persistent=False)
+        self.kind, self.act = _kind(experts), getattr(ffn, act)
+        self.experts, self.scaling = _stack(experts, ffn, self.linears, self.kind), None
+        if self.kind == "lora":
+            self.scaling = [float(e["scaling"]) for e in experts]
+            for name in self.linears:
+                setattr(self, name, getattr(ffn, name).requires_grad_(False))
+        self.router, self.state = router, state
+        self.top_k, self.weighting = top_k, weighting
+        self.index = 0  # of this layer in the model
+        counts = torch.zeros_like(router.vectors[:, 0], dtype=torch.long)
+        self.register_buffer("counts", counts, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """y, of x's shape, for x (B, T, d), or (T, d) as one sequence."""
         z = x if x.dim() == 3 else x.unsqueeze(0)  # (B, T, d)
-        chosen, weight = self.choose(self.router(z, self.state.context(z, self.index)))  # (B, T, k) both
+        pi = self.router(z, self.state.context(z, self.index))  # (B, T, K)
+        chosen, weight = self.choose(pi)  # (B, T, k) both
         if self.state.record:
-            mask = self.state.real if self.state.token_mask is None or self.state.prompt else self.state.token_mask
-            kept = chosen if mask is None else chosen[_mask("token_mask", mask, z)]
-            self.counts += kept.flatten().bincount(minlength=len(self.counts))
-        # autocast would cast the frozen weights again for every expert: cast here, once, and leave it nothing to do
-        dev = x.device.type
-        dtype = torch.get_autocast_dtype(dev) if torch.is_autocast_enabled(dev) else x.dtype
-        chosen, weight = chosen.flatten(0, 1), weight.flatten(0, 1).to(dtype)  # (N, k)
-        return self._mix(z.flatten(0, 1).to(dtype), chosen, weight).view(x.shape)
+            self.count(chosen, z)
+        device, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(device):  # cast once; autocast would cast again for every expert
+            dtype = torch.get_autocast_dtype(device)
+        few = z.shape[0] * z.shape[1] <= FEW_TOKENS.get(device, FEW_TOKENS["cuda"])
+        mix = self._mix_masked if few and self.kind == "lora" else self._mix_by_expert
+        y = mix(z.flatten(0, 1).to(dtype), chosen.flatten(0, 1), weight.flatten(0, 1).to(dtype))  # (N, d)
+        return y.view(x.shape)
 
     def choose(self, pi: Tensor) -> tuple[Tensor, Tensor]:
         """The top-k experts of pi (..., K) and their weights, (..., k) both; of equal ones the lowest index first."""
@@ -319,118 +134,213 @@ class MoELayer(nn.Module):
         pi, chosen = pi.sort(dim=-1, descending=True, stable=True)  # topk promises no order among equals
         pi, chosen = pi[..., :k], chosen[..., :k]
         if self.weighting == "literal":
-            return chosen, pi  # Eq. 5
+            return chosen, pi
         total = pi.sum(-1, keepdim=True)
-        # at top-1 both are x / x = 1, exactly; stopgrad keeps the derivative by the numerator
         return chosen, pi / (total.detach() if self.weighting == "stopgrad" else total)
 
-    def _mix(self, x, chosen, weight):
-        """Eq. 5 for x (N, d), chosen and weight (N, k): y (N, d)."""
-        return (self._mix_masked if self._masked(x) else self._mix_sorted)(x, chosen, weight)
+    def _mix_by_expert(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+        """Eq. 5, one expert after the other: y (N, d) for x (N, d), chosen and weight (N, k)."""
+        order = chosen.flatten().argsort(stable=True)  # (N k), the (token, choice) pairs sorted by expert
+        sizes = chosen.flatten().bincount(minlength=len(self.counts)).tolist()  # K: pairs of each expert
+        token = order // chosen.shape[1]  # (N k)
+        pairs = token.split(sizes), x[token].split(sizes), weight.flatten()[order].split(sizes)
+        weights, y = self._weights(x.dtype), torch.zeros_like(x)
+        for p, (t, z, w) in enumerate(zip(*pairs, strict=True)):  # (n_p), (n_p, d), (n_p): what expert p gets
+            y.index_add_(0, t, w.unsqueeze(1) * self._expert(p, z, weights))  # Eq. 5
+        return y
 
-    def _masked(self, x):
-        """Whether LoRA experts run as masks. That multiplies N r (K - 1) more for every width, sorting makes K times as many products,
-        of sizes that are new in every batch: launches and a wait on CUDA, new code for bfloat16 on a CPU. Which is more, N decides, not K."""
-        return self.kind == "lora" and len(x) <= (2048 if x.device.type == "cpu" else 65536)
+    def _mix_masked(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+        """Eq. 5 for LoRA experts, as above, without sorting: all experts' A and B at once, behind masks.
 
-    def _mix_masked(self, x, chosen, weight):
-        """All tokens through all experts' A at once, (K r, d_in), a mask that leaves each its own expert's r numbers, all B at once."""
+        W z runs once a token, ahead of the choices; W_down, linear, runs once behind their weighted sum.
+        """
         *ups, down = self.linears
-        # the scalings one by one: a tensor of them would be a copy to the device, and a wait, in every layer
-        masks = torch.stack([(chosen == p).to(x.dtype) * s for p, s in enumerate(self.scaling)], dim=-1).unsqueeze(-1).unbind(1)  # k of (N, K, 1)
-
-        def weights(name):
-            """W, its bias, A (K r, d_in), B (K r, d_out)."""
-            W, bias, A, B = self._tensors(name, x.dtype)
-            return W, bias, A if A is None else A.flatten(0, 1), B if B is None else B.mT.flatten(0, 1)
-
-        def low(z, A, mask):
-            return (F.linear(z, A).view(len(z), len(self.scaling), -1) * mask).flatten(1)  # (N, K r)
-
-        # the base projections run once a token: W z ahead of the choices, and W_down, linear, behind their weighted sum
-        base, hidden = [(F.linear(x, W, bias), A, B) for W, bias, A, B in map(weights, ups)], []
+        weights, last = weight.split(1, dim=1), chosen.shape[1] - 1  # k of (N, 1)
+        # a tensor of the scalings would be a copy to the device, and a wait, in every layer
+        masks = torch.stack([(chosen == p).to(x.dtype) * s for p, s in enumerate(self.scaling)], dim=-1)
+        masks = masks.unsqueeze(-1).unbind(1)  # k of (N, K, 1)
+        base, hidden = [], []
+        for W, bias, A, B in (self._flat(name, x.dtype) for name in ups):
+            base.append((F.linear(x, W, bias), A, B))  # (N, h), (K r, d), (K r, h)
         for j, mask in enumerate(masks):
-            add = Tensor.addmm_ if j == len(masks) - 1 else Tensor.addmm  # the last one in place: a copy costs more than the product
-            hidden.append(self._activate([y if A is None else add(y, low(x, A, mask), B) for y, A, B in base]))  # k of (N, h)
-        W, bias, A, B = weights(down)
-        if len(masks) == 1:
-            y = F.linear(hidden[0], W, bias)
-            return (y if A is None else y.addmm_(low(hidden[0], A, masks[0]), B)) * weight
-        weight = weight.split(1, dim=1)  # k of (N, 1)
-        total = hidden[0] * weight[0]
-        for h, w in zip(hidden[1:], weight[1:]):
-            total.addcmul_(h, w)
-        y = F.linear(total, W)
+            add = Tensor.addmm_ if j == last else Tensor.addmm  # in place: a copy costs more than the product
+            u = [y if A is None else add(y, _low_rank(x, A, mask), B) for y, A, B in base]
+            hidden.append(self._activate(u) * weights[j])  # k of (N, h)
+        W, bias, A, B = self._flat(down, x.dtype)
+        y = F.linear(_sum(hidden), W)
         if A is not None:
-            y.addmm_(sum(low(h, A, mask * w.unsqueeze(-1)) for h, mask, w in zip(hidden, masks, weight)), B)
-        return y if bias is None else y + sum(weight) * bias  # (N, d) Eq. 5
+            y.addmm_(_sum([_low_rank(h, A, mask) for h, mask in zip(hidden, masks, strict=True)]), B)
+        return y if bias is None else y + _sum(weights) * bias  # (N, d) Eq. 5
 
-    def _mix_sorted(self, x, chosen, weight):
-        """The N k (token, expert) pairs sorted by expert, each expert's products over its own."""
-        n, k = chosen.shape
-        sizes = chosen.flatten().bincount(minlength=len(self.counts)).tolist()  # pairs per expert
-        order = chosen.flatten().argsort(stable=True)  # (N k)
-        token, weights = order // k, self._weights(x.dtype)
-        if k == 1 or self.kind == "full":
-            # an expert shares nothing with a token's others: each runs on its own contiguous slice, so that tensors of
-            # the hidden width are neither gathered nor copied
-            y = torch.cat([self._expert(p, z, weights) for p, z in enumerate(x[token].split(sizes))])
-            y = y * weight.flatten()[order].unsqueeze(1)  # (N k, d)
-            y = y[torch.empty_like(order).scatter_(0, order, torch.arange(n * k, device=x.device))]
-            return y if k == 1 else y.view(n, k, -1).sum(1)  # (N, d) Eq. 5
-        *ups, down = self.linears  # the base projections once a token, as above
-        base = [F.linear(x, weights[name][0][0], weights[name][1][0])[token].unsafe_split_with_sizes(sizes) for name in ups]  # (n_p, h) each
-        W, bias, A, B = weights[down]
-        hidden, low = x.new_zeros(n, W[0].shape[1]), x.new_zeros(n, W[0].shape[0])  # (N, h), (N, d)
-        slices = zip(token.split(sizes), x[token].split(sizes), weight.flatten()[order].split(sizes), *base)
-        for p, (t, z, w, *own) in enumerate(slices):
-            h = self._activate([self._linear(p, z, *weights[name], y) for name, y in zip(ups, own)])
-            h = h * w.unsqueeze(1)  # (n_p, h)
-            hidden.index_add_(0, t, h)
-            if A[p] is not None:
-                low.index_add_(0, t, F.linear(F.linear(h, A[p]), B[p]), alpha=self.scaling[p])
-        y = F.linear(hidden, W[0]) + low
-        return y if bias[0] is None else y + weight.sum(1, keepdim=True) * bias[0]  # (N, d) Eq. 5
-
-    def _tensors(self, name, dtype):
-        """W, bias, A, B of a linear in dtype, None where there is no such tensor; what is the experts' own has K in front."""
-        stack = self.experts[name] if name in self.experts else None
-        base = stack if self.kind == "full" else getattr(self, name)
-        found = [getattr(module, leaf, None) for module, leaf in ((base, "weight"), (base, "bias"), (stack, "A"), (stack, "B"))]
-        return [None if t is None else t.to(dtype) for t in found]
-
-    def _weights(self, dtype):
-        """{linear: (W, bias, A, B)} in dtype, each a list over experts, of None where there is no such tensor."""
-        weights, K = {}, len(self.counts)
-
-        def own(t):  # unbind: one gradient for a whole stack, not one of its size for every expert
-            return [None] * K if t is None else t.unbind(0)
-
-        for name in self.linears:
-            W, bias, A, B = self._tensors(name, dtype)
-            base = (own(W), own(bias)) if self.kind == "full" else ([W] * K, [bias] * K)
-            weights[name] = *base, own(A), own(B)
-        return weights
-
-    def _expert(self, p, z, weights):
+    def _expert(self, p: int, z: Tensor, weights: dict) -> Tensor:
         """FFN_p(z): (n, d) -> (n, d)."""
         *ups, down = self.linears
-        return self._linear(p, self._activate([self._linear(p, z, *weights[name]) for name in ups]), *weights[down])
+        hidden = self._activate([self._linear(p, z, *weights[name]) for name in ups])  # (n, h)
+        return self._linear(p, hidden, *weights[down])
 
-    def _linear(self, p, z, W, bias, A, B, y=None):
-        """W_p z + b_p + scaling_p B_p A_p z, (n, d_in) -> (n, d_out); y, if given, is a fresh W_p z + b_p."""
-        y = F.linear(z, W[p], bias[p]) if y is None else y
-        # in place: copying y costs more than the product
-        return y if A[p] is None else y.addmm_(F.linear(z, A[p]), B[p].t(), alpha=self.scaling[p])
+    def _linear(self, p, z, W, bias, A, B):
+        y = F.linear(z, W[p], bias[p])
+        if A[p] is None:
+            return y
+        return y.addmm_(F.linear(z, A[p]), B[p].t(), alpha=self.scaling[p])  # W z + b + scaling B A z
 
     def _activate(self, u):
         return self.act(u[0]) * u[1] if len(u) == 2 else self.act(u[0])
+
+    def _tensors(self, name, dtype):
+        """W, bias, A, B of a linear in dtype, None where there is none; the experts' own have K in front."""
+        stack = self.experts[name] if name in self.experts else None
+        base = stack if self.kind == "full" else getattr(self, name)
+        found = [getattr(base, leaf, None) for leaf in ("weight", "bias")]
+        found += [getattr(stack, leaf, None) for leaf in ("A", "B")]
+        return [None if t is None else t.to(dtype) for t in found]
+
+    def _flat(self, name, dtype):
+        """W, bias and all experts' A (K r, d_in) and B (K r, d_out)."""
+        W, bias, A, B = self._tensors(name, dtype)
+        return (W, bias, None, None) if A is None else (W, bias, A.flatten(0, 1), B.mT.flatten(0, 1))
+
+    def _weights(self, dtype):
+        """{linear: (W, bias, A, B)}, each a list over the experts."""
+        weights, K = {}, len(self.counts)
+        for name in self.linears:
+            tensors = self._tensors(name, dtype)
+            shared = self.kind == "lora"  # W and bias are the seed model's
+            weights[name] = [
+                [t] * K if t is None or (shared and i < 2) else t.unbind(0) for i, t in enumerate(tensors)
+            ]
+        return weights
+
+    def count(self, chosen: Tensor, z: Tensor):
+        """Add the choices (B, T, k) of the tokens in token_mask, else of the real ones, to `counts`."""
+        mask = self.state.real if self.state.token_mask is None else self.state.token_mask
+        if mask is not None:
+            chosen = chosen[_mask("token_mask", mask, z)]
+        self.counts += chosen.flatten().bincount(minlength=len(self.counts))
+
+
+def _low_rank(z, A, mask):
+    """(N, K r): A z of all experts, times the mask (N, K, 1) that leaves a token's own."""
+    return (F.linear(z, A).view(len(z), mask.shape[1], -1) * mask).flatten(1)
+
+
+def _sum(tensors):
+    return tensors[0] if len(tensors) == 1 else torch.stack(tuple(tensors)).sum(0)
 
 
 def _mask(name, mask, z):
     if mask.shape != z.shape[:2]:
         raise ValueError(f"{name} is {tuple(mask.shape)}, the tokens are {tuple(z.shape[:2])}")
     return mask.to(z.device, torch.bool)
+
+
+@dataclass(eq=False)
+class RoutingState:
+    """What the router knows of a batch beside its tokens; one object for all layers.
+
+    mode: the context z_x of Eq. 6. "fixed": the mean over the tokens of context_mask, one for the whole sequence; a
+        key-value cache keeps that of the first forward, the prompt's. "prefix": the running mean up to each token, so
+        no token is routed by its future. "none": no context.
+    context_mask: (B, T) bool, None for all tokens, in a language model all of its attention mask. Padding must be False.
+    token_mask: (B, T) bool, the tokens that `record` counts, None as above.
+    record: add the number of routed tokens (each of the k choices counts) to every layer's `counts`.
+
+    The masks hold until they are changed or set to None; `generate` does without them.
+    """
+
+    mode: str = "fixed"
+    context_mask: Tensor | None = None
+    token_mask: Tensor | None = None
+    record: bool = False
+    real: Tensor | None = field(
+        default=None, repr=False
+    )  # (B, T), from the attention mask of the forward at hand
+    cached: object | None = field(
+        default=None, repr=False
+    )  # generation.py's, for tokens in a key-value cache
+
+    def context(self, z: Tensor, layer: int = 0) -> Tensor | None:
+        """z_x of Eq. 6 for z (B, T, d): (B, 1, d) if fixed, (B, T, d) if prefix, float32; None without context.
+
+        Where no token is in the mask (yet) it is 0. ValueError on an unknown mode, or a mask that is not (B, T).
+        """
+        if self.mode == "none":
+            return None
+        if self.mode not in CONTEXTS:
+            raise ValueError(f"mode is {self.mode!r}, not one of {CONTEXTS}")
+        if self.cached is None:
+            sums, numbers = self._sums(z)
+        else:
+            sums, numbers = self.cached.extend(layer, self.mode, self._sums, z)
+        return sums / numbers.clamp(min=1)
+
+    def _sums(self, z):
+        """Sums (B, 1 or T, d) and numbers (B, 1 or T, 1) of the tokens in the mask."""
+        z = z.float()  # a bf16 sum over a long sequence loses its last terms
+        mask = self.real if self.context_mask is None else self.context_mask
+        if mask is None:
+            mask = torch.ones(1, z.shape[1], 1, dtype=torch.bool, device=z.device)
+        else:
+            mask = _mask("context_mask", mask, z).unsqueeze(-1)  # (B, T, 1)
+            z = z.masked_fill(~mask, 0)  # not z * mask: padding may hold NaN
+        if self.mode == "fixed":
+            return z.sum(1, keepdim=True), mask.sum(1, keepdim=True)
+        return z.cumsum(1), mask.cumsum(1)
+
+
+def _before_forward(module, args, kwargs):
+    """Before a language model's forward: which tokens are real, and what the router knows of those in the cache."""
+    state = module.routing
+    given = (
+        dict(zip(("input_ids", "attention_mask", "position_ids", "past_key_values"), args, strict=False))
+        | kwargs
+    )
+    ids = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+    if ids is None:
+        return  # the forward has its own message
+    cache, mask = given.get("past_key_values"), given.get("attention_mask")
+    length = 0 if cache is None else int(cache.get_seq_length())
+    if state.cached is not None:
+        state.cached.begin(module, state.mode, given, length)
+        mask = state.cached.attention_mask(given, state.mode, length)
+    elif length:
+        raise RuntimeError(NEEDS_GENERATION)
+    state.real = None
+    if torch.is_tensor(mask) and mask.dim() == 2:
+        state.real = mask[:, -ids.shape[1] :].bool()  # (B, T)
+    elif mask is not None and state.context_mask is None and state.mode != "none":
+        raise ValueError(
+            "the attention mask is not (B, T), and does not say which tokens are real: set routing.context_mask"
+        )
+
+
+def _after_forward(module, args, kwargs, output):
+    state = module.routing
+    if state.cached is not None:
+        state.cached.end(state.mode, kwargs, output)
+    if not torch.is_grad_enabled():  # else a backward that recomputes the forward needs it again
+        state.real = None
+
+
+NEEDS_GENERATION = (
+    "generate, and a forward with a key-value cache that holds tokens, need metamoe/serving/generation.py "
+    "beside moe.py (in a package: generation.py)"
+)
+
+
+def _refuse_generation(*args, **kwargs):
+    raise RuntimeError(NEEDS_GENERATION)
+
+
+def _serving(name):
+    """metamoe/serving/NAME.py, in a package NAME.py beside this file; None where there is none."""
+    target = f"{__package__}.{name}" if __package__ else f"metamoe.serving.{name}"
+    try:
+        return importlib.import_module(target)
+    except ModuleNotFoundError as error:
+        if not f"{target}.".startswith(f"{error.name}."):
+            raise
+        return None
 
 
 def _parts(ffn):
@@ -446,7 +356,7 @@ def _parts(ffn):
 
 
 def _kind(experts):
-    """"lora" or "full", the same for all experts."""
+    """ "lora" or "full", the same for all experts."""
     kinds = {"lora" if any(".lora_" in key for key in e) or "scaling" in e else "full" for e in experts}
     if len(kinds) != 1:
         raise ValueError(f"experts must be all LoRA or all full, and at least one; these are {sorted(kinds)}")
@@ -460,79 +370,89 @@ def _stack(experts, ffn, linears, kind):
     """
     leaves = ("lora_A", "lora_B") if kind == "lora" else ("weight", "bias")
     known = {f"{name}.{leaf}" for name in linears for leaf in leaves} | {"scaling"}
+    for p, e in enumerate(experts):
+        if set(e) - known:
+            raise ValueError(f"experts[{p}], of kind {kind}, has unknown entries {sorted(set(e) - known)}")
+        if kind == "lora" and "scaling" not in e:
+            raise ValueError(f"experts[{p}] has no scaling")
     out = nn.ModuleDict()
     for name in linears:
-        linear, own = getattr(ffn, name), []
-        d_in, d_out, device = linear.in_features, linear.out_features, linear.weight.device
-        for p, e in enumerate(experts):
-            if unknown := set(e) - known:
-                raise ValueError(f"experts[{p}], of kind {kind}, has unknown entries {sorted(unknown)}")
-            if kind == "lora" and "scaling" not in e:
-                raise ValueError(f"experts[{p}] has no scaling")
-            tensors = {key.split(".")[1]: t.detach().to(device) for key, t in e.items() if key.startswith(f"{name}.")}
-            if kind == "lora":
-                if not tensors:
-                    tensors = dict(lora_A=linear.weight.new_zeros(0, d_in), lora_B=linear.weight.new_zeros(d_out, 0))
-                r = len(tensors.get("lora_A", ()))
-                want = {"lora_A": (r, d_in), "lora_B": (d_out, r)}
-            else:
-                want = {leaf: tuple(t.shape) for leaf, t in linear.named_parameters()}
-            shapes = {leaf: tuple(t.shape) for leaf, t in tensors.items()}
-            if shapes != want:
-                raise ValueError(f"experts[{p}]: {name} has the shapes {shapes}, not {want}")
-            own.append(tensors)
+        own = [_own(e, name, getattr(ffn, name), kind, p) for p, e in enumerate(experts)]
         if kind == "lora":
             rank = max(len(t["lora_A"]) for t in own)
-            # fp32, whatever the seed is stored in: bf16 parameters would round small updates away
-            stack = {"A": [F.pad(t["lora_A"].float(), (0, 0, 0, rank - len(t["lora_A"]))) for t in own],
-                     "B": [F.pad(t["lora_B"].float(), (0, rank - t["lora_B"].shape[1])) for t in own]} if rank else {}
+            # fp32, whatever the seed model is stored in: bf16 parameters would round small updates away
+            stack = {
+                "A": [F.pad(t["lora_A"].float(), (0, 0, 0, rank - len(t["lora_A"]))) for t in own],
+                "B": [F.pad(t["lora_B"].float(), (0, rank - t["lora_B"].shape[1])) for t in own],
+            }
+            if rank == 0:
+                continue
         else:
             stack = {leaf: [t[leaf] for t in own] for leaf in own[0]}
-        if stack:
-            out[name] = nn.ParameterDict({leaf: nn.Parameter(torch.stack(ts)) for leaf, ts in stack.items()})
+        out[name] = nn.ParameterDict({leaf: nn.Parameter(torch.stack(ts)) for leaf, ts in stack.items()})
     return out
 
 
-def seed_expert(ffn: nn.Module, like: dict) -> dict:
-    """e_0 of Eq. 6: the seed's own FFN as an expert of the kind of `like`, one of the other experts.
+def _own(e, name, linear, kind, p):
+    """{leaf: tensor}, expert p's own of one linear, in the right shapes."""
+    tensors = {
+        key.split(".")[1]: t.detach().to(linear.weight.device)
+        for key, t in e.items()
+        if key.startswith(f"{name}.")
+    }
+    want = {leaf: tuple(t.shape) for leaf, t in linear.named_parameters()}
+    if kind == "lora":
+        d_out, d_in = linear.weight.shape
+        if not tensors:  # no update of this linear
+            tensors = {
+                "lora_A": linear.weight.new_zeros(0, d_in),
+                "lora_B": linear.weight.new_zeros(d_out, 0),
+            }
+        r = len(tensors.get("lora_A", ()))
+        want = {"lora_A": (r, d_in), "lora_B": (d_out, r)}
+    shapes = {leaf: tuple(t.shape) for leaf, t in tensors.items()}
+    if shapes != want:
+        raise ValueError(f"experts[{p}]: {name} has the shapes {shapes}, not {want}")
+    return tensors
 
-    For LoRA, A and B are both zero, so neither gets a gradient and it stays the seed under training.
+
+def seed_expert(ffn: nn.Module, like: dict) -> dict:
+    """e_0 of Eq. 6: the seed model's own FFN as an expert of the kind of `like`, one of the other experts.
+
+    For LoRA, A and B are both zero, so neither gets a gradient: training leaves it as it is.
     """
     if _kind([like]) == "lora":
         return {key: v if key == "scaling" else torch.zeros_like(v) for key, v in like.items()}
     return {key: v.detach().clone() for key, v in ffn.named_parameters()}
 
 
-def unify(model, ffn_names, experts, vectors, *, names=None, lam=0.3, top_k=1, weighting="stopgrad",
-          context="fixed", offset=False):
+def unify(
+    model,
+    ffn_names,
+    experts,
+    vectors,
+    *,
+    names=None,
+    lam=0.3,
+    top_k=1,
+    weighting="stopgrad",
+    context="fixed",
+    offset=False,
+):
     """Replace the L FFNs of a seed model by MoE layers (Sec. 3.4), in place; returns the model.
 
     ffn_names: the FFNs' module paths, such as "model.layers.0.mlp". experts: K x {ffn_name: expert of MoELayer}.
-    vectors: K x (L, d), or one (K, L, d). names: the experts' names, kept in the configuration. lam, top_k, weighting,
-    context, offset: as in Router, MoELayer, RoutingState (its mode).
+    vectors: K x (L, d), or one (K, L, d). names: of the experts. The others: see Router, MoELayer, RoutingState.mode.
 
     Afterwards only routers and experts require gradients; model.routing is the RoutingState, model.moe_config describes
-    the model. A language model of transformers takes the tokens' mask from its attention_mask and generates, with or
-    without a key-value cache. Raises ValueError, naming the argument, where anything disagrees; the model then has its
-    FFNs still.
+    the model. A language model of transformers takes padding from its attention mask, and generates. Raises ValueError,
+    naming the argument, where anything disagrees; the model then still has its FFNs.
     """
     ffn_names, vectors = list(ffn_names), [torch.as_tensor(v) for v in vectors]
-    K, L = len(experts), len(ffn_names)
-    names = [f"expert{p + 1}" for p in range(K)] if names is None else list(names)
-    if context not in CONTEXTS:
-        raise ValueError(f"context is {context!r}, not one of {CONTEXTS}")
-    if L == 0 or len(set(ffn_names)) < L:
-        raise ValueError("ffn_names must be distinct module paths, at least one")
-    for what, n in (("vectors", len(vectors)), ("names", len(names))):
-        if n != K:
-            raise ValueError(f"{what} has {n} entries, experts has {K}")
-    for p, (e, v) in enumerate(zip(experts, vectors)):
-        if set(e) != set(ffn_names):
-            raise ValueError(f"experts[{p}] and ffn_names differ in {sorted(set(e) ^ set(ffn_names))}")
-        if v.dim() != 2 or len(v) != L:
-            raise ValueError(f"vectors[{p}] is {tuple(v.shape)}, not (L = {L}, d)")
-    kind = _kind([e[name] for e in experts for name in ffn_names])
-    state, new = RoutingState(mode=context), []
+    names = [f"expert{p + 1}" for p in range(len(experts))] if names is None else list(names)
+    _check(ffn_names, experts, vectors, names, context)
+    kind, state = _kind([e[name] for e in experts for name in ffn_names]), RoutingState(mode=context)
+    layers = []
     for l, name in enumerate(ffn_names):
         try:
             ffn = model.get_submodule(name)
@@ -541,30 +461,65 @@ def unify(model, ffn_names, experts, vectors, *, names=None, lam=0.3, top_k=1, w
         try:
             device = next(ffn.parameters()).device
             router = Router(torch.stack([v[l].to(device) for v in vectors]), lam, offset)
-            new.append(MoELayer(ffn, [e[name] for e in experts], router, state, top_k, weighting))
+            layers.append(MoELayer(ffn, [e[name] for e in experts], router, state, top_k, weighting))
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{name}: {error}") from error
     model.requires_grad_(False)
-    for index, (name, layer) in enumerate(zip(ffn_names, new)):
+    _install(model, dict(zip(ffn_names, layers, strict=True)), state)
+    model.moe_config = dict(
+        names=names,
+        ffn_names=ffn_names,
+        kind=kind,
+        top_k=top_k,
+        weighting=weighting,
+        context=context,
+        offset=offset,
+        lam=float(lam),
+        scaling=[layer.scaling for layer in layers],
+        seed=_source(model),
+        disabled=[],
+    )
+    return model
+
+
+def _check(ffn_names, experts, vectors, names, context):
+    K, L = len(experts), len(ffn_names)
+    if context not in CONTEXTS:
+        raise ValueError(f"context is {context!r}, not one of {CONTEXTS}")
+    if L == 0 or len(set(ffn_names)) < L:
+        raise ValueError("ffn_names must be distinct module paths, at least one")
+    for what, n in (("vectors", len(vectors)), ("names", len(names))):
+        if n != K:
+            raise ValueError(f"{what} has {n} entries, experts has {K}")
+    for p, (e, v) in enumerate(zip(experts, vectors, strict=True)):
+        if set(e) != set(ffn_names):
+            raise ValueError(f"experts[{p}] and ffn_names differ in {sorted(set(e) ^ set(ffn_names))}")
+        if v.dim() != 2 or len(v) != L:
+            raise ValueError(f"vectors[{p}] is {tuple(v.shape)}, not (L = {L}, d)")
+
+
+def _install(model, new, state):
+    """Put the layers {name: MoELayer} in the FFNs' places, and let a language model's forwards tell `state` of their tokens."""
+    for index, (name, layer) in enumerate(new.items()):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
         layer.index = index
     model.routing = state
-    if hasattr(model, "generate"):
-        base = model.base_model  # the transformer below the head, which every forward goes through
-        base.routing = state
-        base.register_forward_pre_hook(_before, with_kwargs=True)
-        base.register_forward_hook(_after, with_kwargs=True)
-        for method in (generate, prepare_inputs_for_generation):
-            setattr(model, method.__name__, MethodType(method, model))
-    model.moe_config = dict(
-        names=names, ffn_names=ffn_names, kind=kind, top_k=top_k, weighting=weighting, context=context, offset=offset,
-        lam=float(lam), scaling=[layer.scaling for layer in new], seed=_source(model), disabled=[])
-    return model
+    if not hasattr(model, "generate"):
+        return
+    base = model.base_model  # the transformer below the head, which every forward goes through
+    base.routing = state
+    base.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    base.register_forward_hook(_after_forward, with_kwargs=True)
+    generation = _serving("generation")
+    if generation is None:
+        model.generate = _refuse_generation
+    else:
+        generation.attach(model)
 
 
 def _source(model):
-    """Where the seed came from: a hub id, or the name of a local folder (not its path, which says where it was made) and "/"."""
+    """Where the seed model came from: a hub id, or a local folder's name and "/", not its path."""
     source = str(getattr(model, "name_or_path", "") or "")
     return Path(source).name + "/" if os.path.isabs(source) or os.path.isdir(source) else source
 
@@ -605,45 +560,13 @@ def counts(model) -> Tensor:
     return torch.stack([layer.counts for layer in layers(model)])
 
 
-def disable_expert(model, name):
-    """Opt out: no token goes to the expert any more, its pi is 0 and the others' sum to 1. Nothing is trained.
-
-    `save` keeps its weights, and that it is disabled; `remove_expert` leaves them out. ValueError where there is no such
-    expert, or no other one left.
-    """
-    config = model.moe_config
-    out = {*config["disabled"], _known(config, name)}
-    if len(out) == len(config["names"]):
-        raise ValueError(f"{name!r} is the last expert: a model without one has no FFN")
-    _disable(model, [other for other in config["names"] if other in out])
-
-
-def enable_expert(model, name):
-    """Opt in again. ValueError where there is no such expert."""
-    config = model.moe_config
-    _disable(model, [other for other in config["disabled"] if other != _known(config, name)])
-
-
-def _known(config, name):
-    if name not in config["names"]:
-        raise ValueError(f"no expert is called {name!r}; there are {', '.join(config['names'])}")
-    return name
-
-
-def _disable(model, disabled):
-    names = model.moe_config["names"]
-    model.moe_config["disabled"] = disabled
-    for layer in layers(model):
-        layer.router.disabled = [names.index(name) for name in disabled]
-
-
 def save(model, folder):
-    """Write what unify added - experts, routing vectors, lambdas, configuration; not the seed's weights - to a folder.
+    """Write what unify added - experts, routing vectors, lambdas, configuration; no weight of the seed model's - to a folder.
 
     The files are written aside and moved in, the configuration last: a folder that has one is complete.
     """
     tensors = {}
-    for name, layer in zip(model.moe_config["ffn_names"], layers(model)):
+    for name, layer in zip(model.moe_config["ffn_names"], layers(model), strict=True):
         for part, module in (("router", layer.router), ("experts", layer.experts)):
             tensors |= {f"{name}.{part}.{key}": t.contiguous() for key, t in module.state_dict().items()}
     write(folder, model.moe_config, tensors)
@@ -657,7 +580,10 @@ def write(folder, config, tensors):
     try:
         save_file(tensors, aside / "moe.safetensors", metadata={"format": "pt"})
         (aside / "moe_config.json").write_text(json.dumps(config, indent=1) + "\n")
-        (folder / "moe_config.json").unlink(missing_ok=True)  # else a crash leaves the old one beside new tensors
+        shutil.copymode(aside / "moe_config.json", aside / "moe.safetensors")  # save_file ignores the umask
+        (folder / "moe_config.json").unlink(
+            missing_ok=True
+        )  # else a crash leaves the old one beside new tensors
         for file in ("moe.safetensors", "moe_config.json"):
             os.replace(aside / file, folder / file)
     finally:
@@ -673,66 +599,33 @@ def read(folder):
 def load(folder, model=None, **options):
     """The unified model of `save` from its folder. model: a fresh seed model, which is changed in place and returned.
 
-    Without one the seed is loaded through transformers, with `options` (dtype, device_map, ...), from where `save` found
-    it: the hub, or a local folder of that name - the run's own (RUN/run.json, for a model under RUN/moe/), one in
-    METAMOE_CACHE (~/.cache/metamoe) or beside `folder`. FileNotFoundError where it is not there.
+    Without one metamoe/serving/seed_model.py loads it through transformers, with `options` (dtype, device_map, ...), from
+    the hub or from the local folders named there. FileNotFoundError where it is not there.
     """
     config, tensors = read(folder)
     if model is None:
-        model = _load_seed(Path(folder).absolute(), config["seed"], options)
+        seed_model = _serving("seed_model")
+        if seed_model is None:
+            raise FileNotFoundError(
+                "metamoe/serving/seed_model.py is not there: give the seed model, moe.load(folder, model)"
+            )
+        model = seed_model.load_seed(Path(folder).absolute(), config["seed"], options)
     return assemble(model, config, tensors)
-
-
-def _load_seed(folder, seed, options):
-    if not seed:
-        raise FileNotFoundError(f"{folder} does not say what its seed model was: give it, moe.load(folder, model)")
-    source, name = seed, seed.removesuffix("/")
-    if name != seed:
-        run, cache = folder.parent.parent / "run.json", Path(os.environ.get("METAMOE_CACHE") or "~/.cache/metamoe").expanduser()
-        own = json.loads(run.read_text()).get("seed_model") if run.exists() else None
-        places = [place for place in (own and Path(own), cache / name, folder.parent / name) if place and place.name == name]
-        source = next((str(place) for place in places if (place / "config.json").exists()), None)
-        if source is None:
-            raise FileNotFoundError(f"the seed model {name!r} of {folder} is not there, looked for {', '.join(map(str, places))}: give it, moe.load(folder, model)")
-    fix_torchvision()
-    import transformers
-
-    try:
-        return transformers.AutoModelForCausalLM.from_pretrained(source, **options).eval()
-    except OSError as error:
-        raise FileNotFoundError(f"the seed model {source!r} of {folder} cannot be loaded ({str(error).splitlines()[0]}): give it, moe.load(folder, model)") from None
-
-
-def fix_torchvision():
-    """Let transformers, peft and open_clip import a torchvision whose compiled operators do not load.
-
-    With a CPU build of torch, a CUDA build of torchvision fails on import at the two operators it registers fakes
-    for; defining their schemas first is enough, since nothing here calls them.
-    """
-    global _torchvision_library
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        return
-    except RuntimeError as error:
-        if "nms" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]  # the half-imported package
-        _torchvision_library = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in ("nms", "qnms"):
-            _torchvision_library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def unstack(config, tensors):
     """(experts, vectors) as `unify` takes them, of what `read` returns."""
-    experts = [{name: {"scaling": config["scaling"][l][p]} if config["kind"] == "lora" else {} for l, name in enumerate(config["ffn_names"])}
-               for p in range(len(config["names"]))]
-    for key, stack in tensors.items():
-        name, found, rest = key.rpartition(".experts.")
-        for p, e in enumerate(experts if found else ()):
-            e[name][rest.replace(".A", ".lora_A").replace(".B", ".lora_B")] = stack[p]
-    vectors = torch.stack([tensors[f"{name}.router.vectors"] for name in config["ffn_names"]], dim=1)  # (K, L, d)
+    K, ffn_names = len(config["names"]), config["ffn_names"]
+    experts = [{name: {} for name in ffn_names} for _ in range(K)]
+    for p, e in enumerate(experts):
+        if config["kind"] == "lora":
+            for name, scaling in zip(ffn_names, config["scaling"], strict=True):
+                e[name]["scaling"] = scaling[p]
+        for key, stack in tensors.items():
+            name, found, rest = key.rpartition(".experts.")
+            if found:
+                e[name][rest.replace(".A", ".lora_A").replace(".B", ".lora_B")] = stack[p]
+    vectors = torch.stack([tensors[f"{name}.router.vectors"] for name in ffn_names], dim=1)  # (K, L, d)
     return experts, list(vectors)
 
 
@@ -742,25 +635,61 @@ def assemble(model, config, tensors, joining=()):
     joining: experts to add, (name, {ffn_name: expert of MoELayer}, vectors (L, d)) each; all that is there stays as it is.
     """
     experts, vectors = unstack(config, tensors)
-    names, new, more = zip(*joining) if joining else ((), (), ())
+    names = list(config["names"])
+    for name, expert, own in joining:
+        names, experts, vectors = [*names, name], [*experts, expert], [*vectors, own]
     options = {key: config[key] for key in ("lam", "top_k", "weighting", "context", "offset")}
-    model = unify(model, config["ffn_names"], experts + list(new), vectors + list(more), names=config["names"] + list(names), **options)
+    model = unify(model, config["ffn_names"], experts, vectors, names=names, **options)
     with torch.no_grad():
-        for name, lam in zip(config["ffn_names"], lambda_parameters(model)):
+        for name, lam in zip(config["ffn_names"], lambda_parameters(model), strict=True):
             lam.copy_(tensors[f"{name}.router.lam"])
     _disable(model, list(config["disabled"]))
     return model
 
 
+def disable_expert(model, name):
+    """Opt out: no token goes to the expert any more, its pi is 0 and the others' sum to 1. Nothing is trained.
+
+    `save` keeps its weights; `remove_expert` leaves them out. ValueError for an unknown expert, or the last one.
+    """
+    config = model.moe_config
+    out = {*config["disabled"], _known(config, name)}
+    if len(out) == len(config["names"]):
+        raise ValueError(f"{name!r} is the last expert: a model without one has no FFN")
+    _disable(model, [other for other in config["names"] if other in out])
+
+
+def enable_expert(model, name):
+    """Opt in again. ValueError where there is no such expert."""
+    name = _known(model.moe_config, name)
+    _disable(model, [other for other in model.moe_config["disabled"] if other != name])
+
+
+def _known(config, name):
+    if name not in config["names"]:
+        raise ValueError(f"no expert is called {name!r}; there are {', '.join(config['names'])}")
+    return name
+
+
+def _disable(model, disabled):
+    names = model.moe_config["names"]
+    model.moe_config["disabled"] = disabled
+    for layer in layers(model):
+        layer.router.disabled = [names.index(name) for name in disabled]
+
+
 def remove_expert(config, tensors, name):
-    """(configuration, tensors) of the model without the expert, its weights and routing vectors gone, of what `read`
-    returns: its outputs are those of `disable_expert`. ValueError where there is no such expert, or no other one left.
+    """(configuration, tensors) of what `read` returns, without the expert: its weights and routing vectors are gone.
+
+    The outputs are those of `disable_expert`. ValueError for an unknown expert, or the last one.
     """
     keep = [p for p, other in enumerate(config["names"]) if other != _known(config, name)]
     if not keep:
         raise ValueError(f"{name!r} is the last expert: a model without one has no FFN")
-    names, top_k = [config["names"][p] for p in keep], min(config["top_k"], len(keep))
-    scaling = [own and [own[p] for p in keep] for own in config["scaling"]]
-    config = config | {"names": names, "top_k": top_k, "scaling": scaling, "disabled": [n for n in config["disabled"] if n != name]}
+    config = config | {
+        "names": [config["names"][p] for p in keep],
+        "top_k": min(config["top_k"], len(keep)),
+        "scaling": [own and [own[p] for p in keep] for own in config["scaling"]],
+        "disabled": [other for other in config["disabled"] if other != name],
+    }
     return config, {key: t if key.endswith(".router.lam") else t[keep] for key, t in tensors.items()}
-

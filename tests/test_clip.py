@@ -76,7 +76,7 @@ def expert(backbone, scale=0.3, seed=0):
 @pytest.mark.parametrize("size", [(300, 400), (500, 260), (224, 224), (256, 999)])
 def test_the_test_transform_is_open_clips(size):
     """With its own resize, which takes the shorter side to the crop's size, pixel by pixel."""
-    base.fix_torchvision()
+    base.import_transformers()
     from open_clip import image_transform
     from torchvision import transforms
 
@@ -100,7 +100,7 @@ def test_the_test_transform_is_open_clips(size):
 
 
 def test_the_training_transform_crops_and_flips_at_random_but_fixed_by_its_generator():
-    base.fix_torchvision()
+    base.import_transformers()
     clip = object.__new__(ClipBackbone)
     clip.size, clip.resize, clip.flip, clip.mean, clip.std = 24, 32, True, (0, 0, 0), (1, 1, 1)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8))

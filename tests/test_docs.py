@@ -122,7 +122,9 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_commands_have_flags_that_exist(page, known_flags):
-    own = {block.split()[1].rstrip(":") for block in blocks(page, "python") if block.startswith("# ")}  # "# make_data.py: ..."
+    own = {
+        block.split()[1].rstrip(":") for block in blocks(page, "python") if block.startswith("# ")
+    }  # "# make_data.py: ..."
     for line, script, flags in commands(page):
         if script in own:
             continue
@@ -133,8 +135,17 @@ def test_commands_have_flags_that_exist(page, known_flags):
 
 def test_commands_are_found():
     """The parser above sees what it should, and leaves other programs alone."""
-    assert script_and_flags("QUICK=1 bash run_all.sh --seed 1  # a comment --no") == ("run_all.sh", ["--seed"])
-    assert script_and_flags("accelerate launch --multi_gpu train_expert.py --run-dir RUN") == ("train_expert.py", ["--run-dir"])
+    assert script_and_flags("QUICK=1 bash run_all.sh --seed 1  # a comment --no") == (
+        "run_all.sh",
+        ["--seed"],
+    )
+    assert script_and_flags("accelerate launch --multi_gpu train_expert.py --run-dir RUN") == (
+        "train_expert.py",
+        ["--run-dir"],
+    )
     assert script_and_flags("lm_eval --model hf --tasks intent") is None
-    assert script_and_flags("bash run_all.sh --client a=b.jsonl --seed 0") == ("run_all.sh", ["--client", "--seed"])
+    assert script_and_flags("bash run_all.sh --client a=b.jsonl --seed 0") == (
+        "run_all.sh",
+        ["--client", "--seed"],
+    )
     assert len(list(commands(README))) > 5

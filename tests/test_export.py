@@ -15,18 +15,14 @@ from safetensors.torch import load_file
 from tiny import CLIENTS, COMMON
 
 import moe
-from metamoe import (
-    backbones,  # noqa: E402
-    uploads,
-)
-from metamoe.backbones import (
-    base,  # noqa: E402
-    training,
-)
+from metamoe import backbones, uploads
+from metamoe.backbones import training
 from metamoe.rundir import read_json, write_json
-from metamoe.serving import export
+from metamoe.serving import export, generation
+from metamoe.serving import seed_model as seed_model_module
+from metamoe.serving.seed_model import fix_torchvision
 
-base.fix_torchvision()
+fix_torchvision()
 import transformers  # noqa: E402
 
 IDS = torch.arange(2, 42).view(2, 20)
@@ -280,6 +276,8 @@ def test_what_is_in_an_export(made, seed_model):
         "tokenizer_config.json",
         "modeling_metamoe.py",
         "moe.py",
+        "generation.py",
+        "seed_model.py",
         "done.json",
     }
     seed, own = load_file(seed_model / "model.safetensors"), load_file(export / "model.safetensors")
@@ -288,7 +286,8 @@ def test_what_is_in_an_export(made, seed_model):
     assert own.keys() == seed.keys() | added.keys() and all(
         torch.equal(own[name], t) for name, t in added.items()
     )
-    assert (export / "moe.py").read_bytes() == Path(moe.__file__).read_bytes()
+    for source in (moe, generation, seed_model_module):
+        assert (export / Path(source.__file__).name).read_bytes() == Path(source.__file__).read_bytes()
     secrets = [tiny.SECRET, str(run_dir), str(seed_model), str(Path.home()), str(tiny.REPO)]
     for path in export.iterdir():
         assert not [secret for secret in secrets if secret.encode() in path.read_bytes()], path

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import moe
-from metamoe import backbones  # noqa: E402
-from metamoe.backbones import base  # noqa: E402
+from metamoe import backbones
+from metamoe.serving import generation
+from metamoe.serving.seed_model import fix_torchvision
 
-base.fix_torchvision()
+fix_torchvision()
 import transformers  # noqa: E402
 
 K, VOCAB, TIE = 3, 60, 1e-4
@@ -41,9 +42,10 @@ def seed(layers=3, d=16, h=24):
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def unified(context="prefix", lam=0.7, **options):
-    """The tiny LLaMA with three random experts whose routing vectors split the tokens."""
+def unified(context="prefix", lam=0.7, source="", **options):
+    """The tiny LLaMA, from `source`, with three random experts whose routing vectors split the tokens."""
     model = seed()
+    model.name_or_path = str(source)
     names = [f"model.layers.{i}.mlp" for i in range(3)]
     experts = []
     for _ in range(K):
@@ -335,7 +337,7 @@ def test_sums_follow_the_cache_through_copies_cropping_and_reordering():
     close(logits(model, extra.repeat_interleave(2, 0), past_key_values=twice), want.repeat_interleave(2, 0))
     few.batch_select_indices(torch.tensor([1]))
     close(logits(model, extra[1:2], past_key_values=few), want[1:2])
-    assert all(s.shape[1] <= moe.CROP for s, _ in cache.routing_past.sums.values())
+    assert all(s.shape[1] <= generation.CROP for s, _ in cache.routing_past.sums.values())
 
 
 def test_a_cache_that_the_router_does_not_know_is_refused():
@@ -350,7 +352,7 @@ def test_a_cache_that_the_router_does_not_know_is_refused():
     with pytest.raises(ValueError, match="holds 40 tokens that the router has not seen"):
         logits(model, ids[:, :1], past_key_values=filled(seed()))
     cache = filled(model)
-    cache.crop(-moe.CROP)
+    cache.crop(-generation.CROP)
     with pytest.raises(
         ValueError, match="32 tokens were taken back from the key-value cache, the router can go back by 31"
     ):
@@ -420,10 +422,7 @@ def run_dir(tmp_path_factory):
     seed().save_pretrained(folder / "models" / "tiny-seed")
     (folder / "RUN").mkdir()
     (folder / "RUN" / "run.json").write_text(json.dumps({"seed_model": str(folder / "models" / "tiny-seed")}))
-    model = unified()
-    model.name_or_path = str(folder / "models" / "tiny-seed")
-    model.moe_config["seed"] = moe._source(model)
-    moe.save(model, folder / "RUN" / "moe" / "two")
+    moe.save(unified(source=folder / "models" / "tiny-seed"), folder / "RUN" / "moe" / "two")
     return folder
 
 

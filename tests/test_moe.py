@@ -13,8 +13,9 @@ import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import moe  # noqa: E402
-from metamoe.backbones import base  # noqa: E402
+
+import moe
+from metamoe.serving.seed_model import fix_torchvision
 from moe import MoELayer, Router, RoutingState  # noqa: E402
 
 D, H, K, R = 8, 20, 3, 2
@@ -59,12 +60,10 @@ LINEARS = {
 }
 
 
-@pytest.fixture(params=("masked", "sorted"))
+@pytest.fixture(params=("masked", "by expert"))
 def both_ways(request, monkeypatch):
-    """The test runs twice: all experts' ranks at once behind a mask, which few tokens take, and tokens sorted by expert."""
-    monkeypatch.setattr(
-        MoELayer, "_masked", lambda layer, x: layer.kind == "lora" and request.param == "masked"
-    )
+    """The test runs twice: all LoRA experts at once behind masks, which few tokens take, and one expert after the other."""
+    monkeypatch.setitem(moe.FEW_TOKENS, "cpu", 2048 if request.param == "masked" else 0)
 
 
 def make_expert(ffn, kind, rank=R, scaling=1.5):
@@ -448,29 +447,34 @@ def test_seed_expert_is_the_seed_and_lora_stays_it(kind):
                 assert parameter.grad[0].abs().max() == 0
 
 
-def test_few_tokens_are_masked_and_many_sorted(monkeypatch):
+def test_few_and_many_tokens_give_the_same():
     """Where the layer changes from one way to the other, its outputs and gradients do not."""
-    taken = []
-    for way in ("_mix_masked", "_mix_sorted"):
-        own = getattr(MoELayer, way)
-        monkeypatch.setattr(MoELayer, way, lambda *args, own=own, way=way: taken.append(way) or own(*args))
+    few = moe.FEW_TOKENS["cpu"]
     for top_k in (1, 2):
         layer, _, _ = make_layer(top_k=top_k, mode="none")
-        x, found = torch.randn(2049, D), []
-        for count in (2048, 2049):
-            y = layer(x[:count])[:2048]
+        x, found = torch.randn(few + 1, D), []
+        for count in (few, few + 1):
+            y = layer(x[:count])[:few]
             found.append((y, *torch.autograd.grad(y.square().sum(), list(layer.experts.parameters()))))
-        for few, many in zip(*found):
-            torch.testing.assert_close(few, many, atol=1e-4, rtol=1e-3)
-    make_layer(kind="full")[0](torch.randn(3, 5, D))
-    assert taken == ["_mix_masked", "_mix_sorted"] * 2 + ["_mix_sorted"]
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
-def test_masked_compiles_to_one_graph():
-    """Nothing in it waits for the tokens' experts to be known."""
+def test_few_tokens_compile_to_one_graph(monkeypatch):
+    """Nothing waits for the tokens' experts to be known; with many tokens, or full experts, it does."""
+
+    def compiled(layer):
+        torch.compiler.reset()
+        return torch.compile(layer, fullgraph=True, backend="eager")(x)
+
     layer, _, _ = make_layer(top_k=2)
     x = torch.randn(3, 5, D)
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+    torch.testing.assert_close(compiled(layer), layer(x))
+    full, _, _ = make_layer(kind="full")
+    monkeypatch.setitem(moe.FEW_TOKENS, "cpu", 14)
+    for other in (layer, full):
+        with pytest.raises(Exception, match="data-dependent|tolist|unbacked|Unsupported|graph"):
+            compiled(other)
 
 
 # ---------------------------------------------------------------- precision
@@ -507,7 +511,7 @@ def test_bf16_runs_and_is_close(top_k, cls, stored):
 
 
 def tiny_llama(seed=0):
-    base.fix_torchvision()  # a CPU build of torch beside the registry's torchvision
+    fix_torchvision()  # a CPU build of torch beside the registry's torchvision
     import transformers
 
     torch.manual_seed(seed)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from metamoe.backbones.distributed import ALONE, processes, sharding
 from metamoe.errors import UserError
-from moe import fix_torchvision
+from metamoe.serving.seed_model import fix_torchvision
 
 
 def import_transformers():

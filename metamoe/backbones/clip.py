@@ -17,7 +17,7 @@ from metamoe.data.decoding import BadImage, open_image
 from metamoe.errors import UserError
 from metamoe.progress import progress
 from metamoe.rundir import atomic, read_json
-from moe import fix_torchvision
+from metamoe.serving.seed_model import fix_torchvision
 
 
 class ClipBackbone(Backbone):

@@ -9,6 +9,7 @@ from metamoe.backbones.base import import_transformers
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
 from metamoe.rundir import atomic, finished, folder_bytes, read_json, sha256, write_json
+from metamoe.serving import generation, seed_model
 
 
 def check_export(args, run):
@@ -69,6 +70,7 @@ def export(run, source, folder, force):
         (part / "modeling_metamoe.py").write_text(
             code.replace("LlamaConfig", seed[0]).replace("LlamaForCausalLM", seed[1])
         )
-        shutil.copyfile(moe.__file__, part / "moe.py")
+        for module in (moe, generation, seed_model):
+            shutil.copyfile(module.__file__, part / Path(module.__file__).name)
         write_json(part / "done.json", settings)
     print(f"unify_moe: {folder}: {source.name} as a Hugging Face folder, {folder_bytes(folder) / 1e6:.0f} MB")

@@ -1,12 +1,14 @@
 """The unified model of an exported folder: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True).
 
-`unify_moe.py --export` copies this file and moe.py into the folder and puts the seed's own classes in the place of the two below,
-so that all but the FFNs is the seed's code. config.moe is moe.py's configuration, with the shapes of its tensors in a layer.
+`unify_moe.py --export` copies this file, moe.py, generation.py and seed_model.py into the folder. It puts the seed model's
+own classes in the place of the two below, so that all but the FFNs is its code. config.moe is moe.py's configuration, with the shapes of its tensors in a layer.
 """
 
 import torch
 
-from .moe import MoELayer, assemble, fix_torchvision
+from .generation import CROP  # noqa: F401, so that transformers copies the file, which moe.py imports lazily
+from .moe import MoELayer, assemble
+from .seed_model import fix_torchvision
 
 fix_torchvision()
 from transformers import LlamaConfig as SeedConfig  # noqa: E402

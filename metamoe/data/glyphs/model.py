@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from metamoe.errors import UserError
-from moe import fix_torchvision
+from metamoe.serving.seed_model import fix_torchvision
 
 FOLDER = Path(__file__).resolve().parent
 WEIGHTS = FOLDER / "model.safetensors"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tiny import score_alone, teach, unified
 
 import moe
 from metamoe import backbones, uploads
@@ -32,38 +33,10 @@ def records():
     return out
 
 
-def unified(backbone, context="fixed", seed=0, **kwargs):
-    """A unified MoE of three random experts that differ a lot, with routing vectors that spread the tokens."""
-    g = torch.Generator().manual_seed(seed)
-    experts, width = [], backbone.model.config.hidden_size
-    for _ in range(3):
-        expert = {}
-        for name in backbone.ffn_names:
-            ffn = expert[name] = {"scaling": 2.0}
-            for linear in backbone.ffn_linears:
-                module = backbone.model.get_submodule(f"{name}.{linear}")
-                ffn[f"{linear}.lora_A"] = torch.randn(4, module.in_features, generator=g) * 0.2
-                ffn[f"{linear}.lora_B"] = torch.randn(module.out_features, 4, generator=g) * 0.2
-        experts.append(expert)
-    vectors = [torch.randn(len(backbone.ffn_names), width, generator=g) for _ in range(3)]
-    return moe.unify(backbone.model, backbone.ffn_names, experts, vectors, lam=0.6, context=context, **kwargs)
-
-
 def model_of(backbone, kind):
     return (
         backbone.model if kind == "seed" else unified(backbone, **({"top_k": 2} if kind == "top-2" else {}))
     )
-
-
-def score_alone(backbone, model, prompt, answer):
-    """Log-likelihood of the answer's tokens in a batch of one plain sequence."""
-    ids = torch.tensor([prompt + answer])
-    if hasattr(model, "routing"):
-        model.routing.context_mask = (torch.arange(ids.shape[1]) < len(prompt))[None]
-        model.routing.token_mask = None
-    with torch.no_grad():
-        log_probs = model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)[0]
-    return sum(log_probs[len(prompt) + i - 1, token].item() for i, token in enumerate(answer))
 
 
 # --- scores
@@ -246,24 +219,6 @@ def test_an_epochs_batches_hold_every_index_once(count, size):
 
 
 # --- training
-
-
-def teach(backbone, model, records, steps=30, lr=0.01, after_step=None, groups=None):
-    groups = groups or [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
-    return training.train(
-        backbone,
-        model,
-        records,
-        groups,
-        steps=steps,
-        batch_size=8,
-        warmup_steps=3,
-        optimizer="adamw",
-        weight_decay=0.0,
-        seed=0,
-        label="test",
-        after_step=after_step,
-    )
 
 
 def test_lora_training_lowers_the_loss_and_touches_the_ffn_factors_alone(backbone, records):

@@ -11,6 +11,7 @@ import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import make_coop, make_public
 
 import moe
 from metamoe import (
@@ -418,7 +419,6 @@ def test_the_vision_pipeline_from_proxies_to_the_table(weights, tmp_path):
 def test_the_papers_clip_on_datasets_in_coops_layout(tmp_path):
     """ViT-B/32 with random weights out of a checkpoint file, from folders of JPEGs to the table; one D_0 image is cut off."""
     import open_clip
-    from test_images import make_coop, make_public
 
     make_coop(
         tmp_path / "oxford_pets", "split_zhou_OxfordPets.json", "images", ["Pug", "Japanese-Chin"], (4, 1, 2)

@@ -10,8 +10,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from test_backbones import score_alone, teach, unified
-from tiny import CLIENTS, COMMON
+from tiny import CLIENTS, COMMON, score_alone, teach, unified
 
 import moe
 from metamoe import backbones

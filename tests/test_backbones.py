@@ -75,7 +75,7 @@ def test_a_moe_does_score_otherwise_than_its_seed(backbone, records):
     """The tests above would pass on a MoE that is the seed."""
     before = backbone.scores(backbone.model, records)
     after = backbone.scores(unified(backbone), records)
-    assert max(np.abs(a - b).max() for a, b in zip(before, after)) > 1
+    assert max(np.abs(a - b).max() for a, b in zip(before, after, strict=True)) > 1
 
 
 def test_routing_counts_are_those_of_the_prompts_tokens(backbone, records):
@@ -114,7 +114,7 @@ def test_padding_does_not_reach_the_loss(backbone, records):
 def test_features_equal_those_of_single_texts(backbone, records):
     got = backbone.features(records)
     assert got.shape == (len(records), 32) and got.dtype == np.float32
-    for record, row in zip(records, got):
+    for record, row in zip(records, got, strict=True):
         ids = torch.tensor([backbone.tokenizer(record["prompt"])["input_ids"]])
         with torch.no_grad():
             want = backbone.model.model(ids).last_hidden_state[0].mean(0)
@@ -128,7 +128,9 @@ def test_embedding_goes_on_at_any_batch(backbone, records):
     for skip in (1, len(whole) - 1, len(whole)):
         rest = list(backbone.embed(records * 20, skip=skip))
         assert len(rest) == len(whole) - skip
-        assert all(a == b and np.array_equal(x, y) for (a, x), (b, y) in zip(rest, whole[skip:]))
+        assert all(
+            a == b and np.array_equal(x, y) for (a, x), (b, y) in zip(rest, whole[skip:], strict=False)
+        )
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -321,7 +323,7 @@ def test_a_saved_expert_is_the_trained_one(backbone, seed_model, records, tmp_pa
     expert = uploads.read_expert(tmp_path / "expert")
     check(lambda fresh: moe.unify(fresh.model, fresh.ffn_names, [expert], [torch.zeros(2, 32)]), 1e-4)
     zero = backbones.load_backbone("smollm2-135m", seed_model, "cpu", "float32")
-    assert max(np.abs(a - b).max() for a, b in zip(zero.scores(zero.model, records), want)) > 0.5
+    assert max(np.abs(a - b).max() for a, b in zip(zero.scores(zero.model, records), want, strict=True)) > 0.5
 
 
 def test_the_saved_adapter_is_the_same_bytes_whatever_the_order_of_its_targets(backbone, records, tmp_path):

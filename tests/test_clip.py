@@ -260,7 +260,7 @@ def test_an_images_prediction_does_not_depend_on_its_batch(records, weights, tmp
     """The context is the mean over an image's own tokens, not over the batch."""
     backbone, merged, _ = unified(weights, tmp_path, [1, 2, 3])
     together = backbone.scores(merged, records)
-    for record, want in zip(records[:4], together):
+    for record, want in zip(records[:4], together, strict=False):
         assert np.allclose(backbone.scores(merged, [record])[0], want, atol=1e-4)
     assert np.allclose(np.stack(backbone.scores(merged, records[::-1])[::-1]), np.stack(together), atol=1e-4)
 

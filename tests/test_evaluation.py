@@ -86,7 +86,7 @@ def test_the_table_has_the_papers_rows_in_its_order(finished):
         "from-proxies",
     ]
     rows = read_json(finished[0] / "results.json")["rows"]
-    for line, row in zip(lines[start:], rows):
+    for line, row in zip(lines[start:], rows, strict=False):
         cells = [float(cell) for cell in line.split("|")[2:-1]]
         assert cells == [
             pytest.approx(v, abs=0.006)

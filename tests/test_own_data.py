@@ -553,7 +553,9 @@ MEASURE = """
 import json, resource, sys
 from pathlib import Path
 import numpy as np
-import select_proxies, rundir
+import select_proxies
+from metamoe import federation
+from metamoe.records import read_records
 folder = Path(sys.argv[1])
 sizes = {"train": 0, "validation": 0, "test": 0}
 run = {"backbone": "smollm2-135m", "seed": 0, "clients": ["acme"], "candidates": 900, "proxies": 150, "public_size": 0, "train_size": 0, "validation_size": 0,

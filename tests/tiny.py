@@ -331,7 +331,7 @@ def save_picture(path, value=0):
 def make_coop(folder, split_file, image_folder, names, counts=(6, 3, 4), nested=False):
     """A dataset as CoOp lays it out: `counts` images a class in each part; return the split as it was written."""
     split, value = {}, 0
-    for part, count in zip(("train", "val", "test"), counts):
+    for part, count in zip(("train", "val", "test"), counts, strict=True):
         split[part] = []
         for label, name in enumerate(names):
             for _ in range(count):

@@ -1,6 +1,7 @@
 """What every test needs set before the first heavy import."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,16 +14,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 
 import pytest  # noqa: E402
+import tiny  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(THREADS)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def seed_model(tmp_path_factory):
     """The folder of a tiny LLaMA with its tokenizer."""
-    import tiny
-
     folder = tmp_path_factory.mktemp("models") / "seed"
     tiny.make_seed_model(folder)
     return folder
@@ -34,3 +34,34 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory, seed_model):
+    """A run directory with its data and nothing else."""
+    run_dir = tmp_path_factory.mktemp("pristine") / "run"
+    tiny.make_run(run_dir, seed_model)
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, pristine):
+    """A run of the whole pipeline: its folder and the driver's report."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    shutil.copytree(pristine, run_dir)
+    report = tiny.drive(commands=tiny.commands(run_dir))
+    assert report["code"] == 0, report["stderr"]
+    return run_dir, report
+
+
+@pytest.fixture
+def run(tmp_path, finished):
+    """A copy of the finished run, for a test to change."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def fresh(tmp_path, pristine):
+    shutil.copytree(pristine, tmp_path / "run")
+    return tmp_path / "run"

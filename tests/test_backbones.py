@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tiny import score_alone, teach, unified
 
 import moe
 from metamoe import backbones, uploads
@@ -32,38 +33,10 @@ def records():
     return out
 
 
-def unified(backbone, context="fixed", seed=0, **kwargs):
-    """A unified MoE of three random experts that differ a lot, with routing vectors that spread the tokens."""
-    g = torch.Generator().manual_seed(seed)
-    experts, width = [], backbone.model.config.hidden_size
-    for _ in range(3):
-        expert = {}
-        for name in backbone.ffn_names:
-            ffn = expert[name] = {"scaling": 2.0}
-            for linear in backbone.ffn_linears:
-                module = backbone.model.get_submodule(f"{name}.{linear}")
-                ffn[f"{linear}.lora_A"] = torch.randn(4, module.in_features, generator=g) * 0.2
-                ffn[f"{linear}.lora_B"] = torch.randn(module.out_features, 4, generator=g) * 0.2
-        experts.append(expert)
-    vectors = [torch.randn(len(backbone.ffn_names), width, generator=g) for _ in range(3)]
-    return moe.unify(backbone.model, backbone.ffn_names, experts, vectors, lam=0.6, context=context, **kwargs)
-
-
 def model_of(backbone, kind):
     return (
         backbone.model if kind == "seed" else unified(backbone, **({"top_k": 2} if kind == "top-2" else {}))
     )
-
-
-def score_alone(backbone, model, prompt, answer):
-    """Log-likelihood of the answer's tokens in a batch of one plain sequence."""
-    ids = torch.tensor([prompt + answer])
-    if hasattr(model, "routing"):
-        model.routing.context_mask = (torch.arange(ids.shape[1]) < len(prompt))[None]
-        model.routing.token_mask = None
-    with torch.no_grad():
-        log_probs = model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)[0]
-    return sum(log_probs[len(prompt) + i - 1, token].item() for i, token in enumerate(answer))
 
 
 # --- scores
@@ -102,7 +75,7 @@ def test_a_moe_does_score_otherwise_than_its_seed(backbone, records):
     """The tests above would pass on a MoE that is the seed."""
     before = backbone.scores(backbone.model, records)
     after = backbone.scores(unified(backbone), records)
-    assert max(np.abs(a - b).max() for a, b in zip(before, after)) > 1
+    assert max(np.abs(a - b).max() for a, b in zip(before, after, strict=True)) > 1
 
 
 def test_routing_counts_are_those_of_the_prompts_tokens(backbone, records):
@@ -141,7 +114,7 @@ def test_padding_does_not_reach_the_loss(backbone, records):
 def test_features_equal_those_of_single_texts(backbone, records):
     got = backbone.features(records)
     assert got.shape == (len(records), 32) and got.dtype == np.float32
-    for record, row in zip(records, got):
+    for record, row in zip(records, got, strict=True):
         ids = torch.tensor([backbone.tokenizer(record["prompt"])["input_ids"]])
         with torch.no_grad():
             want = backbone.model.model(ids).last_hidden_state[0].mean(0)
@@ -155,7 +128,9 @@ def test_embedding_goes_on_at_any_batch(backbone, records):
     for skip in (1, len(whole) - 1, len(whole)):
         rest = list(backbone.embed(records * 20, skip=skip))
         assert len(rest) == len(whole) - skip
-        assert all(a == b and np.array_equal(x, y) for (a, x), (b, y) in zip(rest, whole[skip:]))
+        assert all(
+            a == b and np.array_equal(x, y) for (a, x), (b, y) in zip(rest, whole[skip:], strict=False)
+        )
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -246,24 +221,6 @@ def test_an_epochs_batches_hold_every_index_once(count, size):
 
 
 # --- training
-
-
-def teach(backbone, model, records, steps=30, lr=0.01, after_step=None, groups=None):
-    groups = groups or [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
-    return training.train(
-        backbone,
-        model,
-        records,
-        groups,
-        steps=steps,
-        batch_size=8,
-        warmup_steps=3,
-        optimizer="adamw",
-        weight_decay=0.0,
-        seed=0,
-        label="test",
-        after_step=after_step,
-    )
 
 
 def test_lora_training_lowers_the_loss_and_touches_the_ffn_factors_alone(backbone, records):
@@ -366,7 +323,7 @@ def test_a_saved_expert_is_the_trained_one(backbone, seed_model, records, tmp_pa
     expert = uploads.read_expert(tmp_path / "expert")
     check(lambda fresh: moe.unify(fresh.model, fresh.ffn_names, [expert], [torch.zeros(2, 32)]), 1e-4)
     zero = backbones.load_backbone("smollm2-135m", seed_model, "cpu", "float32")
-    assert max(np.abs(a - b).max() for a, b in zip(zero.scores(zero.model, records), want)) > 0.5
+    assert max(np.abs(a - b).max() for a, b in zip(zero.scores(zero.model, records), want, strict=True)) > 0.5
 
 
 def test_the_saved_adapter_is_the_same_bytes_whatever_the_order_of_its_targets(backbone, records, tmp_path):

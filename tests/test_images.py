@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import make_coop, make_public, picture, save_picture
 
 from metamoe.data import decoding, images, splits
 from metamoe.errors import UserError
@@ -24,36 +25,6 @@ def dataset_cache(tmp_path_factory, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     datasets.disable_progress_bars()
-
-
-def picture(value, size=(8, 6), mode="RGB"):
-    return Image.new(mode, size, (value % 256, 40, 200) if mode == "RGB" else None)
-
-
-def save(path, value=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture(value).save(path, "JPEG")
-
-
-def make_coop(folder, split_file, image_folder, names, counts=(6, 3, 4), nested=False):
-    """A dataset as CoOp lays it out: `counts` images a class in each part; return the split as it was written."""
-    split, value = {}, 0
-    for part, count in zip(("train", "val", "test"), counts):
-        split[part] = []
-        for label, name in enumerate(names):
-            for _ in range(count):
-                file = f"{name}/{value}.jpg" if nested else f"{part}_{value}.jpg"
-                save(folder / image_folder / file, value)
-                split[part].append([file, label, name])
-                value += 1
-    (folder / split_file).write_text(json.dumps(split))
-    return split
-
-
-def make_public(folder, classes=("n01440764", "n01443537"), count=5):
-    for c, name in enumerate(classes):
-        for i in range(count):
-            save(folder / name / f"{name}_{i}.JPEG", 10 * c + i)
 
 
 @pytest.fixture
@@ -289,7 +260,7 @@ def test_image_folder_with_names_for_folders(tmp_path):
         file.unlink()
     (tmp_path / "cat" / "notes.txt").touch()
     (tmp_path / "cat" / "._cat_0.JPEG").touch()  # what macOS leaves
-    save(tmp_path / "val" / "flat.jpg")
+    save_picture(tmp_path / "val" / "flat.jpg")
     assert [
         (os.path.basename(r["image"]), r["answer"])
         for r in images.public_images(0, {"public": str(tmp_path)})

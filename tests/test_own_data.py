@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from test_stages import refused, stage, synthetic_archive
+from tiny import refused, stage, synthetic_archive
 
 from metamoe import backbones, federation
 from metamoe.backbones import text

@@ -10,8 +10,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from test_backbones import score_alone, teach, unified
-from tiny import CLIENTS, COMMON
+from tiny import CLIENTS, COMMON, score_alone, teach, unified
 
 import moe
 from metamoe import backbones
@@ -178,7 +177,9 @@ def test_generate_takes_the_first_letter_that_stands_alone(make, records, kind):
     model = backbone.model = model.merge_and_unload()
     if kind == "prefix":
         lengths = [len(backbone.encode(lettered(record))[0]) for record in records]
-        records = [record for record, length in zip(records, lengths) if lengths.count(length) > 1]
+        records = [
+            record for record, length in zip(records, lengths, strict=True) if lengths.count(length) > 1
+        ]
         model = unified(backbone, context="prefix")
         for parameter in moe.expert_parameters(model):
             parameter.data *= 0.2
@@ -199,7 +200,10 @@ def test_generate_takes_the_first_letter_that_stands_alone(make, records, kind):
         assert values.tolist() == want, texts[-1]
     if kind == "seed":
         letters = backbone.scores(model, records, scoring="letters")
-        assert sum(len(a) > 0 and a.argmax() == b.argmax() for a, b in zip(got, letters)) >= len(records) - 2
+        assert (
+            sum(len(a) > 0 and a.argmax() == b.argmax() for a, b in zip(got, letters, strict=True))
+            >= len(records) - 2
+        )
         assert len(set(texts)) > 1
 
 
@@ -243,7 +247,7 @@ def test_likelihood_of_choices_keeps_the_prompts_mean_with_a_router_on_the_prefi
     backbone = make("text", "text")
     model = unified(backbone, context="prefix")
     got = backbone.scores(model, records[:4])
-    for record, values in zip(records, got):
+    for record, values in zip(records, got, strict=True):
         prompt = backbone.encode(record)[
             0
         ]  # score_alone's context are the prompt's tokens: after them the running mean stays

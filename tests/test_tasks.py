@@ -250,7 +250,7 @@ def test_real_sizes_and_lengths(real):
 
 @pytest.mark.slow
 def test_real_clients_are_disjoint_with_distinct_splits_a_seed(real):
-    for public, parts in real:
+    for _, parts in real:
         for client in parts.values():
             everything = [record for part in client.values() for record in part]
             assert len(fields_of(everything)) == sum(

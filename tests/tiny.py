@@ -3,13 +3,22 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import torch
+from drive import call, snapshot
+from PIL import Image
+
+import moe
+from metamoe.backbones import training
+from metamoe.data import bigbench
 from metamoe.records import write_records
-from metamoe.rundir import write_json
+from metamoe.rundir import read_json, write_json
+from metamoe.uploads import write_manifest
 
 REPO = Path(__file__).resolve().parent.parent
 CLIENTS = ["intent", "hotels", "question"]
@@ -21,6 +30,8 @@ SIZES = {
     "candidates": 24,
     "proxies": 6,
 }
+METHODS = ["soup", "btm", "btx", "flexolmo", "metamoe", "unrestricted"]
+CLOCKS = ("timing.json", "timings.json", "timings.md")
 COMMON = ["--dtype", "float32", "--device", "cpu"]
 
 # Each topic has words of its own and an answer that is right most of the time, so that there is something to learn.
@@ -67,7 +78,6 @@ def make_seed_model(folder):
 
     transformers = import_transformers()
     import tokenizers
-    import torch
 
     bpe = tokenizers.ByteLevelBPETokenizer()
     rng = random.Random(0)
@@ -188,3 +198,152 @@ def drive(**job):
         )
         assert report.exists(), f"the driver ended with {done.returncode}: {done.stderr}"
         return json.loads(report.read_text()) | {"stdout": done.stdout, "stderr": done.stderr}
+
+
+# --- stages and what they leave
+
+
+def stage(name, run_dir, *args):
+    return call(name, "--run-dir", run_dir, *COMMON, *args)
+
+
+def refused(name, run_dir, *args, watch=None):
+    """Run a stage that must refuse: exit code 2, exactly one line on stderr, nothing written. Returns that line."""
+    watch = watch or run_dir
+    before = snapshot(watch), sorted(Path(watch).rglob("*"))
+    result = stage(name, run_dir, *args)
+    assert result.code == 2, f"code {result.code}: {result.err or result.out}"
+    assert result.err.count("\n") == 1 and result.err.startswith("error: "), result.err
+    assert (snapshot(watch), sorted(Path(watch).rglob("*"))) == before
+    return result.err
+
+
+def forge(upload):
+    """Close a changed upload with a manifest that fits it, as a client with such an upload would."""
+    about = {key: value for key, value in read_json(upload / "manifest.json").items() if key != "files"}
+    (upload / "manifest.json").unlink()
+    write_manifest(upload, about)
+
+
+def uploads(run_dir):
+    return sorted(p.parent for p in run_dir.glob("clients/*/upload/*/manifest.json"))
+
+
+def flags_of(name, run_dir, *needed):
+    command = next(
+        c for c in commands(run_dir) if c[0] == name and set(needed) <= set(c) and "--name" not in c
+    )
+    return command[3 + len(COMMON) :]
+
+
+def synthetic_archive(monkeypatch, per_task=60):
+    """Let bigbench.load_bigbench read a small archive made here."""
+    names = [bigbench.CLIENTS[name][0] for name in bigbench.CLIENTS] + [
+        t if not t.endswith("*") else "natural_instructions/subtask001_a" for t in bigbench.PUBLIC
+    ]
+
+    def members(archive, wanted):
+        for task in names:
+            member = f"bigbench-1.0.0/bigbench/benchmark_tasks/{task}/task.json"
+            if wanted(member):
+                word = re.sub(r"\W|\d", "", task)
+                examples = [
+                    {
+                        "input": f"{word} {i} says {word}{i} to {word}{i * i}",
+                        "target_scores": {"yes": i % 2, "no": 1 - i % 2},
+                    }
+                    for i in range(per_task)
+                ]
+                for choices in (
+                    choices for client, _, choices in bigbench.CLIENTS.values() if client == task and choices
+                ):
+                    examples = [
+                        {"input": example["input"], "target": [choices[i % 2]]}
+                        for i, example in enumerate(examples)
+                    ]
+                yield member, {"examples": examples}
+
+    monkeypatch.setattr(bigbench, "fetch", lambda **kwargs: None)
+    monkeypatch.setattr(bigbench, "read_members", members)
+
+
+# --- models and their scores
+
+
+def unified(backbone, context="fixed", seed=0, **kwargs):
+    """A unified MoE of three random experts that differ a lot, with routing vectors that spread the tokens."""
+    g = torch.Generator().manual_seed(seed)
+    experts, width = [], backbone.model.config.hidden_size
+    for _ in range(3):
+        expert = {}
+        for name in backbone.ffn_names:
+            ffn = expert[name] = {"scaling": 2.0}
+            for linear in backbone.ffn_linears:
+                module = backbone.model.get_submodule(f"{name}.{linear}")
+                ffn[f"{linear}.lora_A"] = torch.randn(4, module.in_features, generator=g) * 0.2
+                ffn[f"{linear}.lora_B"] = torch.randn(module.out_features, 4, generator=g) * 0.2
+        experts.append(expert)
+    vectors = [torch.randn(len(backbone.ffn_names), width, generator=g) for _ in range(3)]
+    return moe.unify(backbone.model, backbone.ffn_names, experts, vectors, lam=0.6, context=context, **kwargs)
+
+
+def score_alone(backbone, model, prompt, answer):
+    """Log-likelihood of the answer's tokens in a batch of one plain sequence."""
+    ids = torch.tensor([prompt + answer])
+    if hasattr(model, "routing"):
+        model.routing.context_mask = (torch.arange(ids.shape[1]) < len(prompt))[None]
+        model.routing.token_mask = None
+    with torch.no_grad():
+        log_probs = model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)[0]
+    return sum(log_probs[len(prompt) + i - 1, token].item() for i, token in enumerate(answer))
+
+
+def teach(backbone, model, records, steps=30, lr=0.01, after_step=None, groups=None):
+    groups = groups or [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
+    return training.train(
+        backbone,
+        model,
+        records,
+        groups,
+        steps=steps,
+        batch_size=8,
+        warmup_steps=3,
+        optimizer="adamw",
+        weight_decay=0.0,
+        seed=0,
+        label="test",
+        after_step=after_step,
+    )
+
+
+# --- image folders
+
+
+def picture(value, size=(8, 6), mode="RGB"):
+    return Image.new(mode, size, (value % 256, 40, 200) if mode == "RGB" else None)
+
+
+def save_picture(path, value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(value).save_picture(path, "JPEG")
+
+
+def make_coop(folder, split_file, image_folder, names, counts=(6, 3, 4), nested=False):
+    """A dataset as CoOp lays it out: `counts` images a class in each part; return the split as it was written."""
+    split, value = {}, 0
+    for part, count in zip(("train", "val", "test"), counts, strict=True):
+        split[part] = []
+        for label, name in enumerate(names):
+            for _ in range(count):
+                file = f"{name}/{value}.jpg" if nested else f"{part}_{value}.jpg"
+                save_picture(folder / image_folder / file, value)
+                split[part].append([file, label, name])
+                value += 1
+    (folder / split_file).write_text(json.dumps(split))
+    return split
+
+
+def make_public(folder, classes=("n01440764", "n01443537"), count=5):
+    for c, name in enumerate(classes):
+        for i in range(count):
+            save_picture(folder / name / f"{name}_{i}.JPEG", 10 * c + i)

@@ -1,4 +1,4 @@
-"""Cost of one MoE layer against the dense FFN it replaces: `python tests/bench_moe.py` prints a table of ratios.
+"""Cost of one MoE layer against the dense FFN it replaces: `python tests/bench/bench_moe.py` prints a table of ratios.
 
 Dense is the base FFN alone, frozen as its weights are in the MoE layer. The two are timed in turn, so that both see the same machine, and
 medians are compared.
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from moe import MoELayer, Router, RoutingState  # noqa: E402
 
 

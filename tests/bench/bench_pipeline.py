@@ -1,4 +1,4 @@
-"""What the pipeline adds to the bare model: `python tests/bench_pipeline.py` prints a table of ratios, on the embedded default's real seed and texts.
+"""What the pipeline adds to the bare model: `python tests/bench/bench_pipeline.py` prints a table of ratios, on the embedded default's real seed and texts.
 
 Embedding: the stage's loop over D_0 (tokenising, batches by length, means, the memory map) and the relevance heads, against a bare loop of
 forwards over tokens that are there, at the best of a few fixed batch sizes. Training: a step of the stages, tokenising and bookkeeping in
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench_models import unified  # noqa: E402
 
 import moe  # noqa: E402

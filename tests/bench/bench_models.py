@@ -1,4 +1,4 @@
-"""Inference of whole unified models against their dense seeds: `python tests/bench_models.py [--compile]` prints samples/s and ratios.
+"""Inference of whole unified models against their dense seeds: `python tests/bench/bench_models.py [--compile]` prints samples/s and ratios.
 
 ViT-B/32 (open_clip's visual tower) and a LLaMA of 1.2 billion parameters (Llama-3.2-1B's shape, 128 tokens a sample), both randomly initialised, each
 unified with three random experts of rank 16. The paper's ratios are 0.966 (ViT) and 0.936 (LLaMA-3B). bfloat16 on CUDA.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench_moe import random_expert  # noqa: E402
 
 import moe  # noqa: E402

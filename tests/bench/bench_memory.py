@@ -1,4 +1,4 @@
-"""GPU memory that training takes at the paper's batch, computed: `python tests/bench_memory.py` prints a table.
+"""GPU memory that training takes at the paper's batch, computed: `python tests/bench/bench_memory.py` prints a table.
 
 The tensors that autograd keeps for the backward are counted (`saved_tensors_hooks`) in one decoder layer of the model's own widths,
 randomly initialised, on a few tokens; they grow with layers and tokens. To them come the weights, what is trained (fp32 value, gradient,
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench_models import unified  # noqa: E402
 
 from metamoe.backbones.base import import_transformers  # noqa: E402

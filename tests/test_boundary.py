@@ -1,0 +1,141 @@
+"""The boundary between client and server: what an upload holds, and what the server opens."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import drive
+import pytest
+import tiny
+from tiny import CLIENTS, CLOCKS, SIZES, forge, refused, uploads
+
+from metamoe.rundir import read_json, write_json
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def unify_commands(run_dir, methods=("metamoe", "flexolmo", "btx", "soup", "btm")):
+    return [
+        c
+        for c in tiny.commands(run_dir)
+        if c[0] == "unify_moe" and c[c.index("--method") + 1] in methods and "--name" not in c
+    ]
+
+
+@pytest.mark.slow
+def test_the_server_opens_nothing_of_a_client_but_its_upload(run):
+    shutil.rmtree(run / "moe")
+    report = tiny.drive(commands=unify_commands(run), audit=str(run))
+    assert report["code"] == 0, report["stderr"]
+    opened = {path for _, path in report["opened"]}
+    assert {
+        "run.json",
+        "public/records.jsonl",
+        "clients/hotels/upload/aligned-dpp/manifest.json",
+    } <= opened  # the hook does see
+    allowed = re.compile(r"run\.json$|public(/|$)|clients/\w+/upload(/|$)|moe(/|$)")
+    assert not [path for path in opened if not allowed.match(path)]
+
+
+@pytest.mark.slow
+def test_the_server_needs_nothing_of_a_client_but_its_upload(run, finished):
+    """safetensors opens its files outside of Python, where no audit hook sees it: so take the rest away."""
+    shutil.rmtree(run / "moe")
+    for name in CLIENTS:
+        for path in (run / "clients" / name).iterdir():
+            if path.name != "upload":
+                shutil.rmtree(path)
+    report = tiny.drive(commands=unify_commands(run))
+    assert report["code"] == 0, report["stderr"]
+    for method in ("metamoe", "flexolmo", "btx", "soup", "btm"):
+        assert drive.snapshot(run / "moe" / method, *CLOCKS) == drive.snapshot(
+            finished[0] / "moe" / method, *CLOCKS
+        )
+
+
+@pytest.mark.slow
+def test_unrestricted_does_read_private_data(run):
+    """The counterpart of the two above: were it read there, they would fail."""
+    shutil.rmtree(run / "moe")
+    report = tiny.drive(commands=unify_commands(run, ["unrestricted"]), audit=str(run))
+    assert "clients/hotels/private/train.jsonl" in {path for _, path in report["opened"]}
+
+
+def test_the_manifest_hashes_the_uploaded_files_alone(finished):
+    assert len(uploads(finished[0])) == 9
+    for upload in uploads(finished[0]):
+        manifest = read_json(upload / "manifest.json")
+        assert manifest["files"] == drive.snapshot(upload, "manifest.json")
+        assert set(manifest) == {"client", "data", "selection", "files"}
+        assert (
+            manifest["client"] == upload.parent.parent.name
+            and f"{manifest['data']}-{manifest['selection']}" == upload.name
+        )
+
+
+def test_proxies_are_sorted_indices_without_scores(finished):
+    for upload in uploads(finished[0]):
+        proxies = read_json(upload / "proxies.json")
+        assert (
+            all(type(i) is int for i in proxies)
+            and proxies == sorted(set(proxies))
+            and len(proxies) == SIZES["proxies"]
+        )
+        client, rule = upload.parent.parent, upload.name.split("-")[1]
+        assert set(proxies) == set(read_json(client / "selection" / rule / "selection.json")["proxies"])
+
+
+def test_no_private_text_and_no_path_is_in_an_upload_or_a_model(finished, seed_model):
+    run_dir, _ = finished
+    secrets = [tiny.SECRET, str(run_dir), str(seed_model), str(Path.home()), str(tiny.REPO)]
+    for name in CLIENTS:
+        for part in ("train", "validation", "test"):
+            lines = (run_dir / "clients" / name / "private" / f"{part}.jsonl").read_text().splitlines()
+            secrets += [json.loads(line)["input"] for line in lines]
+    assert tiny.SECRET in secrets[-1]
+    for path in [
+        p for folder in [*uploads(run_dir), run_dir / "moe"] for p in folder.rglob("*") if p.is_file()
+    ]:
+        content = path.read_bytes()
+        assert not [secret for secret in secrets if secret.encode() in content], path
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+        "router.safetensors",
+        "proxies.json",
+    ],
+)
+def test_an_edited_upload_is_named(run, file):
+    path = run / "clients" / "hotels" / "upload" / "private-similarity" / file
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    for name, flags in (("unify_moe", ["--method", "btx", "--name", "new"]), ("evaluate", [])):
+        message = refused(name, run, *flags)
+        assert file in message and "hotels" in message
+
+
+def test_files_more_or_fewer_in_an_upload_are_named(run):
+    upload = run / "clients" / "question" / "upload" / "aligned-dpp"
+    (upload / "gift.txt").write_text("x")
+    assert "gift.txt is not in the manifest" in refused(
+        "unify_moe", run, "--method", "metamoe", "--name", "new"
+    )
+    (upload / "gift.txt").unlink()
+    (upload / "router.safetensors").unlink()
+    assert "router.safetensors is missing" in refused(
+        "unify_moe", run, "--method", "metamoe", "--name", "new"
+    )
+
+
+@pytest.mark.parametrize("index", [-1, SIZES["public_size"]])
+def test_a_public_index_out_of_range_is_refused(run, index):
+    upload = run / "clients" / "intent" / "upload" / "aligned-dpp"
+    write_json(upload / "proxies.json", sorted([index, 3]))
+    forge(upload)
+    assert f"public sample {index}," in refused("unify_moe", run, "--method", "metamoe", "--name", "new")

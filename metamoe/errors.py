@@ -39,7 +39,8 @@ def run_main(main):
             raise
         sys.exit(
             _complain(
-                f"cannot write or read {error.filename or 'a file'}: {error.strerror}; nothing half-written was left"
+                f"cannot write or read {error.filename or 'a file'}: {error.strerror}; "
+                "nothing half-written was left"
             )
         )
     except SafetensorError as error:  # its way to say that the disk is full

@@ -1,4 +1,4 @@
-"""PRESETS: the settings of each backbone, the paper's or the embedded default's. A stage's flag overrides its preset."""
+"""PRESETS: the settings of each backbone. A stage's flag overrides its preset."""
 
 # The paper's settings for CLIP. Sizes of 0: all there is.
 PAPER_CLIP = {
@@ -29,14 +29,14 @@ PAPER_CLIP = {
 }
 
 
-# The paper's settings for LLaMA. Here a training size of 0 is all there is, up to the paper's 10,000 samples a client.
+# The paper's settings for LLaMA. A training size of 0: all there is, up to 10,000 samples a client.
 PAPER_LLAMA = {
     "kind": "text",
     "data": "qa",
     "optimizer": "adamw",
     "weight_decay": 0.0,
     "max_length": 256,
-    "embed": "input",  # the text that relevance and the DPP work on: the question alone, not the prompt around it
+    "embed": "input",  # relevance and the DPP use the question alone, without the prompt around it
     "loss": "text",
     "answers": "letters",
     "scoring": "letters",
@@ -60,7 +60,7 @@ PAPER_LLAMA = {
 }
 
 
-# The settings of the paper for its backbones, and those of the embedded defaults. A stage's flag overrides its preset.
+# The paper's settings for its backbones, and those of the embedded defaults.
 PRESETS = {
     "vit-b-32": PAPER_CLIP | {"architecture": "ViT-B-32-quickgelu", "pretrained": "openai"},
     "vit-b-16": PAPER_CLIP | {"architecture": "ViT-B-16-quickgelu", "pretrained": "openai"},
@@ -94,7 +94,7 @@ PRESETS = {
         "final_batch": 32,
         "lambda_lr": 1e-3,
         "lambda_init": 1.0,
-        # of 1e-5, 1e-4 and 1e-3: the best average accuracy on the validation parts of seed 0 (README)
+        # 1e-5, 1e-4 or 1e-3, by average validation accuracy at random seed 0 (README)
         "final_lr": {"metamoe": 1e-5, "flexolmo": 1e-3, "btx": 1e-4, "unrestricted": 1e-3},
     },
     "smollm2-135m": {
@@ -123,7 +123,7 @@ PRESETS = {
         "final_batch": 16,
         "lambda_lr": 1e-3,
         "lambda_init": 1.0,
-        # of 1e-4 (the paper's, also on a tie) and 1e-3: the better average accuracy on the validation parts of seed 0 (README)
+        # 1e-4 (the paper's) or 1e-3, by average validation accuracy at random seed 0; 1e-4 on a tie (README)
         "final_lr": {"metamoe": 1e-3, "flexolmo": 1e-4, "btx": 1e-4, "unrestricted": 1e-4},
     },
 }

@@ -1,16 +1,16 @@
 """The run directory, through which the stages talk: settings, atomic files, resumption.
 
-    RUN/run.json                            backbone, seed, clients and data sizes of the run
+    RUN/run.json                            backbone, seed model, clients and data sizes of the run
     RUN/public/                             D_0: records, seed-model features
-    RUN/clients/NAME/private/               NAME's data: never read by a server stage (except --method unrestricted)
+    RUN/clients/NAME/private/               NAME's data; on the server only --method unrestricted reads it
     RUN/clients/NAME/selection/             relevance and the proxies of each selection rule
     RUN/clients/NAME/experts/VARIANT/       the trained expert
-    RUN/clients/NAME/upload/VARIANT/        what leaves the client: manifest, proxy indices, adapter, routing vectors
+    RUN/clients/NAME/upload/VARIANT/        what leaves NAME: manifest, proxies, adapter, routing vectors
     RUN/moe/METHOD/                         the server's unified model
     RUN/scores/, RUN/results.*              evaluation
 
-Every stage writes into a temporary neighbour and renames it when it is complete, so a killed stage leaves
-nothing that a later one could mistake for a result; `done.json` inside a finished folder holds its settings.
+Every stage writes into a temporary neighbour and renames it when it is complete. So a killed stage leaves
+nothing that a later one could mistake for a result. `done.json` inside a finished folder holds its settings.
 """
 
 import contextlib
@@ -26,17 +26,19 @@ from metamoe.errors import UserError
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary path (file or folder, up to the caller) that replaces `path` when the block succeeds."""
+    """Yield a temporary path (the caller makes it a file or a folder) that replaces `path` on success.
+
+    The result gets the permissions of the umask: some libraries write files that only their owner can read.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    for stale in (
-        temporary,
-        *path.parent.glob(f"{glob.escape(temporary.name)}.*"),
-    ):  # the others: where moe.save was killed
+    _remove(temporary)
+    for stale in path.parent.glob(f"{glob.escape(temporary.name)}.*"):  # left where moe.save was killed
         _remove(stale)
     try:
         yield temporary
+        _follow_umask(temporary)
         if path.is_dir():  # a folder cannot be replaced in one step
             _remove(path)
         os.replace(temporary, path)
@@ -44,11 +46,21 @@ def atomic(path):
         _remove(temporary)
 
 
+def _follow_umask(path):
+    """Give `path`, and what is in it, the permissions of a plain open() or mkdir()."""
+    mask = os.umask(0o077)  # the mask cannot be read without setting one
+    os.umask(mask)
+    for each in (path, *path.rglob("*")):
+        if each.is_symlink():
+            continue
+        with contextlib.suppress(PermissionError):  # some mounted file systems fix every file's mode
+            each.chmod((0o777 if each.is_dir() else 0o666) & ~mask)
+
+
 def _remove(path):
     if path.is_dir():
-        (path / "done.json").unlink(
-            missing_ok=True
-        )  # first: without it what a kill leaves here counts as unfinished
+        # First: without it a folder that a kill leaves half-removed counts as unfinished.
+        (path / "done.json").unlink(missing_ok=True)
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -77,9 +89,9 @@ def sha256(path):
 
 
 def finished(folder, settings, force=False):
-    """True if `folder` holds this stage's result under `settings`; UserError if it holds one under other settings.
+    """True if `folder` holds this stage's result under `settings`.
 
-    With `force` a result under other settings is removed, to be made anew.
+    A result under other settings is removed with `force`, to be made again; without it, UserError.
     """
     folder = Path(folder)
     if not (folder / "done.json").exists():
@@ -105,18 +117,7 @@ def open_run(run_dir, create=True, **settings):
     """
     path = Path(run_dir) / "run.json"
     if not path.exists():
-        if any(value is None for value in settings.values()):
-            raise UserError(
-                f"--run-dir {run_dir} holds no run yet (no run.json): run select_proxies.py first"
-            )
-        if (
-            Path(run_dir).is_file()
-            or Path(run_dir).is_dir()
-            and any(p for p in Path(run_dir).iterdir() if not p.name.startswith("."))
-        ):
-            raise UserError(
-                f"--run-dir {run_dir} is not empty and not a run directory (no run.json): name another folder"
-            )
+        _check_new_run(run_dir, settings)
         if not create:
             return settings
         write_json(path, settings)
@@ -124,9 +125,24 @@ def open_run(run_dir, create=True, **settings):
     for key, value in settings.items():
         if value is not None and found.get(key) != value:
             raise UserError(
-                f"--run-dir {run_dir} was made with {key} {found.get(key)!r}, now {value!r}: use another --run-dir"
+                f"--run-dir {run_dir} was made with {key} {found.get(key)!r}, now {value!r}: "
+                "use another --run-dir"
             )
     return found
+
+
+def _check_new_run(run_dir, settings):
+    """UserError unless these settings can start a run here: all are given, and the folder is empty."""
+    folder = Path(run_dir)
+    if any(value is None for value in settings.values()):
+        raise UserError(f"--run-dir {run_dir} holds no run yet (no run.json): run select_proxies.py first")
+    taken = folder.is_file()
+    if folder.is_dir():
+        taken = any(not p.name.startswith(".") for p in folder.iterdir())
+    if taken:
+        raise UserError(
+            f"--run-dir {run_dir} is not empty and not a run directory (no run.json): name another folder"
+        )
 
 
 def check_client(run, name):

@@ -1,4 +1,4 @@
-"""What a client uploads: proxy indices, the expert, routing vectors, and a manifest with the hash of every file."""
+"""What a client uploads: proxy indices, expert, routing vectors, and a manifest with every file's hash."""
 
 import json
 from pathlib import Path
@@ -31,13 +31,13 @@ def read_manifest(upload):
     manifest = read_json(upload / "manifest.json")
     present = {str(p.relative_to(upload)) for p in upload.rglob("*") if p.is_file()} - {"manifest.json"}
     for name in sorted(present ^ manifest["files"].keys()):
-        raise UserError(
-            f"upload {upload}: {name} is {'not in the manifest' if name in present else 'missing'}: have the client upload it again"
-        )
+        problem = "not in the manifest" if name in present else "missing"
+        raise UserError(f"upload {upload}: {name} is {problem}: have the client upload it again")
     for name, digest in manifest["files"].items():
         if sha256(upload / name) != digest:
             raise UserError(
-                f"upload {upload}: {name} was changed after the upload (its hash differs): have the client upload it again"
+                f"upload {upload}: {name} was changed after the upload (its hash differs): "
+                "have the client upload it again"
             )
     return manifest
 

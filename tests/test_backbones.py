@@ -1,15 +1,19 @@
 """The language-model backbone against plain one-by-one computations, on a tiny LLaMA."""
 
+import os
 import random
+import stat
+import tempfile
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from tiny import score_alone, teach, unified
+from safetensors.torch import save_file
 
 import moe
-from metamoe import backbones, uploads
+from metamoe import backbones, rundir, uploads
 from metamoe.backbones import base, training
 from metamoe.errors import UserError
 
@@ -342,6 +346,23 @@ def test_the_saved_adapter_is_the_same_bytes_whatever_the_order_of_its_targets(b
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_written_files_follow_the_umask(tmp_path, umask):
+    """save_file and temporary files are the owner's alone until they are moved in."""
+    before = os.umask(umask)
+    try:
+        with rundir.atomic(tmp_path / "features.safetensors") as temporary:
+            save_file({"x": torch.zeros(1)}, temporary)
+        with rundir.atomic(tmp_path / "model") as temporary:
+            (temporary / "part").mkdir(parents=True, mode=0o700)
+            os.close(tempfile.mkstemp(dir=temporary / "part")[0])
+    finally:
+        os.umask(before)
+    for path in tmp_path.rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~umask
+    assert len(list(tmp_path.rglob("*"))) == 4
 
 
 # --- loading

@@ -12,13 +12,15 @@ from metamoe.rundir import atomic
 
 
 def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=None, answers=None, loss=None):
-    """The backbone `name` of PRESETS, its seed from `seed_model` (hub id, local folder or checkpoint) instead if given.
+    """The backbone `name` of PRESETS.
 
+    seed_model: hub id, local folder or checkpoint of the seed model (None: the preset's).
     answers, loss: those of run.json, for a language model (None: the preset's).
     """
     if name not in PRESETS:
         raise UserError(f"backbone {name!r}: unknown, choose from {', '.join(PRESETS)}")
-    preset, device = PRESETS[name], pick_device(device)
+    preset = PRESETS[name]
+    device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     if preset["kind"] == "clip":
         return ClipBackbone(preset, seed_model or preset["pretrained"], device, dtype, workers)
@@ -35,7 +37,7 @@ def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=No
 
 
 def default_seed(name):
-    """The embedded default's seed model as a Hugging Face folder in the cache, converted from GGUF once."""
+    """Folder of the embedded default's seed model in the Hugging Face layout, converted from GGUF once."""
     folder = cache_dir() / "SmolLM2-135M-Instruct"
     if not (folder / "config.json").exists():
         transformers = import_transformers()

@@ -1,4 +1,4 @@
-"""What every seed model offers the stages: features, routing vectors, experts; and the choice of device and dtype."""
+"""The interface that the stages use: features, routing vectors, experts; the choice of device and dtype."""
 
 import contextlib
 import warnings
@@ -17,10 +17,8 @@ def import_transformers():
     fix_torchvision()
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()  # of loading weights, a second or two
-    warnings.filterwarnings(
-        "ignore", message=".*is_gradient_checkpointing.*"
-    )  # PEFT's, of no concern to the user
+    transformers.utils.logging.disable_progress_bar()  # loading weights takes only a second or two
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT's, harmless
     return transformers
 
 
@@ -40,25 +38,32 @@ def pick_device(name="auto"):
 def pick_dtype(name, device):
     """bfloat16 where the hardware computes in it, else float32."""
     if name == "auto":
-        fast = (
-            torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        )
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported()
+        else:
+            fast = torch.cpu._is_avx512_bf16_supported()
         name = "bfloat16" if fast else "float32"
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
 class Backbone:
-    """What a language model and a CLIP share. Attributes of both: source, device, dtype, model (the frozen seed),
-    ffn_names (module paths of its FFNs), ffn_linears, width (d of features and routing vectors)."""
+    """What a language model and a CLIP share.
+
+    Attributes of both: source, device, dtype, model (the frozen seed model), ffn_names (module paths of its
+    FFNs), ffn_linears (names of the linears in each), width (d of features and routing vectors).
+    """
 
     def autocast(self):
-        # Entered at every step: left on, its cache of cast weights would hide the optimiser's updates.
+        # Enter it anew at every step: its cache of cast weights would hide the optimiser's updates.
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
     def shared_embed(self, records, label="embedding", skip=0):
-        """Yield (indices, features, unreadable so far) batch by batch, as `embed`; under `accelerate launch` its batches are dealt to the processes and every process gets all."""
+        """Yield (indices, features, unreadable so far) batch by batch, as `embed`.
+
+        Under `accelerate launch` the processes share the batches, and every process gets the results of all.
+        """
         state = processes()
         mine = self.embed(records, label, skip=skip + state.process_index, every=state.num_processes)
         if state is ALONE:
@@ -67,37 +72,40 @@ class Backbone:
         from accelerate.utils import gather_object
 
         unreadable = {}  # process -> its list
-        while any(
-            batch := gather_object(
-                [
-                    (*found, state.process_index, list(self.unreadable))
-                    if (found := next(mine, None))
-                    else None
-                ]
-            )
-        ):
+        while True:
+            found = next(mine, None)  # None: this process has no batch left
+            if found:
+                found = (*found, state.process_index, list(self.unreadable))
+            batch = gather_object([found])
+            if not any(batch):
+                return
             for indices, values, process, bad in filter(None, batch):
                 unreadable[process] = bad
                 yield indices, values, [item for items in unreadable.values() for item in items]
 
     def features(self, records, label="embedding"):
         """Seed-model embeddings (n, d) float32 of a client's records; UserError if one cannot be read."""
-        out, unreadable = np.full((len(records), self.width), np.nan, np.float32), ()
-        for batch, values, unreadable in self.shared_embed(records, label):
+        out = np.full((len(records), self.width), np.nan, np.float32)
+        unreadable = ()
+        for batch, values, found in self.shared_embed(records, label):
             out[batch] = values
+            unreadable = found
         if unreadable:
-            raise UserError(
-                f"private sample {unreadable[0][1]}: repair it or take it out of the client's data"
-            )
+            message = unreadable[0][1]
+            raise UserError(f"private sample {message}: repair it or take it out of the client's data")
         return out
 
     @torch.no_grad()
     def routing_vectors(self, model, records, label="routing vectors"):
-        """(L, d) float32: mean over samples of the token mean of each FFN's input (a text's prompt, as in the router's context)."""
-        lm, mask, state = unwrap(model), None, processes()
-        dealt = (
-            state.num_processes > 1 and not sharding()
-        )  # sharded weights come together only where all processes run the same layers
+        """(L, d) float32: mean over samples of the token mean of each FFN's input.
+
+        The tokens are an image's patches or a text's prompt, as in the router's context.
+        """
+        state = processes()
+        # Sharded weights come together only where all processes run the same layers.
+        dealt = state.num_processes > 1 and not sharding()
+        lm = unwrap(model)
+        mask = None
         sums = torch.zeros(len(self.ffn_names), self.width, dtype=torch.float64)
 
         def add_to(layer):
@@ -111,7 +119,8 @@ class Backbone:
             for i, name in enumerate(self.ffn_names)
         ]
         try:
-            for number, (mask, forward) in enumerate(self.prompt_batches(model, records, label)):
+            for number, (tokens, forward) in enumerate(self.prompt_batches(model, records, label)):
+                mask = tokens  # the hooks read it
                 if not dealt or number % state.num_processes == state.process_index:
                     with self.autocast():
                         forward()
@@ -127,7 +136,7 @@ class Backbone:
     # --- experts
 
     def add_lora(self, rank, alpha, seed):
-        """The model with fresh PEFT LoRA factors on the FFN linears; nothing else trains."""
+        """The model with new PEFT LoRA factors on the FFN linears; only they train. seed: the random seed."""
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(seed)
@@ -137,21 +146,21 @@ class Backbone:
         )
 
     def train_full_ffn(self):
-        """The model with its FFN weights themselves trainable, in float32."""
+        """The model with trainable FFN weights, in float32."""
         for ffn in self.ffn_names:
             self.model.get_submodule(ffn).float().requires_grad_(True)
         return self.model
 
     def with_adapter(self, folder):
-        """The model with a client's or the soup's expert in place (PEFT adapter, or ffn.safetensors beside it)."""
-        if (Path(folder) / "adapter").exists():
+        """The model with a client's or the soup's expert: FOLDER/adapter (PEFT) or FOLDER/ffn.safetensors."""
+        adapter = Path(folder) / "adapter"
+        if adapter.exists():
             from peft import PeftModel
 
-            return PeftModel.from_pretrained(self.model, Path(folder) / "adapter").eval()
-        self.model.load_state_dict(
-            {k: v.to(self.dtype) for k, v in load_file(Path(folder) / "ffn.safetensors").items()},
-            strict=False,
-        )
+            return PeftModel.from_pretrained(self.model, adapter).eval()
+        weights = load_file(Path(folder) / "ffn.safetensors")
+        weights = {name: weight.to(self.dtype) for name, weight in weights.items()}
+        self.model.load_state_dict(weights, strict=False)
         return self.model.eval()
 
 

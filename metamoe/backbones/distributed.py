@@ -17,19 +17,18 @@ ALONE = SimpleNamespace(
 
 
 def processes(device="auto"):
-    """The processes of this run: accelerate's PartialState under `accelerate launch` (torchrun), else one that is alone.
+    """The processes of this run: accelerate's PartialState under `accelerate launch` (torchrun), else ALONE.
 
-    All of them go through the same lines of a stage; what they share out is a batch's samples (training) or the batches
-    (embedding), and only the main process writes files. The first call says whether they are on the CPU.
+    All of them run the same lines of a stage. They share the samples of a batch (training) or the batches
+    (embedding), and only the main process writes files. The first call decides whether they use the CPU.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return ALONE
     from accelerate import PartialState
 
-    # the timeout: the others wait while the main process fits relevance heads and runs the DPP
-    return PartialState(
-        cpu=device == "cpu" or not torch.cuda.is_available(), timeout=datetime.timedelta(hours=6)
-    )
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    # A long timeout: the others wait while the main process fits relevance heads and runs the DPP.
+    return PartialState(cpu=cpu, timeout=datetime.timedelta(hours=6))
 
 
 def sharding():

@@ -1,4 +1,4 @@
-"""The one training loop: experts and unified models, images and texts, one process or several."""
+"""The training loop for experts and unified models, images and texts, one process or several."""
 
 import contextlib
 import math
@@ -14,15 +14,18 @@ from metamoe.progress import progress
 
 
 def use_checkpointing(flag, run, backbone):
-    """Whether to recompute activations: as --gradient-checkpointing says, None for the preset's way."""
+    """Whether to recompute activations: --gradient-checkpointing, or the preset's value where it is None."""
     if flag and not hasattr(backbone, "checkpoint"):
         raise UserError("--gradient-checkpointing is for language models: leave it out")
     return PRESETS[run["backbone"]].get("gradient_checkpointing", False) if flag is None else flag
 
 
 def shard(model):
-    """FSDP: the frozen weights of each decoder layer lie in parts on the processes, and come together while it runs. The
-    trained ones (small: LoRA factors, routers) stay whole on each process, so all else is as in data parallel."""
+    """FSDP: shard each decoder layer's frozen weights over the processes; they are gathered while it runs.
+
+    The trained weights are small (LoRA factors, routers) and stay whole on each process. So the rest of the
+    training is data parallel.
+    """
     from torch.distributed.fsdp import fully_shard
 
     trained = {p for p in model.parameters() if p.requires_grad}
@@ -36,7 +39,8 @@ def sum_over_processes(loss, parameters):
 
     grads = [p.grad for p in parameters if p.grad is not None]
     total = reduce(torch.cat([loss.detach().view(1), *(g.flatten() for g in grads)]), "sum")
-    for grad, new in zip(grads, total[1:].split([g.numel() for g in grads])):
+    parts = total[1:].split([g.numel() for g in grads])
+    for grad, new in zip(grads, parts, strict=True):
         grad.copy_(new.view_as(grad))
     return total[0]
 
@@ -58,46 +62,66 @@ def train(
     after_step=None,
     checkpointing=False,
 ):
-    """Train in place; every record once an epoch, `steps` steps, constant rate after a linear warm-up.
+    """Train in place for `steps` steps: every record once an epoch, constant rate after a linear warm-up.
 
-    groups: optimiser parameter groups, each with its own "lr". optimizer: "adamw", or "sgd" (Nesterov momentum 0.9).
-    classes: the label set of an image classifier. checkpointing: recompute activations in the backward (language models).
-    Returns the mean loss of each step. Under `accelerate launch` each process computes its part of every batch.
+    groups: optimiser parameter groups, each with its own "lr". seed: the random seed of the batches.
+    optimizer: "adamw", or "sgd" (Nesterov momentum 0.9).
+    classes: the label set of an image classifier.
+    after_step: called after each update.
+    checkpointing: recompute activations in the backward (language models).
+    Returns the mean loss of each step. Under `accelerate launch` each process computes its part of a batch.
     """
-    if optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=weight_decay)
-    else:
-        optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)
+    optimizer = make_optimizer(optimizer, groups, weight_decay)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps))
     )
-    losses, alone = [], processes() is ALONE
+
+    def update(loss):
+        """One step; returns the loss over all processes."""
+        loss.backward()
+        if processes() is not ALONE:
+            loss = sum_over_processes(loss, parameters)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        if after_step:
+            after_step()
+        return loss.item()
+
     if checkpointing:
         backbone.checkpoint(model)
     if sharding():
         shard(model)
     model.train()
-    with enough_memory(label), progress(total=steps, desc=label, unit="step") as bar:
-        for loss in backbone.losses(model, records, classes, batch_size, steps, seed):
-            loss.backward()
-            if not alone:
-                loss = sum_over_processes(loss, parameters)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-            if after_step:
-                after_step()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise UserError(
-                    f"{label}: the loss became {losses[-1]} at step {len(losses)}: lower the learning rate"
-                )
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-            bar.update()
+    losses = run_steps(
+        backbone.losses(model, records, classes, batch_size, steps, seed), update, steps, label
+    )
     model.eval()
     for parameter in parameters:
         parameter.requires_grad_(False)
+    return losses
+
+
+def make_optimizer(name, groups, weight_decay):
+    if name == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=weight_decay)
+
+
+def run_steps(batch_losses, update, steps, label):
+    """Call `update` on each of the losses; returns what it returns. UserError where that is not finite."""
+    losses = []
+    with enough_memory(label), progress(total=steps, desc=label, unit="step") as bar:
+        for batch_loss in batch_losses:
+            loss = update(batch_loss)
+            losses.append(loss)
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"{label}: the loss became {loss} at step {len(losses)}: lower the learning rate"
+                )
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
     return losses
 
 
@@ -107,15 +131,23 @@ def enough_memory(label):
         yield
     except torch.OutOfMemoryError:
         raise UserError(
-            f"{label}: the GPU's memory is full: use --gradient-checkpointing, a smaller --batch-size, or several GPUs (accelerate launch)"
+            f"{label}: the GPU's memory is full: use --gradient-checkpointing, a smaller --batch-size, "
+            "or several GPUs (accelerate launch)"
         ) from None
 
 
 def epoch_batches(lengths, batch_size, steps, seed):
-    """Yield `steps` batches of indices, epoch after epoch: shuffled, sorted by length within windows of eight batches, shuffled again."""
-    generator, lengths, left = np.random.default_rng(seed), np.asarray(lengths), steps
+    """Yield `steps` batches of indices, epoch after epoch; seed: the random seed.
+
+    An epoch's indices are shuffled and sorted by length within windows of eight batches; then its batches are
+    shuffled.
+    """
+    generator = np.random.default_rng(seed)
+    lengths = np.asarray(lengths)
+    left = steps
     while left > 0:
-        order, epoch = generator.permutation(len(lengths)), []
+        order = generator.permutation(len(lengths))
+        epoch = []
         for start in range(0, len(order), 8 * batch_size):
             window = order[start : start + 8 * batch_size]
             window = window[np.argsort(lengths[window], kind="stable")]

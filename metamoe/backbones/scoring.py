@@ -1,0 +1,186 @@
+"""How a language model scores records: by likelihood, by the choices' letters, or by what it generates."""
+
+import re
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from metamoe.backbones.base import unwrap
+from metamoe.backbones.letters import lettered
+from metamoe.progress import progress
+
+
+class ScoringMixin:
+    """The scores of TextBackbone."""
+
+    @torch.no_grad()
+    def scores(self, model, records, label="scoring", scoring="likelihood"):
+        """A list of float64 arrays, one per record.
+
+        likelihood: log-likelihood of each choice's text after the prompt.
+        letters: logit of each choice's letter after the lettered prompt, from one forward pass.
+        generate: 1 for the choice whose letter stands first in 16 greedily generated tokens, 0 for the
+        others; empty where there is no such letter.
+        Records without choices: the log-probability of each token of the answer.
+        """
+        score, encoded = self._scored_form(records, scoring)
+        lengths = [length(pair) for pair in encoded]
+        result = [None] * len(records)
+        with progress(total=len(records), desc=label, unit="text") as bar:
+            for batch in self.batches(lengths):
+                found = score(model, [encoded[i] for i in batch])
+                for i, values in zip(batch, found, strict=True):
+                    result[i] = values
+                bar.update(len(batch))
+        return result
+
+    def _scored_form(self, records, scoring):
+        """The function that scores these records, and their (prompt ids, [ids of each choice])."""
+        if "choices" not in records[0]:
+            pairs = [self.encode(record, record["answer"]) for record in records]
+            return self._score_answers, [(prompt, [answer]) for prompt, answer in pairs]
+        if scoring == "likelihood":
+            return self._score_choices, [self._encode_choices(record) for record in records]
+        score = self._score_letters if scoring == "letters" else self._generate
+        return score, [(self.encode(lettered(r), " A")[0], [[]] * len(r["choices"])) for r in records]
+
+    def _encode_choices(self, record):
+        prompt, _ = self.encode(record)
+        return prompt, [self.encode(record, choice)[1] for choice in record["choices"]]
+
+    def _score_choices(self, model, encoded):
+        # The router's context is the prompt for every choice's tokens, even in a model whose router otherwise
+        # takes the prefix: a choice must not route itself.
+        found = self._token_log_probs(model, encoded, lambda part: part == 0)
+        return [np.array([np.cumsum([0.0, *tokens])[-1] for tokens in choices]) for choices in found]
+
+    def _score_answers(self, model, encoded):
+        def context(part):  # as in training
+            return part >= 0 if self.whole_text else part == 0
+
+        return [np.array(tokens) for (tokens,) in self._token_log_probs(model, encoded, context)]
+
+    def _score_letters(self, model, encoded):
+        shared, letters = self.letter_ids()
+        ids, real, prompts, _ = self.collate([(prompt, shared) for prompt, _ in encoded])
+        context = real if self.whole_text else prompts
+        with self.autocast():
+            states = self.hidden(model, ids, real, context)  # (B, T, d)
+        last = states[range(len(encoded)), real.sum(1) - 1]  # (B, d)
+        # In float32: bfloat16 would tie likely letters.
+        logits = last.float() @ unwrap(model).lm_head.weight[letters].float().T  # (B, 26)
+        rows = logits.double().cpu().numpy()
+        return [row[: len(choices)] for row, (_, choices) in zip(rows, encoded, strict=True)]
+
+    def _generate(self, model, encoded):
+        """1 for the choice whose letter the model generates first, else 0; empty without such a letter."""
+        texts = self._generate_texts(model, [prompt for prompt, _ in encoded])
+        values = []
+        for text, (_, choices) in zip(texts, encoded, strict=True):
+            found = re.search(r"\b[A-Z]\b", text)
+            number = ord(found.group()) - ord("A") if found else len(choices)
+            values.append(np.eye(len(choices))[number] if number < len(choices) else np.array([]))
+        return values
+
+    def _generate_texts(self, model, prompts):
+        """What the model generates after each prompt (ids): 16 tokens at most, greedily."""
+        from transformers import GenerationConfig
+
+        lm = unwrap(model)
+        width = max(len(prompt) for prompt in prompts)
+        padding = [width - len(prompt) for prompt in prompts]  # on the left
+        pairs = list(zip(prompts, padding, strict=True))
+        ids = torch.tensor([[self.pad] * n + prompt for prompt, n in pairs], device=self.device)
+        real = torch.tensor([[0] * n + [1] * len(prompt) for prompt, n in pairs], device=self.device)
+        # Not the seed model's own configuration, which may sample or punish repetition.
+        config = GenerationConfig(
+            max_new_tokens=16,
+            do_sample=False,
+            pad_token_id=self.pad,
+            eos_token_id=self.tokenizer.eos_token_id,
+            use_cache=lm.config.use_cache,
+        )
+        if hasattr(lm, "routing"):
+            lm.routing.context_mask = None
+            lm.routing.token_mask = None
+        with self.autocast():
+            out = lm.generate(input_ids=ids, attention_mask=real, generation_config=config)
+        return self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+
+    def _token_log_probs(self, model, encoded, context):
+        """Log-probability of each token of each choice: [[[float, ...] a choice] a record].
+
+        Prompt and choices make one sequence. A choice sees the prompt and itself, and its positions follow
+        the prompt's. So the prompt is computed once, and the result is that of one sequence for every choice.
+        context: a function from the (B, T) parts (see `pack`) to the tokens averaged into the router's
+        context.
+        """
+        ids, part, position = (t.to(self.device) for t in pack(encoded, self.pad))
+        rows, sources, targets, owners = scored_tokens(encoded)
+        with self.autocast():
+            # Only the prompt's tokens count as routed: wrong choices say nothing about a client's tokens.
+            states = self.hidden(
+                model,
+                ids,
+                part == 0,
+                context(part),
+                attention_mask=tree_mask(part, self.dtype),
+                position_ids=position,
+            )
+            logits = unwrap(model).lm_head(states[rows, sources])  # (scored tokens, V)
+        targets = torch.tensor(targets, device=self.device)
+        log_probs = F.log_softmax(logits.float(), -1).gather(1, targets[:, None])[:, 0]
+        values = [[[] for _ in choices] for _, choices in encoded]
+        for row, owner, value in zip(rows, owners, log_probs.double().tolist(), strict=True):
+            values[row][owner].append(value)
+        return values
+
+
+def length(pair):
+    """Tokens of a (prompt ids, [ids of each choice])."""
+    prompt, choices = pair
+    return len(prompt) + sum(map(len, choices))
+
+
+def pack(encoded, pad):
+    """Prompt and choices of each record as one padded sequence: ids, part, position; each (B, T).
+
+    part: 0 for the prompt, 1, 2, ... for that choice, -1 for padding.
+    """
+    ids = torch.full((len(encoded), max(map(length, encoded))), pad)
+    part = torch.full_like(ids, -1)
+    position = torch.zeros_like(ids)
+    for row, (prompt, choices) in enumerate(encoded):
+        end = 0
+        for number, tokens in enumerate([prompt, *choices]):
+            span = slice(end, end + len(tokens))
+            first = 0 if number == 0 else len(prompt)
+            ids[row, span] = torch.tensor(tokens)
+            part[row, span] = number
+            position[row, span] = torch.arange(first, first + len(tokens))
+            end += len(tokens)
+    return ids, part, position
+
+
+def scored_tokens(encoded):
+    """Of each token of the choices in `pack`: its row, the position that predicts it, its id, its choice."""
+    rows, sources, targets, owners = [], [], [], []
+    for row, (prompt, choices) in enumerate(encoded):
+        end = len(prompt)
+        for number, choice in enumerate(choices):
+            rows += [row] * len(choice)
+            sources += [len(prompt) - 1, *range(end, end + len(choice) - 1)]
+            targets += choice
+            owners += [number] * len(choice)
+            end += len(choice)
+    return rows, sources, targets, owners
+
+
+def tree_mask(part, dtype):
+    """Additive attention mask (B, 1, T, T): a token sees the prompt and its own choice, up to itself."""
+    width = part.shape[1]
+    sees = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])  # (B, T, T)
+    sees &= torch.ones(width, width, dtype=torch.bool, device=part.device).tril()
+    mask = torch.zeros(sees.shape, dtype=dtype, device=part.device)
+    return mask.masked_fill(~sees, torch.finfo(dtype).min)[:, None]

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import pytest
 
 from metamoe.data import fetch as tasks
+from metamoe.data import pip_download
 
 REPO = Path(__file__).resolve().parent.parent
 SDIST, WHEEL = "metafake-1.0.0.tar.gz", "metafake-1.0.0-py3-none-any.whl"
@@ -294,9 +295,11 @@ def test_index_out_of_reach(index, cache, spec, monkeypatch):
 
 
 def test_no_pip(cache, spec, monkeypatch):
-    monkeypatch.setattr(tasks, "_PIP", tasks._PIP.replace('"pip", run_name', '"json.absent", run_name'))
+    monkeypatch.setattr(
+        pip_download, "_PIP", pip_download._PIP.replace('"pip", run_name', '"json.absent", run_name')
+    )
     fails(cache, spec(WHEEL), "No module named json.absent")
-    monkeypatch.setattr(tasks, "_PIP", 'raise ModuleNotFoundError("No module named pip")')
+    monkeypatch.setattr(pip_download, "_PIP", 'raise ModuleNotFoundError("No module named pip")')
     fails(cache, spec(WHEEL), "has no pip", "ensurepip")
 
 

@@ -1,6 +1,7 @@
 """BIG-bench, the language default's data: three client tasks and a public set.
 
-A record is a dict with `prompt`, `answer`, `source` and, for client records, `choices`. Answers begin with a space: they
+A record is a dict with `prompt`, `answer`, `source` and, for client records, `choices`. Answers begin with
+a space: they
 are appended to the prompt as they are.
 """
 
@@ -12,14 +13,18 @@ import numpy as np
 from metamoe.data.fetch import BIGBENCH, fetch, read_members
 from metamoe.errors import UserError
 
-SENTIMENT = "Determine whether given opinion is positive, negative, neutral or ambivalent in terms of its sentiment.\nQ: {input}\nA:"
+SENTIMENT = (
+    "Determine whether given opinion is positive, negative, neutral or ambivalent in terms of its sentiment."
+    "\nQ: {input}\nA:"
+)
 
 
 # client name -> (BIG-bench task, prompt, choices where the task does not list them)
 CLIENTS = {
     "intent": ("intent_recognition", "{input}\nIntent:", None),
     "hotels": ("multiemo/hotels_sentence_en", SENTIMENT, None),
-    # The type of a question's answer: a generation task with a closed set of answers; records with several are left out.
+    # The type of a question's answer: a generation task with a closed set of answers; records with several
+    # are left out.
     "question": (
         "natural_instructions/subtask046_miscellaenous_question_typing",
         "{input}\nType:",
@@ -42,7 +47,8 @@ CLIENTS = {
 }
 
 
-# public task -> (records, prompt): first relatives of the client tasks, then much that is unrelated. The siblings
+# public task -> (records, prompt): first relatives of the client tasks, then much that is unrelated. The
+# siblings
 # multiemo/all_* and hotels_* hold the hotel client's sentences and are left out.
 PUBLIC = {
     "multiemo/products_sentence_en": (450, SENTIMENT),
@@ -89,14 +95,18 @@ def normalise(text):
 
 
 def client_texts(record):
-    """What must not stand in the public set: the record's input and each of its fields (a question without its answer)."""
+    """What must not stand in the public set: the record's input and each of its fields (a question without
+    its answer).
+    """
     whole = normalise(record["input"])
     fields = [normalise(field.split(": ", 1)[-1]) for field in re.split(r"\n| \(Answer: ", record["input"])]
     return [text for text in [whole, *fields] if len(text.split()) >= MIN_WORDS]
 
 
 def containment_filter(texts):
-    """A function that says whether a text contains (as whole words) one of `texts`, normalised; near-linear in its length."""
+    """A function that says whether a text contains (as whole words) one of `texts`, normalised; near-linear
+    in its length.
+    """
     by_start = {}
     for words in {tuple(text.split()) for text in texts if text}:
         by_start.setdefault(words[: min(4, len(words))], []).append(words)
@@ -114,7 +124,9 @@ def containment_filter(texts):
 
 
 def to_record(example, source, template, choices=None):
-    """A BIG-bench example as a record, or None where it has no single best answer or is too long for the default."""
+    """A BIG-bench example as a record, or None where it has no single best answer or is too long for the
+    default.
+    """
     if choices and example["target"] not in ([choice] for choice in choices):
         return None
     if "target_scores" in example:
@@ -139,8 +151,10 @@ def to_record(example, source, template, choices=None):
 def load_bigbench(clients, sizes, n_public, seed):
     """Read the archive once; return (public records, {client: {"train" | "validation" | "test": records}}).
 
-    The public set depends on `n_public` and the client tasks alone, never on the seed. A client's parts are disjoint
-    and fixed by the seed; no two of its records share a field (the same question with two answers), so nothing of the
+    The public set depends on `n_public` and the client tasks alone, never on the seed. A client's parts are
+    disjoint
+    and fixed by the seed; no two of its records share a field (the same question with two answers), so
+    nothing of the
     test part is seen in training. `sizes`: {"train": n, "validation": n, "test": n}.
     """
     wanted = {task for task, _, _ in CLIENTS.values()} | set(PUBLIC)
@@ -171,7 +185,9 @@ def load_bigbench(clients, sizes, n_public, seed):
 
 
 def split_client(name, records, sizes, seed):
-    """Shuffle by seed, drop records that share a field with an earlier one, and cut into the parts of `sizes`."""
+    """Shuffle by seed, drop records that share a field with an earlier one, and cut into the parts of
+    `sizes`.
+    """
     order = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(len(records))
     kept, seen = [], set()
     need = sum(sizes.values())
@@ -187,7 +203,8 @@ def split_client(name, records, sizes, seed):
                 break
     if len(kept) < need:
         raise UserError(
-            f"client {name}: {len(kept)} distinct usable records, {need} asked for (--train-size {sizes['train']} + "
+            f"client {name}: {len(kept)} distinct usable records, {need} asked for (--train-size "
+            f"{sizes['train']} + "
             f"--validation-size {sizes['validation']} + --test-size {sizes['test']}): lower one of them"
         )
     parts, start = {}, 0
@@ -198,7 +215,9 @@ def split_client(name, records, sizes, seed):
 
 
 def public_records(raw, contains_private, n_public):
-    """D_0: `n_public` records, every source in proportion to its quota in PUBLIC, without any client's text."""
+    """D_0: `n_public` records, every source in proportion to its quota in PUBLIC, without any client's
+    text.
+    """
     private = {task for task, _, _ in CLIENTS.values()}
     rng = np.random.default_rng(0)  # the public set is one set for everybody: not a matter of the run's seed
     total = sum(quota for quota, _ in PUBLIC.values())

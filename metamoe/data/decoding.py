@@ -12,13 +12,20 @@ class BadImage(Exception):
     """An image that is missing or does not decode; the message names its file or row."""
 
 
-def open_image(image, seen={}):
-    """The RGB PIL image of a record's `image`, pixels as stored (no turning by EXIF); `seen` keeps opened datasets per process.
+_OPENED = {}  # datasets opened in this process
 
-    Raises BadImage where the image is missing or does not decode to its end, UserError where its dataset does not load.
+
+def open_image(image, seen=None):
+    """The RGB PIL image of a record's `image`, pixels as stored (no turning by EXIF); `seen` keeps opened
+    datasets per process.
+
+    Raises BadImage where the image is missing or does not decode to its end, UserError where its dataset
+    does not load.
     """
     from PIL import Image
 
+    if seen is None:
+        seen = _OPENED
     name = image
     if not isinstance(image, str):
         import datasets
@@ -29,7 +36,8 @@ def open_image(image, seen={}):
             dataset = open_dataset(image, name).get(image["split"])
             if dataset is None or image["column"] not in dataset.features:
                 raise UserError(
-                    f"{name}: no such split or no column {image['column']} there any more: take the dataset that the run was made with"
+                    f"{name}: no such split or no column {image['column']} there any more: take the "
+                    f"dataset that the run was made with"
                 )
             seen[key] = dataset.select_columns([image["column"]]).cast_column(
                 image["column"], datasets.Image(decode=False)

@@ -1,7 +1,9 @@
 """The paper's image datasets: Pets, Flowers, EuroSAT, and ImageNet as the public set.
 
-A record is a dict with `image`, `answer` (a class name), `source` and, for client records, `choices` (the client's class
-names in label order). `image` is the path of a file or a row of a Hugging Face dataset: {"dataset", "split", "row",
+A record is a dict with `image`, `answer` (a class name), `source` and, for client records, `choices` (the
+client's class
+names in label order). `image` is the path of a file or a row of a Hugging Face dataset: {"dataset",
+"split", "row",
 "column"} and, where it has several, "config".
 """
 
@@ -14,12 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
+from metamoe.data.image_folder import read_image_folder
 from metamoe.data.sources import dataset_at, holds_dataset, locate, open_dataset, read_rows
 from metamoe.data.splits import balanced, stratified
 from metamoe.errors import UserError
 
-# client name -> (hub id, CoOp's split file, its image folder, names of the folder that holds both, CoOp's first; in any
-# case and spelling of `_` and `-`). Each hub id has its classes in the ClassLabel `label` (timm's pets a `label_cat_dog`
+# client name -> (hub id, CoOp's split file, its image folder, names of the folder that holds both, CoOp's
+# first; in any
+# case and spelling of `_` and `-`). Each hub id has its classes in the ClassLabel `label` (timm's pets a
+# `label_cat_dog`
 # besides). Flowers has its original split there (1020 / 1020 / 6149 images), CoOp's is 4093 / 1633 / 2463.
 IMAGE_CLIENTS = {
     "pets": (
@@ -44,21 +49,6 @@ IMAGENET = (
 )  # gated: its hub page asks to accept the terms
 
 
-IMAGENET_TRAIN = [
-    "train",
-    "images/train",
-    "ILSVRC/Data/CLS-LOC/train",
-    "Data/CLS-LOC/train",
-    ".",
-]  # below its folder
-
-
-CLASS_NAME_FILES = ["classnames.txt", "LOC_synset_mapping.txt", "synset_words.txt"]
-
-
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-
-
 # EuroSAT's own class names, without spaces -> what CoOp's split file calls them.
 EUROSAT_NAMES = {
     "annualcrop": "annual crop land",
@@ -80,10 +70,14 @@ def class_name(text):
 def load_images(clients, sizes, n_public, seed, sources):
     """Return (public records, {client: {"train" | "validation" | "test": records}}), as load_bigbench.
 
-    `sizes`: {"train": n, "validation": n, "test": n}; fewer than there are is a subset as balanced over the classes as
-    can be, fixed by the seed; 0 means all. `n_public`: a uniform subset of D_0, the same for every seed; 0: all.
-    None: it is not read. `sources`: {"root": folder of the datasets' folders, NAME or "public": a folder or hub id (ID or
-    ID:CONFIG)}, each may be None or absent; a dataset with neither comes from its default hub id. Raises UserError where data are
+    `sizes`: {"train": n, "validation": n, "test": n}; fewer than there are is a subset as balanced over the
+    classes as
+    can be, fixed by the seed; 0 means all. `n_public`: a uniform subset of D_0, the same for every seed; 0:
+    all.
+    None: it is not read. `sources`: {"root": folder of the datasets' folders, NAME or "public": a folder or
+    hub id (ID or
+    ID:CONFIG)}, each may be None or absent; a dataset with neither comes from its default hub id. Raises
+    UserError where data are
     missing, incomplete or fewer than asked for.
     """
     parts = {}
@@ -94,8 +88,8 @@ def load_images(clients, sizes, n_public, seed, sources):
             images, labels = found[part]
             if size > len(images) or not images and part != "validation":
                 raise UserError(
-                    f"client {name}: its {part} part has {len(images)} images, --{part}-size {size} asked for: "
-                    + ("lower it (0: all there are)" if images else "name a dataset that has some")
+                    f"client {name}: its {part} part has {len(images)} images, --{part}-size {size} asked "
+                    f"for: " + ("lower it (0: all there are)" if images else "name a dataset that has some")
                 )
             rng = np.random.default_rng([seed, zlib.crc32(f"{name} {part}".encode())])
             parts[name][part] = [
@@ -117,7 +111,8 @@ def client_images(name, seed, sources):
         names, parts = read_split(folder, split_file, image_folder)
     else:
         raise UserError(
-            f"{flag}: {where} holds neither {split_file} (CoOp's DATASETS.md links it; the images go into {image_folder}/ "
+            f"{flag}: {where} holds neither {split_file} (CoOp's DATASETS.md links it; the images go into "
+            f"{image_folder}/ "
             f"beside it) nor a Hugging Face dataset (hub id: {hub_id})"
         )
     names = [class_name(n) for n in names]
@@ -126,7 +121,8 @@ def client_images(name, seed, sources):
     check_names(names, flag)
     if len(set(names)) < len(names):
         raise UserError(
-            f"{flag}: two of its classes are called {Counter(names).most_common(1)[0][0]!r}: every class needs a name of its own"
+            f"{flag}: two of its classes are called {Counter(names).most_common(1)[0][0]!r}: every class "
+            f"needs a name of its own"
         )
     return names, parts
 
@@ -136,12 +132,15 @@ def check_names(names, flag):
     for name in names:
         if re.fullmatch(r"n?[ _]?\d+", name):
             raise UserError(
-                f"{flag}: a class is called {name!r} there, and CLIP needs names: take a copy of the dataset whose labels are named"
+                f"{flag}: a class is called {name!r} there, and CLIP needs names: take a copy of the "
+                f"dataset whose labels are named"
             )
 
 
 def read_split(folder, split_file, image_folder):
-    """(class names, {part: (paths, labels)}) from a split file of CoOp's: lists of [path below the image folder, label, class name]."""
+    """(class names, {part: (paths, labels)}) from a split file of CoOp's: lists of [path below the image
+    folder, label, class name].
+    """
     path = folder / split_file
     try:
         split = json.loads(path.read_text(encoding="utf-8"))
@@ -151,7 +150,8 @@ def read_split(folder, split_file, image_folder):
         }
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}): download it again (CoOp's DATASETS.md links it)"
+            f"{path} is damaged ({type(error).__name__}: {error}): download it again (CoOp's DATASETS.md "
+            f"links it)"
         ) from None
     items = [item for part in listed.values() for item in part]
     names = dict(sorted({label: name for _, label, name in items}.items()))
@@ -160,7 +160,8 @@ def read_split(folder, split_file, image_folder):
         items
     ):
         raise UserError(
-            f"{path} is damaged (a label with two names, or an image listed twice): download it again (CoOp's DATASETS.md links it)"
+            f"{path} is damaged (a label with two names, or an image listed twice): download it again "
+            f"(CoOp's DATASETS.md links it)"
         )
     places = [
         base / sub
@@ -194,7 +195,8 @@ def read_dataset(name, where, flag, seed):
             column, found, labels = read_rows(splits[split], split, flag)
             if names not in (None, found):
                 raise UserError(
-                    f"{flag}: its splits train and {split} have different classes: name a copy where they agree"
+                    f"{flag}: its splits train and {split} have different classes: name a copy where they "
+                    f"agree"
                 )
             names = found
             parts[part] = (
@@ -218,7 +220,8 @@ def read_dataset(name, where, flag, seed):
 def public_images(n_public, sources):
     """D_0: `n_public` records of ImageNet's training set (0: all), a uniform subset in the dataset's order.
 
-    Read from an ImageFolder tree or a Hugging Face dataset. Of comma-separated synonyms the first is the class name;
+    Read from an ImageFolder tree or a Hugging Face dataset. Of comma-separated synonyms the first is the
+    class name;
     classes that share it ("crane") are one class to everybody.
     """
     where, flag = locate("public", *IMAGENET, sources)
@@ -227,7 +230,10 @@ def public_images(n_public, sources):
     else:
         at = dataset_at(where)
         column, names, labels = read_rows(open_dataset(at, flag)["train"], "train", flag)
-        image_of = lambda row: {**at, "split": "train", "row": row, "column": column}
+
+        def image_of(row):
+            return {**at, "split": "train", "row": row, "column": column}
+
     names = [class_name(name.split(",")[0]) for name in names]
     check_names(names, flag)
     if n_public > len(labels):
@@ -238,62 +244,3 @@ def public_images(n_public, sources):
         {"image": image_of(i), "answer": names[labels[i]], "source": Path(where).name}
         for i in chosen.tolist()
     ]
-
-
-def read_image_folder(
-    where, flag, below=IMAGENET_TRAIN, advice="unpack ILSVRC2012_img_train.tar and the archives in it there"
-):
-    """(class names, labels, function from an index to its path) of a tree CLASS/IMAGE, listed without a stat per file.
-
-    The classes' folders lie in `where` itself or in one of the folders `below` it, the first that has any.
-    """
-    for train in (Path(where) / folder for folder in below):
-        folders = (
-            sorted(
-                e.name
-                for e in os.scandir(train)
-                if e.is_dir() and e.name not in ("val", "validation", "test")
-            )
-            if train.is_dir()
-            else []
-        )
-        if folders:
-            break
-    train = os.path.abspath(train)
-    labels, files, kept = [], [], []
-    for folder in folders:
-        found = sorted(
-            n
-            for n in os.listdir(os.path.join(train, folder))
-            if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")
-        )
-        if found:
-            labels += [len(kept)] * len(found)
-            files += found
-            kept.append(folder)
-    if not files:
-        places = (
-            "in CLASS/"
-            if below == ["."]
-            else "in train/CLASS/ (such as train/n01440764/n01440764_18.JPEG) nor in CLASS/, and no parquet files"
-        )
-        raise UserError(f"{flag}: {where} holds no images {places}: {advice}")
-    named = {}
-    for place in (
-        Path(train),
-        *Path(train).parents[:4],
-    ):  # Kaggle's file lies four levels above its train folder
-        for file in (place / name for name in CLASS_NAME_FILES):
-            if not named and file.is_file():
-                lines = [
-                    line.split(maxsplit=1)
-                    for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
-                ]
-                named = {line[0]: line[1] for line in lines if len(line) == 2 and line[0] in kept}
-    names = [named.get(folder, folder) for folder in kept]
-    if unnamed := [name for name in names if re.fullmatch(r"n\d{8}", name)]:
-        raise UserError(
-            f"{flag}: no name for the class {unnamed[0]} of {train}: put CoOp's classnames.txt ('n01440764 tench' a line) "
-            f"or Kaggle's LOC_synset_mapping.txt into {where}"
-        )
-    return names, np.array(labels), lambda i: os.path.join(train, kept[labels[i]], files[i])

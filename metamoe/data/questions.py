@@ -1,6 +1,7 @@
 """The paper's language datasets: CommonsenseQA, CosmosQA, SocialIQA, and Alpaca as the public set.
 
-A record is as BIG-bench's; `input` is the text that relevance is judged by. The prompt does not list the choices, and
+A record is as BIG-bench's; `input` is the text that relevance is judged by. The prompt does not list the
+choices, and
 public records have none.
 """
 
@@ -37,17 +38,22 @@ def question_record(source, context, question, choices, number):
     if not 0 <= number < len(choices):
         raise ValueError(f"label {number}")
     choices = [" " + choice.strip() for choice in choices]
+    prompt = f"Question: {question}\nAnswer:"
+    if context:
+        prompt = f"Context: {context}\n{prompt}"
     return {
         "source": source,
         "input": f"{context}\n{question}".strip(),
-        "prompt": f"Context: {context}\n" * bool(context) + f"Question: {question}\nAnswer:",
+        "prompt": prompt,
         "answer": choices[number],
         "choices": choices,
     }
 
 
 def commonsenseqa(row):
-    """A row of tau/commonsense_qa: `question`, `choices` {"label", "text"}, `answerKey`; in the authors' file question and choices are nested."""
+    """A row of tau/commonsense_qa: `question`, `choices` {"label", "text"}, `answerKey`; in the authors'
+    file question and choices are nested.
+    """
     question, choices = row["question"], row.get("choices")
     if isinstance(question, dict):
         question, choices = question["stem"], question["choices"]
@@ -59,7 +65,9 @@ def commonsenseqa(row):
 
 
 def cosmosqa(row):
-    """A row of allenai/cosmos_qa, also as its authors' CSV has it: `context`, `question`, `answer0` ... `answer3`, `label` from 0."""
+    """A row of allenai/cosmos_qa, also as its authors' CSV has it: `context`, `question`, `answer0` ...
+    `answer3`, `label` from 0.
+    """
     return question_record(
         "cosmosqa", row["context"], row["question"], [row[f"answer{i}"] for i in range(4)], int(row["label"])
     )
@@ -77,14 +85,19 @@ def socialiqa(row):
 
 
 def alpaca(row):
-    """A row of tatsu-lab/alpaca: `instruction`, `input` (often empty), `output`. None where the output is empty."""
+    """A row of tatsu-lab/alpaca: `instruction`, `input` (often empty), `output`. None where the output is
+    empty.
+    """
     instruction, given, output = row["instruction"].strip(), row["input"].strip(), row["output"].strip()
     if not output:
         return None
+    prompt = f"Question: {instruction}\n"
+    if given:
+        prompt += f"Input: {given}\n"
     return {
         "source": "alpaca",
         "input": f"{instruction}\n{given}".strip(),
-        "prompt": f"Question: {instruction}\n" + f"Input: {given}\n" * bool(given) + "Answer:",
+        "prompt": prompt + "Answer:",
         "answer": " " + output,
     }
 
@@ -104,9 +117,12 @@ TEXT_CLIENTS = {
 def load_text(clients, sizes, seed, sources):
     """{client: {"train" | "validation" | "test": records}} of the paper's language clients.
 
-    The test part is the dataset's validation split (its test split has no labels), the validation part is cut out of train,
-    no context in both. `sizes`: {"train": n, "validation": n, "test": n}, a random subset each, fixed by the seed; a train
-    of 0 is all that is left, up to TRAIN_CAP, a test of 0 the whole validation split. `sources`: as for load_images.
+    The test part is the dataset's validation split (its test split has no labels), the validation part is
+    cut out of train,
+    no context in both. `sizes`: {"train": n, "validation": n, "test": n}, a random subset each, fixed by
+    the seed; a train
+    of 0 is all that is left, up to TRAIN_CAP, a test of 0 the whole validation split. `sources`: as for
+    load_images.
     Raises UserError where data are missing, damaged or fewer than asked for.
     """
     parts = {}
@@ -116,7 +132,8 @@ def load_text(clients, sizes, seed, sources):
         splits = read_splits(where, flag, hub_id)
         if "validation" not in splits:
             raise UserError(
-                f"{flag}: no validation split there, which the paper tests on: name a copy that has it (hub id: {hub_id})"
+                f"{flag}: no validation split there, which the paper tests on: name a copy that has it "
+                f"(hub id: {hub_id})"
             )
         train, test = (
             to_records(splits[split], make, flag, split, hub_id) for split in ("train", "validation")
@@ -125,13 +142,16 @@ def load_text(clients, sizes, seed, sources):
         order, keys = grouped([digest(record["input"].split("\n")[0]) for record in train], rng)
         if sizes["validation"] + max(sizes["train"], 2) > len(train) or sizes["test"] > len(test):
             raise UserError(
-                f"client {name}: its train split has {len(train)} records for --train-size {sizes['train']} + --validation-size "
-                f"{sizes['validation']}, its validation split {len(test)} for --test-size {sizes['test']}: lower one of them"
+                f"client {name}: its train split has {len(train)} records for --train-size "
+                f"{sizes['train']} + --validation-size "
+                f"{sizes['validation']}, its validation split {len(test)} for --test-size "
+                f"{sizes['test']}: lower one of them"
             )
         validation, rest = hold_out(order, keys, sizes["validation"])
         if sizes["train"] > len(rest):
             raise UserError(
-                f"client {name}: --train-size {sizes['train']}: {len(rest)} records share no context with the validation part: lower it"
+                f"client {name}: --train-size {sizes['train']}: {len(rest)} records share no context with "
+                f"the validation part: lower it"
             )
         rest = rng.permutation(rest)[: sizes["train"] or TRAIN_CAP]
         chosen = rng.permutation(len(test))[: sizes["test"] or len(test)]
@@ -144,7 +164,9 @@ def load_text(clients, sizes, seed, sources):
 
 
 def read_splits(where, flag, hub_id):
-    """{split: rows (dicts)} of a Hugging Face dataset (hub id, saved folder, parquet) or of the files that a dataset's authors distribute."""
+    """{split: rows (dicts)} of a Hugging Face dataset (hub id, saved folder, parquet) or of the files that
+    a dataset's authors distribute.
+    """
     if os.path.isfile(where):
         return {"train": read_rows_of(where)}
     if os.path.isabs(where) and not holds_dataset(where):
@@ -161,7 +183,8 @@ def read_splits(where, flag, hub_id):
                 found[split] = read_rows_of(files[0])
         if "train" not in found:
             raise UserError(
-                f"{flag}: {where} holds no saved Hugging Face dataset, no parquet files and no train file (train*.jsonl, .json or "
+                f"{flag}: {where} holds no saved Hugging Face dataset, no parquet files and no train file "
+                f"(train*.jsonl, .json or "
                 f".csv): put the dataset there (hub id: {hub_id})"
             )
         return found
@@ -175,7 +198,9 @@ def read_splits(where, flag, hub_id):
 
 
 def read_rows_of(path):
-    """The rows of a CSV file with a header, of JSON lines or of one JSON list; a file NAME-labels.lst beside it gives each its `label`."""
+    """The rows of a CSV file with a header, of JSON lines or of one JSON list; a file NAME-labels.lst
+    beside it gives each its `label`.
+    """
     path = Path(path)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -195,9 +220,10 @@ def read_rows_of(path):
         values = labels.read_text().split()
         if len(values) != len(rows):
             raise UserError(
-                f"{labels} has {len(values)} labels for the {len(rows)} records of {path.name}: download both again"
+                f"{labels} has {len(values)} labels for the {len(rows)} records of {path.name}: download "
+                f"both again"
             )
-        rows = [{**row, "label": label} for row, label in zip(rows, values)]
+        rows = [{**row, "label": label} for row, label in zip(rows, values, strict=True)]
     return rows
 
 
@@ -209,7 +235,8 @@ def to_records(rows, make, flag, split, hub_id):
             record = make(row)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{flag}: row {number} of its {split} split is not one of {hub_id} ({type(error).__name__}: {error}): name a copy of that dataset"
+                f"{flag}: row {number} of its {split} split is not one of {hub_id} "
+                f"({type(error).__name__}: {error}): name a copy of that dataset"
             ) from None
         if record:
             records.append(record)
@@ -217,7 +244,9 @@ def to_records(rows, make, flag, split, hub_id):
 
 
 def public_text(n_public, sources, skip_bad=False):
-    """D_0 of language models: `n_public` records (0: all), a uniform subset, of Alpaca or of the user's own JSON lines (`own_record`)."""
+    """D_0 of language models: `n_public` records (0: all), a uniform subset, of Alpaca or of the user's own
+    JSON lines (`own_record`).
+    """
     where, flag = locate("public", *ALPACA, sources, file_ok=True)
     if os.path.isfile(where) and not alpaca_file(where):
         records, starts, _ = own_file(where, flag, Path(where).stem, skip_bad, mixed=True)
@@ -238,7 +267,9 @@ def public_text(n_public, sources, skip_bad=False):
 
 
 def alpaca_file(path):
-    """Whether a file is in Alpaca's format (one JSON list, or lines with an `instruction`), not in the user's own."""
+    """Whether a file is in Alpaca's format (one JSON list, or lines with an `instruction`), not in the
+    user's own.
+    """
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         first = file.readline()
     try:

@@ -10,7 +10,9 @@ from metamoe.errors import UserError
 
 
 def locate(name, hub_id, spellings, sources, file_ok=False):
-    """(where, flag): an existing folder's (or file's) absolute path or a hub id, and the flag and value it comes from, for error lines."""
+    """(where, flag): an existing folder's (or file's) absolute path or a hub id, and the flag and value it
+    comes from, for error lines.
+    """
     option = "--public " if name == "public" else f"--data {name}="
     if given := sources.get(name):
         flag, path = option + given, Path(given).expanduser()
@@ -18,7 +20,8 @@ def locate(name, hub_id, spellings, sources, file_ok=False):
             return os.path.abspath(path), flag
         if file_ok and path.suffix in (".jsonl", ".json"):
             raise UserError(
-                f"{flag}: no such file; name a JSON-lines file, a dataset's folder or its hub id (such as {hub_id})"
+                f"{flag}: no such file; name a JSON-lines file, a dataset's folder or its hub id (such as "
+                f"{hub_id})"
             )
         if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", given):
             raise UserError(
@@ -40,19 +43,24 @@ def locate(name, hub_id, spellings, sources, file_ok=False):
         if path := plain.get(re.sub(r"[\W_]", "", spelling.lower())):
             return os.path.abspath(path), f"--data-root {root}"
     raise UserError(
-        f"--data-root {root}: no folder {spellings[0]} there (nor {', '.join(spellings[1:])}): put the dataset there, "
+        f"--data-root {root}: no folder {spellings[0]} there (nor {', '.join(spellings[1:])}): put the "
+        f"dataset there, "
         f"or pass {option}PATH_OR_ID (hub id: {hub_id})"
     )
 
 
 def holds_dataset(path):
-    """Whether a folder was written by datasets.save_to_disk or holds parquet files as a hub repository does."""
+    """Whether a folder was written by datasets.save_to_disk or holds parquet files as a hub repository
+    does.
+    """
     patterns = ("dataset_dict.json", "state.json", "*.parquet", "data/*.parquet", "train/*.parquet")
     return any(next(Path(path).glob(pattern), None) for pattern in patterns)
 
 
 def open_dataset(where, flag):
-    """{split: datasets.Dataset} of {"dataset": hub id or folder, "config": ...}; UserError where it does not load."""
+    """{split: datasets.Dataset} of {"dataset": hub id or folder, "config": ...}; UserError where it does
+    not load.
+    """
     import datasets
 
     name, local = where["dataset"], os.path.isabs(where["dataset"])
@@ -75,13 +83,16 @@ def open_dataset(where, flag):
         if local:
             raise UserError(f"{flag}: {name} {why}: make this copy of the dataset again") from None
         raise UserError(
-            f"{flag}: there is no such folder here, and as a hub id (ID, or ID:CONFIG where it has several) it {why}: log in where the "
-            "hub asks for it, or name a local copy (--data NAME=FOLDER, --public FOLDER, or --data-root FOLDER for all)"
+            f"{flag}: there is no such folder here, and as a hub id (ID, or ID:CONFIG where it has "
+            f"several) it {why}: log in where the "
+            "hub asks for it, or name a local copy (--data NAME=FOLDER, --public FOLDER, or --data-root "
+            "FOLDER for all)"
         ) from None
     splits = splits if isinstance(splits, dict) else {"train": splits}
     if "train" not in splits:
         raise UserError(
-            f"{flag}: a split called train is needed, there is {', '.join(splits)}: name another copy of the dataset"
+            f"{flag}: a split called train is needed, there is {', '.join(splits)}: name another copy of "
+            f"the dataset"
         )
     return splits
 
@@ -95,7 +106,8 @@ def dataset_at(where):
 def read_rows(dataset, split, flag):
     """(image column, class names, labels of all rows (n,) int64) of a split, without reading an image.
 
-    Of several image columns `image` counts, of several label columns `label`, else the one with the most classes.
+    Of several image columns `image` counts, of several label columns `label`, else the one with the most
+    classes.
     """
     import datasets
 
@@ -109,7 +121,8 @@ def read_rows(dataset, split, flag):
     )
     if not images or not labels:
         raise UserError(
-            f"{flag}: its split {split} has no {'ClassLabel' if images else 'Image'} column, only {', '.join(features)}: "
+            f"{flag}: its split {split} has no {'ClassLabel' if images else 'Image'} column, only "
+            f"{', '.join(features)}: "
             "name a dataset for image classification"
         )
     values = dataset.select_columns(labels[:1]).with_format("arrow")[:][labels[0]].to_numpy()

@@ -14,7 +14,9 @@ def digest(text):
 
 
 def grouped(keys, rng):
-    """(rows in a random order in which those of equal keys stand together (n,), a number for each row's key (n,))."""
+    """(rows in a random order in which those of equal keys stand together (n,), a number for each row's key
+    (n,)).
+    """
     number = np.unique(np.asarray(keys, np.uint64), return_inverse=True)[1]
     number = rng.permutation(len(number))[number]
     return np.argsort(number, kind="stable"), number
@@ -27,7 +29,9 @@ def hold_out(order, keys, size):
 
 
 def balanced(labels, n, rng):
-    """Sorted indices of `n` random items, as many of each label as possible; a smaller `n` gives a subset of a larger one's."""
+    """Sorted indices of `n` random items, as many of each label as possible; a smaller `n` gives a subset
+    of a larger one's.
+    """
     order, seen, turn = rng.permutation(len(labels)), Counter(), []
     for i in order:  # the first of every class, then the second of every class, ...
         turn.append(seen[labels[i]])

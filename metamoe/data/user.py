@@ -9,7 +9,8 @@ from functools import partial
 import numpy as np
 
 from metamoe.data.decoding import bad_images, check_images
-from metamoe.data.images import check_names, class_name, read_image_folder
+from metamoe.data.image_folder import read_image_folder
+from metamoe.data.images import check_names, class_name
 from metamoe.data.splits import digest, grouped, hold_out
 from metamoe.errors import UserError
 from metamoe.progress import progress
@@ -23,10 +24,13 @@ class BadRecord(Exception):
 
 
 def own_record(raw, source):
-    """A line of an own file as a record: {"prompt", "choices", "answer"} or {"prompt", "response"}, other keys are left out.
+    """A line of an own file as a record: {"prompt", "choices", "answer"} or {"prompt", "response"}, other
+    keys are left out.
 
-    `answer` is the text of a choice or, as a whole number, its index from 0. Prompt and answer stay as they are written;
-    what stands between is one space, or the white space that the prompt ends with or the response begins with (a space at
+    `answer` is the text of a choice or, as a whole number, its index from 0. Prompt and answer stay as they
+    are written;
+    what stands between is one space, or the white space that the prompt ends with or the response begins
+    with (a space at
     the prompt's end moves to the answer, where tokenizers want it). Raises BadRecord.
     """
     if not isinstance(raw, dict):
@@ -58,7 +62,13 @@ def own_record(raw, source):
     record = {"source": source, "input": prompt.strip(), "prompt": prompt.rstrip(" ")}
     if not several:
         return record | {"answer": texts[0].rstrip() if texts[0][0].isspace() else gap + texts[0].rstrip()}
-    texts, answer = [text.strip() for text in texts], raw["answer"]
+    texts = [text.strip() for text in texts]
+    answer = _chosen(raw["answer"], texts)
+    return record | {"answer": gap + answer, "choices": [gap + text for text in texts]}
+
+
+def _chosen(answer, texts):
+    """The text of the choice that `answer` names, by its text or its index. Raises BadRecord."""
     if len(texts) < 2 or len(set(texts)) < len(texts):
         raise BadRecord("fewer than 2 choices" if len(texts) < 2 else "two equal choices")
     if isinstance(answer, int) and not isinstance(answer, bool):
@@ -69,14 +79,17 @@ def own_record(raw, source):
         raise BadRecord(f"'answer' is neither a choice's text nor its index ({type(answer).__name__})")
     elif answer.strip() not in texts:
         raise BadRecord(f"'answer' {answer.strip()[:40]!r} is not among the choices")
-    return record | {"answer": gap + answer.strip(), "choices": [gap + text for text in texts]}
+    return answer.strip()
 
 
 def own_file(path, flag, source, skip_bad, mixed=False):
-    """(Records, their lines' byte offsets (n,), hashes of their prompts (n,)) of an own JSON-lines file, all of it checked.
+    """(Records, their lines' byte offsets (n,), hashes of their prompts (n,)) of an own JSON-lines file,
+    all of it checked.
 
-    One streaming pass; empty lines do not count. `mixed`: multiple choice and instructions may stand in one file. The
-    first bad record raises UserError with file, line number and reason; with `skip_bad` they are left out and counted.
+    One streaming pass; empty lines do not count. `mixed`: multiple choice and instructions may stand in one
+    file. The
+    first bad record raises UserError with file, line number and reason; with `skip_bad` they are left out
+    and counted.
     """
     starts, keys, bad, first, several, position = array("q"), array("Q"), 0, "", None, 0
     with (
@@ -96,12 +109,14 @@ def own_file(path, flag, source, skip_bad, mixed=False):
                 record = own_record(raw, source)
                 if several not in (None, "choices" in record) and not mixed:
                     raise BadRecord(
-                        f"{'has' if 'choices' in record else 'no'} 'choices', unlike the records before it: a client is one or the other"
+                        f"{'has' if 'choices' in record else 'no'} 'choices', unlike the records before "
+                        f"it: a client is one or the other"
                     )
             except BadRecord as error:
                 if not skip_bad:
                     raise UserError(
-                        f"{path}, line {number}: {error}: repair it, or leave such records out with --skip-bad-records"
+                        f"{path}, line {number}: {error}: repair it, or leave such records out with "
+                        f"--skip-bad-records"
                     ) from None
                 bad, first = bad + 1, first or f"line {number}: {error}"
                 continue
@@ -117,11 +132,14 @@ def own_file(path, flag, source, skip_bad, mixed=False):
 
 
 def own_text(name, path, sizes, seed, skip_bad=False):
-    """{"train" | "validation" | "test": Records} of an own client: 80/10/10 of the file or, where not 0, of `sizes`; no prompt is in two parts."""
+    """{"train" | "validation" | "test": Records} of an own client: 80/10/10 of the file or, where not 0, of
+    `sizes`; no prompt is in two parts.
+    """
     flag = f"--client {name}={path}"
     if not os.path.isfile(path):
         raise UserError(
-            f"{flag}: no such file; name one of JSON lines, with `prompt`, `choices`, `answer` or `prompt`, `response` in each"
+            f"{flag}: no such file; name one of JSON lines, with `prompt`, `choices`, `answer` or "
+            f"`prompt`, `response` in each"
         )
     records, starts, keys = own_file(path, flag, name, skip_bad)
     order, keys = grouped(keys, np.random.default_rng([seed, zlib.crc32(name.encode())]))
@@ -132,7 +150,9 @@ def own_text(name, path, sizes, seed, skip_bad=False):
 
 
 def own_images(name, path, sizes, seed, skip_bad=False):
-    """{"train" | "validation" | "test": records} of an own client's folder CLASS/IMAGE, split as own_text, of every class alike."""
+    """{"train" | "validation" | "test": records} of an own client's folder CLASS/IMAGE, split as own_text,
+    of every class alike.
+    """
     flag = f"--client {name}={path}"
     if not os.path.isdir(path):
         raise UserError(f"{flag}: no such folder; name one that holds a folder of images for each class")
@@ -143,7 +163,8 @@ def own_images(name, path, sizes, seed, skip_bad=False):
     check_names(names, flag)
     if len(set(names)) < max(2, len(names)):
         raise UserError(
-            f"{flag}: {len(names)} classes, {len(set(names))} different names: two or more are needed, each with a name of its own"
+            f"{flag}: {len(names)} classes, {len(set(names))} different names: two or more are needed, "
+            f"each with a name of its own"
         )
     records = [
         {"image": image_of(i), "answer": names[label], "source": name, "choices": names}
@@ -159,7 +180,8 @@ def own_images(name, path, sizes, seed, skip_bad=False):
         check_images(records, name)
     if len(records) < LEAST:
         raise UserError(f"{flag}: {len(records)} usable images, at least {LEAST} are needed")
-    # a class's items at equal distances on [0, 1], in random order: any stretch of it has the same share of every class
+    # a class's items at equal distances on [0, 1], in random order: any stretch of it has the same share of
+    # every class
     rng, place = np.random.default_rng([seed, zlib.crc32(name.encode())]), np.zeros(len(labels))
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
@@ -169,7 +191,9 @@ def own_images(name, path, sizes, seed, skip_bad=False):
 
 
 def own_parts(order, keys, sizes, flag):
-    """{part: sorted rows} of an own client: in `order`, the test part, then validation, the rest is for training."""
+    """{part: sorted rows} of an own client: in `order`, the test part, then validation, the rest is for
+    training.
+    """
     tenth, left, parts = max(1, round(len(order) / 10)), order, {"train": None}
     for part in ("validation", "test"):
         parts[part], left = hold_out(left, keys, sizes[part] or tenth)
@@ -177,7 +201,9 @@ def own_parts(order, keys, sizes, flag):
     wanted = {part: sizes[part] or (tenth if part != "train" else 2) for part in parts}
     if any(len(rows) < wanted[part] for part, rows in parts.items()):
         raise UserError(
-            f"{flag}: {len(order)} records with {len(np.unique(keys[order]))} different prompts or images are too few for --train-size "
-            f"{sizes['train']}, --validation-size {sizes['validation']} and --test-size {sizes['test']} (0: 80/10/10): lower one of them"
+            f"{flag}: {len(order)} records with {len(np.unique(keys[order]))} different prompts or images "
+            f"are too few for --train-size "
+            f"{sizes['train']}, --validation-size {sizes['validation']} and --test-size {sizes['test']} "
+            f"(0: 80/10/10): lower one of them"
         )
     return {part: np.sort(rows) for part, rows in parts.items()}

@@ -1,4 +1,6 @@
-"""The embedded vision default's seed model: a small CLIP of open_clip's kind that reads its captions letter by letter."""
+"""The embedded vision default's seed model: a small CLIP of open_clip's kind that reads its captions letter
+by letter.
+"""
 
 import json
 from pathlib import Path
@@ -12,7 +14,8 @@ from metamoe.serving.seed_model import fix_torchvision
 
 FOLDER = Path(__file__).resolve().parent
 WEIGHTS = FOLDER / "model.safetensors"
-LETTERS = " -0123456789abcdefghijklmnopqrstuvwxyz"  # all that Unicode names are made of; ids 1, 2, ..., 0 is padding
+# The characters of Unicode names; their ids are 1, 2, ..., and 0 is padding.
+LETTERS = " -0123456789abcdefghijklmnopqrstuvwxyz"
 START, END = (
     len(LETTERS) + 1,
     len(LETTERS) + 2,
@@ -20,14 +23,16 @@ START, END = (
 
 
 class Tokenizer:
-    """Texts to ids (B, context_length), one a letter; what has no letter is dropped, what is too long is cut."""
+    """Texts to ids (B, context_length), one a letter; what has no letter is dropped, what is too long is
+    cut.
+    """
 
     def __init__(self, context_length):
         self.context_length = context_length
 
     def __call__(self, texts):
         ids = torch.zeros(len(texts), self.context_length, dtype=torch.long)
-        for row, text in zip(ids, texts):
+        for row, text in zip(ids, texts, strict=True):
             letters = [LETTERS.index(letter) + 1 for letter in text.lower() if letter in LETTERS]
             tokens = [START, *letters[: self.context_length - 2], END]
             row[: len(tokens)] = torch.tensor(tokens)
@@ -39,7 +44,9 @@ class Tokenizer:
 
 
 def create(weights=WEIGHTS):
-    """(open_clip model in float32 and evaluation mode, tokenizer) from a file of weights; None: freshly initialised."""
+    """(open_clip model in float32 and evaluation mode, tokenizer) from a file of weights; None: freshly
+    initialised.
+    """
     fix_torchvision()
     from open_clip.model import CLIP
 

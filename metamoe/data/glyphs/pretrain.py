@@ -1,8 +1,10 @@
-"""Train the embedded vision default's seed model, as CLIP is: images and captions of D_0's world, and nothing else.
+"""Train the embedded vision default's seed model, as CLIP is: images and captions of D_0's world, and
+nothing else.
 
     python metamoe/data/glyphs/pretrain.py
 
-Every step draws its images anew. One (character, face) pair in twenty is never trained on; accuracy is measured on
+Every step draws its images anew. One (character, face) pair in twenty is never trained on; accuracy is
+measured on
 those. A killed run goes on where it was when the same command is given again, and ends with the same weights.
 """
 
@@ -35,7 +37,9 @@ def is_held_out(char, face):
 
 
 def split_world():
-    """({character: its faces in training}, [(character, face) held out, of a character that is trained in other faces])."""
+    """({character: its faces in training}, [(character, face) held out, of a character that is trained in
+    other faces]).
+    """
     training, held_out = {}, []
     for char in sorted({char for char, _ in world()}):
         faces = faces_of(char)
@@ -47,7 +51,9 @@ def split_world():
 
 
 def sample_batch(training, size, seed, step):
-    """`size` recipes of step `step`, no two of one character: each image has one right caption in its batch."""
+    """`size` recipes of step `step`, no two of one character: each image has one right caption in its
+    batch.
+    """
     rng, chars = np.random.default_rng([seed, step]), list(training)
     faces = np.array(
         [len(training[char]) for char in chars]
@@ -60,7 +66,9 @@ def sample_batch(training, size, seed, step):
 
 
 def contrastive_loss(model, images, ids):
-    """Symmetric InfoNCE, (CE(s I T^t, diagonal) + CE(s T I^t, diagonal)) / 2: unit features I, T (B, d), learned scale s."""
+    """Symmetric InfoNCE, (CE(s I T^t, diagonal) + CE(s T I^t, diagonal)) / 2: unit features I, T (B, d),
+    learned scale s.
+    """
     image_features, text_features, scale = model(images, ids)
     logits = scale.float() * image_features.float() @ text_features.float().T  # (B, B)
     target = torch.arange(len(logits))
@@ -69,7 +77,9 @@ def contrastive_loss(model, images, ids):
 
 @torch.no_grad()
 def zero_shot_accuracy(model, tokenizer, pairs, limit=1000):
-    """(accuracy, number of captions): `limit` held-out pairs, each drawn once, told apart by all their captions."""
+    """(accuracy, number of captions): `limit` held-out pairs, each drawn once, told apart by all their
+    captions.
+    """
     pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))[:limit]]
     captions = sorted({caption(char) for char, _ in pairs})
     images = glyph_model.to_tensor(
@@ -80,20 +90,23 @@ def zero_shot_accuracy(model, tokenizer, pairs, limit=1000):
         [model.encode_text(part, normalize=True) for part in tokenizer(captions).split(100)]
     )
     answers = (image_features @ text_features.T).argmax(1).tolist()
-    right = sum(captions[answer] == caption(char) for answer, (char, _) in zip(answers, pairs))
+    right = sum(captions[answer] == caption(char) for answer, (char, _) in zip(answers, pairs, strict=True))
     return right / len(pairs), len(captions)
 
 
 def train(out, *, steps, batch, seed, lr, warmup, log_every, checkpoint_every, dtype, limit=1000):
-    """AdamW, linear warm-up, cosine to zero; writes the weights as float16 to `out`, the log beside it; returns the log.
+    """AdamW, linear warm-up, cosine to zero; writes the weights as float16 to `out`, the log beside it;
+    returns the log.
 
-    log: rows {"step", "loss" (mean since the row before), "accuracy", "captions", "seconds"}, the settings in the first.
+    log: rows {"step", "loss" (mean since the row before), "accuracy", "captions", "seconds"}, the settings
+    in the first.
     UserError if a checkpoint of other settings is there, or a number makes no sense.
     """
     training, held_out = split_world()
     if min(steps, warmup, log_every) < 1 or not 1 < batch <= len(training):
         raise UserError(
-            f"--steps, --warmup and --log-every start at 1, --batch lies between 2 and {len(training)}, the characters there are"
+            f"--steps, --warmup and --log-every start at 1, --batch lies between 2 and {len(training)}, "
+            f"the characters there are"
         )
     out, dtype = Path(out), pick_dtype(dtype, torch.device("cpu"))
     settings = {
@@ -118,7 +131,8 @@ def train(out, *, steps, batch, seed, lr, warmup, log_every, checkpoint_every, d
         saved = torch.load(checkpoint, weights_only=True)
         if saved["settings"] != settings:
             raise UserError(
-                f"{checkpoint} belongs to a run with other settings ({saved['settings']}): repeat that command, or remove the file"
+                f"{checkpoint} belongs to a run with other settings ({saved['settings']}): repeat that "
+                f"command, or remove the file"
             )
         model.load_state_dict(saved.pop("model"))
         optimizer.load_state_dict(saved.pop("optimizer"))

@@ -1,8 +1,11 @@
 """The embedded vision default's data: letters and symbols drawn from the fonts that matplotlib ships.
 
-Three clients hold one script each, its letters as classes and in colours of its own; the public set D_0 is everything
-outside their scripts, in all colours. An image is a recipe, {"char": "α", "face": "DejaVuSans-Bold.ttf", "look": "greek",
-"seed": 17}, that `draw` turns into pixels, and its text is the character's Unicode name, "greek small letter alpha".
+Three clients hold one script each, its letters as classes and in colours of its own; the public set D_0 is
+everything
+outside their scripts, in all colours. An image is a recipe, {"char": "α", "face": "DejaVuSans-Bold.ttf",
+"look": "greek",
+"seed": 17}, that `draw` turns into pixels, and its text is the character's Unicode name, "greek small
+letter alpha".
 """
 
 import re
@@ -18,7 +21,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from metamoe.errors import UserError
 
-# family -> faces. A client's training and validation parts are drawn in the families of TRAIN, its test part in the
+# family -> faces. A client's training and validation parts are drawn in the families of TRAIN, its test part
+# in the
 # others alone: serif letters after sans-serif ones. Armenian is in the DejaVu families only.
 FAMILIES = {
     "DejaVu Sans": [
@@ -55,7 +59,8 @@ CLIENTS = {
     "cyrillic": [chr(c) for c in range(0x430, 0x450)],
     "armenian": [chr(c) for c in range(0x561, 0x587)],
 }
-# client -> how its collection looks: least and greatest red, green, blue of paper and ink. D_0 has every colour.
+# client -> how its collection looks: least and greatest red, green, blue of paper and ink. D_0 has every
+# colour.
 LOOKS = {
     "greek": (
         ((0.85, 0.8, 0.6), (1, 0.95, 0.75)),
@@ -74,15 +79,18 @@ EM, BASELINE, MARGIN = (
     5,
 )  # on the canvas: font size, height of the base line, least distance to the edges
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# ---
 # Which characters there are
 
 
 def script_of(char):
     """The client whose script `char` belongs to, or None. What this names for a client is never in D_0.
 
-    A character belongs to a script if its Unicode name, or that of anything it decomposes into (NFKD), says so: the
-    micro sign and the mathematical alphabets are Greek. So are the block of mathematical Greek as a whole, with its
+    A character belongs to a script if its Unicode name, or that of anything it decomposes into (NFKD), says
+    so: the
+    micro sign and the mathematical alphabets are Greek. So are the block of mathematical Greek as a whole,
+    with its
     nabla and partial differential, and symbols named after a Greek letter (APL's alpha).
     """
     if 0x1D6A8 <= ord(char) <= 0x1D7CB:
@@ -98,7 +106,9 @@ def script_of(char):
 
 
 def source_of(char):
-    """What a public record says of its origin: the script of a letter (first word of its name), else the kind of sign."""
+    """What a public record says of its origin: the script of a letter (first word of its name), else the
+    kind of sign.
+    """
     kinds = {"N": "number", "P": "punctuation", "S": "symbol"}
     return kinds.get(unicodedata.category(char)[0]) or caption(char).split()[0]
 
@@ -112,14 +122,17 @@ def font_path(face):
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / face
     if not path.exists():
         raise UserError(
-            f"font {path} is missing: this matplotlib comes without its fonts, install the one of the package registry"
+            f"font {path} is missing: this matplotlib comes without its fonts, install the one of the "
+            f"package registry"
         )
     return path
 
 
 @cache
 def characters(face):
-    """The characters `face` draws: named letters, numbers, punctuation and symbols whose outline is not empty."""
+    """The characters `face` draws: named letters, numbers, punctuation and symbols whose outline is not
+    empty.
+    """
     with TTFont(font_path(face)) as font:
         start = font[
             "loca"
@@ -140,7 +153,9 @@ def faces_of(char, families=tuple(FAMILIES)):
 
 @cache
 def world():
-    """D_0's world: every (character, family) outside the clients' scripts, as often as the family has faces for it."""
+    """D_0's world: every (character, family) outside the clients' scripts, as often as the family has faces
+    for it.
+    """
     chars = sorted(set().union(*(characters(face) for faces in FAMILIES.values() for face in faces)))
     return [
         (char, family)
@@ -151,7 +166,8 @@ def world():
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# ---
 # Drawing
 
 
@@ -168,7 +184,8 @@ def glyph(char, face):
     if max(right - left, bottom - top) > room:
         setting = font(face, EM * room // max(right - left, bottom - top))
         left, top, right, bottom = setting.getbbox(char, anchor="ls")
-    # Centred across and set on one base line, which tells a capital from its small letter where the shape does not.
+    # Centred across and set on one base line, which tells a capital from its small letter where the shape
+    # does not.
     y = min(max(BASELINE, MARGIN - top), CANVAS - MARGIN - bottom)
     canvas = Image.new("L", (CANVAS, CANVAS))
     ImageDraw.Draw(canvas).text(((CANVAS - left - right) / 2, y), char, fill=255, font=setting, anchor="ls")
@@ -178,7 +195,8 @@ def glyph(char, face):
 def draw(image):
     """A recipe {"char", "face", "seed"} as an RGB image of 32 x 32; the same recipe, the same pixels.
 
-    The seed sets weight, size, rotation, place, the two colours (dark on light or light on dark; with a "look" those of
+    The seed sets weight, size, rotation, place, the two colours (dark on light or light on dark; with a
+    "look" those of
     LOOKS) and the noise.
     """
     rng = np.random.default_rng(image["seed"])
@@ -211,7 +229,8 @@ def draw(image):
     return Image.fromarray((255 * (paper + mask * (ink - paper) + noise).clip(0, 1)).astype(np.uint8))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# ---
 # Records: `image` (a recipe), `answer`, `source` and, for client records, `choices`
 
 
@@ -224,7 +243,9 @@ def load_glyphs(clients, sizes, n_public, seed):
 
 
 def split_client(name, sizes, seed):
-    """A client's parts: as many records of each letter as of any other (but one), in random faces of the part's families."""
+    """A client's parts: as many records of each letter as of any other (but one), in random faces of the
+    part's families.
+    """
     letters, rng = CLIENTS[name], np.random.default_rng([seed, zlib.crc32(name.encode())])
     choices = [caption(char) for char in letters]
     number = int(
@@ -249,9 +270,11 @@ def split_client(name, sizes, seed):
 
 
 def public_records(n_public):
-    """D_0: `n_public` drawings of the world outside the clients' scripts, a smaller set a prefix of a larger one.
+    """D_0: `n_public` drawings of the world outside the clients' scripts, a smaller set a prefix of a
+    larger one.
 
-    A character comes up in proportion to the faces that hold it, each time with one to four drawings in the faces of
+    A character comes up in proportion to the faces that hold it, each time with one to four drawings in the
+    faces of
     one family: near-duplicates, as a scraped collection has them.
     """
     rng, pairs, records = (

@@ -1,11 +1,11 @@
 """Stage 4: score every model on every client's test set and print the paper's table.
 
-Rows: ZeroShot, each private-only expert, BTM, ModelSoup, BTX, FlexOlmo, MetaMoE, UnrestrictedMoE, then the paper's ablations
-and any other model under RUN/moe/. Each model is scored once; its choices' scores are kept in RUN/scores/. Writes
-RUN/results.json and RUN/results.md (no clock in them: same seed, same bytes; the paper's numbers beside its own backbones'),
-RUN/timings.json and RUN/timings.md (the cost tables) and, with --figure, Figure 2 with the coverage it shows. Given several
-evaluated run directories, it prints their tables instead: mean and standard deviation over the runs, differences with
-intervals over all their samples.
+Rows: ZeroShot, each private-only expert, BTM, ModelSoup, BTX, FlexOlmo, MetaMoE, UnrestrictedMoE, then the
+paper's ablations and any other model under RUN/moe/. Each model is scored once; its choices' scores are kept
+in RUN/scores/. Writes RUN/results.json and RUN/results.md (no clock in them: same seed, same bytes; the
+paper's numbers beside its own backbones'), RUN/timings.json and RUN/timings.md (the cost tables) and, with
+--figure, Figure 2 with the coverage it shows. Given several evaluated run directories, it prints their tables
+instead: mean and standard deviation over the runs, differences with intervals over all their samples.
 """
 
 import argparse
@@ -42,22 +42,27 @@ def parse_args():
         "--split",
         choices=["test", "validation"],
         default="test",
-        help="part of the clients' data to score on; settings are chosen on validation (default: %(default)s)",
+        help="part of the clients' data to score on; settings are chosen on validation (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--scoring",
         choices=["letters", "generate", "likelihood"],
-        help="language models, multiple choice: logits of the choices' letters from one forward pass; the first stand-alone letter in 16 generated tokens; likelihood of the choices' texts (default: the backbone's preset)",
+        help="language models, multiple choice: logits of the choices' letters from one forward pass; the "
+        "first stand-alone letter in 16 generated tokens; likelihood of the choices' texts (default: "
+        "the backbone's preset)",
     )
     parser.add_argument(
         "--models",
         nargs="+",
-        help="score these rows alone (zeroshot, expert-NAME, or a folder of RUN/moe/; default: all there are)",
+        help="score these rows alone (zeroshot, expert-NAME, or a folder of RUN/moe/; default: all there "
+        "are)",
     )
     parser.add_argument(
         "--figure",
         action="store_true",
-        help="also draw Figure 2 (t-SNE, a PNG a client) and measure how the proxies of each selection cover the private test data",
+        help="also draw Figure 2 (t-SNE, a PNG a client) and measure how the proxies of each selection "
+        "cover the private test data",
     )
     parser.add_argument(
         "--opt-out",
@@ -79,7 +84,8 @@ def parse_args():
 
 
 def list_models(run_dir, run, only):
-    """Rows in the paper's order: {row: folder of the model, None for the seed}. BTM's row is made of the experts'."""
+    """Rows in the paper's order: {row: folder of the model, None for the seed}. BTM's row is made of the
+    experts'."""
     made = [path.name for path in sorted((run_dir / "moe").glob("[!.]*")) if (path / "done.json").exists()]
     rows = [row for row in ("unrestricted",) if row in made] + ["zeroshot"]
     rows += [f"expert-{name}" for name in run["clients"]]
@@ -114,8 +120,8 @@ def suffix(run, scoring):
 
 
 def score(row, folder, backbone_of, run_dir, run, args, records, scoring, without=None):
-    """What backbone.scores gives, {client: [[...], ...]}, routing counts (L, K) a client, and samples/s; scored once.
-    without: an expert to leave out."""
+    """What backbone.scores gives, {client: [[...], ...]}, routing counts (L, K) a client, and samples/s;
+    scored once. without: an expert to leave out."""
     identity = {"dtype": args.dtype, "model": "seed"}
     if scoring not in (None, "likelihood"):
         identity["scoring"] = scoring
@@ -198,7 +204,8 @@ def main():
     }
     if not all(records.values()):
         raise UserError(
-            f"--split {args.split}: a client has no samples in it; make the run with --{args.split}-size of at least 1"
+            f"--split {args.split}: a client has no samples in it; make the run with --{args.split}-size "
+            "of at least 1"
         )
     folders = list_models(run_dir, run, args.models)
     left_out = opt_outs(args, run_dir, run)
@@ -344,7 +351,8 @@ def main():
         temporary.write_text(cost_tables(run, rows, [timings]), encoding="utf-8")
     print(text)
     print(
-        f"evaluate: {len(rows)} models on {len(records)} clients; {run_dir / stem}.json, {stem}.md and timings.md written"
+        f"evaluate: {len(rows)} models on {len(records)} clients; {run_dir / stem}.json, {stem}.md and "
+        "timings.md written"
     )
 
 

@@ -1,18 +1,16 @@
 """Stage 4: score every model on every client's test set and print the paper's table.
 
-Rows: ZeroShot, each private-only expert, BTM, ModelSoup, BTX, FlexOlmo, MetaMoE, UnrestrictedMoE, then the paper's ablations
-and any other model under RUN/moe/. Each model is scored once; its choices' scores are kept in RUN/scores/. Writes
-RUN/results.json and RUN/results.md (no clock in them: same seed, same bytes; the paper's numbers beside its own backbones'),
-RUN/timings.json and RUN/timings.md (the cost tables) and, with --figure, Figure 2 with the coverage it shows. Given several
-evaluated run directories, it prints their tables instead: mean and standard deviation over the runs, differences with
-intervals over all their samples.
+Rows: ZeroShot, each private-only expert, BTM, ModelSoup, BTX, FlexOlmo, MetaMoE, UnrestrictedMoE, then the
+paper's ablations and any other model under RUN/moe/. Each model is scored once; its choices' scores are kept
+in RUN/scores/. Writes RUN/results.json and RUN/results.md (no clock in them: same seed, same bytes; the
+paper's numbers beside its own backbones'), RUN/timings.json and RUN/timings.md (the cost tables) and, with
+--figure, Figure 2 with the coverage it shows. Given several evaluated run directories, it prints their tables
+instead: mean and standard deviation over the runs, differences with intervals over all their samples.
 """
 
 import argparse
 import time
 from pathlib import Path
-
-import numpy as np
 
 import moe
 from metamoe.backbones import load_backbone
@@ -21,10 +19,11 @@ from metamoe.errors import UserError, run_main
 from metamoe.presets import PRESETS
 from metamoe.records import read_records
 from metamoe.report.figures import coverage, coverage_identity
-from metamoe.report.statistics import is_choice, is_right, paired_bootstrap, perplexity, shares, wilson
-from metamoe.report.tables import cost_tables, markdown, pool, title
+from metamoe.report.results import collect_timings, opt_out_row, result_rows, uploaded_bytes
+from metamoe.report.statistics import is_choice
+from metamoe.report.tables import cost_tables, markdown, pool
 from metamoe.rivals.btm import ensemble
-from metamoe.rundir import atomic, folder_bytes, open_run, read_json, sha256, write_json
+from metamoe.rundir import atomic, open_run, read_json, sha256, write_json
 from metamoe.uploads import read_manifest
 
 
@@ -42,22 +41,27 @@ def parse_args():
         "--split",
         choices=["test", "validation"],
         default="test",
-        help="part of the clients' data to score on; settings are chosen on validation (default: %(default)s)",
+        help="part of the clients' data to score on; settings are chosen on validation (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--scoring",
         choices=["letters", "generate", "likelihood"],
-        help="language models, multiple choice: logits of the choices' letters from one forward pass; the first stand-alone letter in 16 generated tokens; likelihood of the choices' texts (default: the backbone's preset)",
+        help="language models, multiple choice: logits of the choices' letters from one forward pass; the "
+        "first stand-alone letter in 16 generated tokens; likelihood of the choices' texts (default: "
+        "the backbone's preset)",
     )
     parser.add_argument(
         "--models",
         nargs="+",
-        help="score these rows alone (zeroshot, expert-NAME, or a folder of RUN/moe/; default: all there are)",
+        help="score these rows alone (zeroshot, expert-NAME, or a folder of RUN/moe/; default: all there "
+        "are)",
     )
     parser.add_argument(
         "--figure",
         action="store_true",
-        help="also draw Figure 2 (t-SNE, a PNG a client) and measure how the proxies of each selection cover the private test data",
+        help="also draw Figure 2 (t-SNE, a PNG a client) and measure how the proxies of each selection "
+        "cover the private test data",
     )
     parser.add_argument(
         "--opt-out",
@@ -79,7 +83,8 @@ def parse_args():
 
 
 def list_models(run_dir, run, only):
-    """Rows in the paper's order: {row: folder of the model, None for the seed}. BTM's row is made of the experts'."""
+    """Rows in the paper's order: {row: folder of the model, None for the seed}. BTM's row is made of the
+    experts'."""
     made = [path.name for path in sorted((run_dir / "moe").glob("[!.]*")) if (path / "done.json").exists()]
     rows = [row for row in ("unrestricted",) if row in made] + ["zeroshot"]
     rows += [f"expert-{name}" for name in run["clients"]]
@@ -114,8 +119,8 @@ def suffix(run, scoring):
 
 
 def score(row, folder, backbone_of, run_dir, run, args, records, scoring, without=None):
-    """What backbone.scores gives, {client: [[...], ...]}, routing counts (L, K) a client, and samples/s; scored once.
-    without: an expert to leave out."""
+    """What backbone.scores gives, {client: [[...], ...]}, routing counts (L, K) a client, and samples/s;
+    scored once. without: an expert to leave out."""
     identity = {"dtype": args.dtype, "model": "seed"}
     if scoring not in (None, "likelihood"):
         identity["scoring"] = scoring
@@ -198,7 +203,8 @@ def main():
     }
     if not all(records.values()):
         raise UserError(
-            f"--split {args.split}: a client has no samples in it; make the run with --{args.split}-size of at least 1"
+            f"--split {args.split}: a client has no samples in it; make the run with --{args.split}-size "
+            "of at least 1"
         )
     folders = list_models(run_dir, run, args.models)
     left_out = opt_outs(args, run_dir, run)
@@ -238,55 +244,14 @@ def main():
             "scores": ensemble(experts, [name for name in run["clients"] if not is_choice(records[name])]),
             "samples_per_second": 1 / sum(1 / expert["samples_per_second"] for expert in experts),
         }
-    right = {
-        row: {
-            name: is_right(found[row]["scores"][name], records[name])
-            for name in run["clients"]
-            if is_choice(records[name])
-        }
-        for row in folders
-    }
-    rows = []
-    for row in folders:
-        per_client = {}
-        for name, values in right[row].items():
-            per_client[name] = {
-                "correct": int(values.sum()),
-                "n": len(values),
-                "accuracy": 100 * float(values.mean()),
-                "wilson": wilson(values.sum(), len(values)),
-            }
-            per_client[name]["right"] = "".join(
-                "01"[int(value)] for value in values
-            )  # a digit a sample, in order: for paired tests
-        average = float(np.mean([c["accuracy"] for c in per_client.values()])) if per_client else None
-        for name in run["clients"]:
-            if not is_choice(records[name]):
-                scores = found[row]["scores"][name]
-                per_client[name] = {
-                    "perplexity": perplexity(scores),
-                    "tokens": sum(map(len, scores)),
-                    "n": len(records[name]),
-                }
-        rows.append({"model": row, "title": title(row, run), "clients": per_client, "average": average})
-        if right.get("metamoe") and row != "metamoe":
-            rows[-1]["metamoe_minus"] = paired_bootstrap(right["metamoe"], right[row], run["seed"])
-        if found[row].get("routing"):
-            rows[-1] |= {
-                "experts": found[row]["experts"],
-                "lambda": found[row]["lambda"],
-                "routing": {name: shares(counts) for name, counts in found[row]["routing"].items()},
-            }
-    uploaded = {}
-    for name in run["clients"]:
-        for upload in sorted((run_dir / "clients" / name / "upload").glob("[!.]*")):
-            uploaded[f"{name}/{upload.name}"] = folder_bytes(upload)
+    found = {row: found[row] for row in folders}
+    rows = result_rows(run, found, records)
     results = {
         "run": run,
         "split": args.split,
         "n": {name: len(r) for name, r in records.items()},
         "rows": rows,
-        "uploaded_bytes": uploaded,
+        "uploaded_bytes": uploaded_bytes(run_dir, run),
     }
     if scoring and (scoring, own) != ("likelihood", "likelihood"):
         results["scoring"] = scoring
@@ -307,44 +272,19 @@ def main():
             ]
             for name in ["", *names]
         }
-        results["opt_out"][row] = {
-            without: {
-                name: 100 * float(is_right(found[name], records[name]).mean())
-                if is_choice(records[name])
-                else perplexity(found[name])
-                for name in run["clients"]
-            }
-            for without, found in scores.items()
-        }
+        results["opt_out"][row] = opt_out_row(run, scores, records)
     write_json(run_dir / f"{stem}.json", results)
     text = markdown(results, run)
     with atomic(run_dir / f"{stem}.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
-    timings = {row: {"samples_per_second": found[row]["samples_per_second"]} for row in folders}
-    for row, folder in folders.items():
-        if folder is not None and (folder / "timing.json").exists():
-            timings[row] |= read_json(folder / "timing.json")
-    selections = {name: run_dir / "clients" / name / "selection" for name in run["clients"]}
-    timings["selection_seconds"] = {
-        name: {
-            path.parent.name: read_json(path)["selection_seconds"]
-            for path in sorted(folder.glob("*/timing.json"))
-        }
-        for name, folder in selections.items()
-    }
-    timings["relevance_seconds"] = {
-        name: read_json(folder / "timing.json")["relevance_seconds"]
-        for name, folder in selections.items()
-        if (folder / "timing.json").exists()
-    }
-    if (run_dir / "public" / "timing.json").exists():
-        timings |= read_json(run_dir / "public" / "timing.json")
+    timings = collect_timings(run_dir, run, folders, found)
     write_json(run_dir / "timings.json", timings)
     with atomic(run_dir / "timings.md") as temporary:
         temporary.write_text(cost_tables(run, rows, [timings]), encoding="utf-8")
     print(text)
     print(
-        f"evaluate: {len(rows)} models on {len(records)} clients; {run_dir / stem}.json, {stem}.md and timings.md written"
+        f"evaluate: {len(rows)} models on {len(records)} clients; {run_dir / stem}.json, {stem}.md and "
+        "timings.md written"
     )
 
 

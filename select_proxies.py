@@ -1,9 +1,10 @@
-"""Stage 1, at each client: choose proxies for its private data out of the public set (Sec. 3.2, Algorithm 1, lines 2-8).
+"""Stage 1, at each client: choose proxies for its private data out of the public set (Sec. 3.2, Algorithm 1,
+lines 2-8).
 
-Embeds D_0 once for all clients with the seed model, trains each client's relevance head (Eq. 7), keeps the n most
-relevant public samples as candidates and takes m of them: by the relevance-weighted DPP (Eq. 2-4), by relevance alone
-(FlexOlmo's rule), or at random. Clients are the paper's, the embedded default's, or the user's own files. Writes RUN/public/,
-RUN/clients/NAME/private/ and RUN/clients/NAME/selection/RULE/.
+Embeds D_0 once for all clients with the seed model, trains each client's relevance head (Eq. 7), keeps the n
+most relevant public samples as candidates and takes m of them: by the relevance-weighted DPP (Eq. 2-4), by
+relevance alone (FlexOlmo's rule), or at random. Clients are the paper's, the embedded default's, or the
+user's own files. Writes RUN/public/, RUN/clients/NAME/private/ and RUN/clients/NAME/selection/RULE/.
 """
 
 import argparse
@@ -39,17 +40,20 @@ def parse_args():
     )
     parser.add_argument(
         "--backbone",
-        help=f"seed model and its presets: {', '.join(PRESETS)} (default: the run's, for a new run smollm2-135m)",
+        help=f"seed model and its presets: {', '.join(PRESETS)} (default: the run's, for a new run "
+        "smollm2-135m)",
     )
     parser.add_argument(
         "--seed-model",
         "--pretrained",
-        help="load the seed from this hub id, local folder or (CLIP) checkpoint instead of the backbone's own",
+        help="load the seed from this hub id, local folder or (CLIP) checkpoint instead of the backbone's "
+        "own",
     )
     parser.add_argument(
         "--clients",
         nargs="+",
-        help=f"clients of the run (default: those of --client NAME=PATH, else all of the backbone's: {', '.join(CLIENTS)}; "
+        help="clients of the run (default: those of --client NAME=PATH, else all of the backbone's: "
+        f"{', '.join(CLIENTS)}; "
         f"{', '.join(TEXT_CLIENTS)}; pets, flowers, eurosat; {', '.join(world.CLIENTS)})",
     )
     parser.add_argument(
@@ -57,12 +61,14 @@ def parse_args():
         action="append",
         metavar="NAME[=PATH]",
         help="NAME=PATH, once for each: a client of the run with data of your own, JSON lines with `prompt`, "
-        "`choices`, `answer` (a choice's text, or its index from 0) or with `prompt`, `response`; for CLIP a folder CLASS/IMAGE. NAME: select for this one alone",
+        "`choices`, `answer` (a choice's text, or its index from 0) or with `prompt`, `response`; for CLIP "
+        "a folder CLASS/IMAGE. NAME: select for this one alone",
     )
     parser.add_argument(
         "--join",
         metavar="NAME[=PATH]",
-        help="add this client to a run that is there, prepare its data (PATH: as for --client) and select its proxies; the others' work stays",
+        help="add this client to a run that is there, prepare its data (PATH: as for --client) and select "
+        "its proxies; the others' work stays",
     )
     parser.add_argument(
         "--skip-bad-records",
@@ -71,25 +77,29 @@ def parse_args():
     )
     parser.add_argument(
         "--data-root",
-        help="folder of the paper's datasets: oxford_pets/, oxford_flowers/, eurosat/ in CoOp's layout; commonsenseqa/, cosmosqa/, socialiqa/, alpaca/",
+        help="folder of the paper's datasets: oxford_pets/, oxford_flowers/, eurosat/ in CoOp's layout; "
+        "commonsenseqa/, cosmosqa/, socialiqa/, alpaca/",
     )
     parser.add_argument(
         "--data",
         nargs="+",
         metavar="NAME=SOURCE",
-        help="this client's copy of the paper's dataset: a folder, or a Hugging Face dataset (hub id or local copy)",
+        help="this client's copy of the paper's dataset: a folder, or a Hugging Face dataset (hub id or "
+        "local copy)",
     )
     parser.add_argument(
         "--public",
         metavar="PATH",
-        help="public set. Text: JSON lines as for --client, or Alpaca (hub id, local copy, alpaca_data.json; default: the backbone's own). "
+        help="public set. Text: JSON lines as for --client, or Alpaca (hub id, local copy, "
+        "alpaca_data.json; default: the backbone's own). "
         "CLIP: ImageNet, a folder CLASS/IMAGE or a Hugging Face dataset (hub id or local copy)",
     )
     parser.add_argument("--seed", type=int, help="of the splits and of every random choice (default 0)")
     parser.add_argument(
         "--train-size",
         type=int,
-        help="private training samples a client (default: the backbone's preset, like all below; 0, also below: all; own data: default and 0 are 80/10/10 of it)",
+        help="private training samples a client (default: the backbone's preset, like all below; 0, also "
+        "below: all; own data: default and 0 are 80/10/10 of it)",
     )
     parser.add_argument("--validation-size", type=int, help="private validation samples a client")
     parser.add_argument("--test-size", type=int, help="test samples a client")
@@ -104,12 +114,14 @@ def parse_args():
     parser.add_argument(
         "--answers",
         choices=["text", "letters"],
-        help="language models, multiple choice: train on the answer's text, or list the choices in the prompt and train on the answer's letter (default: the backbone's preset, also below)",
+        help="language models, multiple choice: train on the answer's text, or list the choices in the "
+        "prompt and train on the answer's letter (default: the backbone's preset, also below)",
     )
     parser.add_argument(
         "--loss",
         choices=["answer", "text"],
-        help="language models: loss on the answer (router context: the prompt's mean) or on the whole text (context: the mean so far)",
+        help="language models: loss on the answer (router context: the prompt's mean) or on the whole text "
+        "(context: the mean so far)",
     )
     parser.add_argument(
         "--selection",
@@ -136,11 +148,13 @@ def parse_args():
 
 
 def relevance(public, private, seed, usable=None):
-    """g(x, D_p) of Eq. 7 for every public sample: the calibrated probability that x is from the client, (|D_0|,) in (0, 1).
+    """g(x, D_p) of Eq. 7 for every public sample: the calibrated probability that x is from the client,
+    (|D_0|,) in (0, 1).
 
-    Logistic regression on frozen features. Two heads, each with the negatives of one half of D_0 (10,000 at most), score
-    the other half (of `usable`, the rest gets 0), so no sample is scored by a head that was told it is a negative; each is calibrated (Platt) on its
-    own out-of-fold predictions, so that r and with it Eq. 4's balance of relevance and diversity are probabilities.
+    Logistic regression on frozen features. Two heads, each with the negatives of one half of D_0 (10,000 at
+    most), score the other half (of `usable`, the rest gets 0), so no sample is scored by a head that was told
+    it is a negative; each is calibrated (Platt) on its own out-of-fold predictions, so that r and with it Eq.
+    4's balance of relevance and diversity are probabilities.
     """
     from sklearn.calibration import CalibratedClassifierCV
     from sklearn.linear_model import LogisticRegression
@@ -264,8 +278,10 @@ def main():
             write_json(folder / "timing.json", {"selection_seconds": seconds})
             write_json(folder / "done.json", settings)
         print(
-            f"select_proxies: {name}: {len(proxies)} of {len(public)} by {args.selection}: 2 sum log r = {terms['relevance_term']:.1f}, "
-            f"log det L_S = {terms['diversity_term']:.1f}, Jaccard with the most relevant = {terms['jaccard_similarity']:.2f}"
+            f"select_proxies: {name}: {len(proxies)} of {len(public)} by {args.selection}: 2 sum log r = "
+            f"{terms['relevance_term']:.1f}, "
+            f"log det L_S = {terms['diversity_term']:.1f}, Jaccard with the most relevant = "
+            f"{terms['jaccard_similarity']:.2f}"
         )
         for index in proxies[:3]:
             what = public[index].get("prompt", public[index].get("image"))

@@ -1,14 +1,17 @@
 """Stage 2, at each client: train the expert and pack the one upload (Sec. 3.3, Algorithm 1, lines 9-11).
 
-Trains LoRA factors (or, with --full-ffn, the weights) of the FFN sublayers alone on private data and proxies, takes the
-routing vector of every layer as the mean of the FFN's input over that same data, and writes what leaves the client:
+Trains LoRA factors (or, with --full-ffn, the weights) of the FFN sublayers alone on private data and proxies,
+takes the routing vector of every layer as the mean of the FFN's input over that same data, and writes what
+leaves the client:
 
     RUN/clients/NAME/upload/DATA-SELECTION/manifest.json       hashes of the files below; closes the upload
                                            proxies.json        indices into D_0, sorted (no scores)
-                                           adapter/            the expert, a PEFT adapter (ffn.safetensors with --full-ffn)
+                                           adapter/            the expert, a PEFT adapter (ffn.safetensors
+                                                               with --full-ffn)
                                            router.safetensors  routing vectors (L, d)
 
-DATA: aligned = private + proxies (MetaMoE), private = private alone (FlexOlmo, BTX, BTM, ModelSoup), proxies = proxies alone.
+DATA: aligned = private + proxies (MetaMoE), private = private alone (FlexOlmo, BTX, BTM, ModelSoup), proxies
+= proxies alone.
 """
 
 import argparse
@@ -73,7 +76,8 @@ def parse_args():
     parser.add_argument(
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
-        help="language models: recompute activations in the backward instead of keeping them (default: the backbone's preset)",
+        help="language models: recompute activations in the backward instead of keeping them (default: the "
+        "backbone's preset)",
     )
     parser.add_argument(
         "--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)"
@@ -92,12 +96,14 @@ def parse_args():
 
 
 def variant(args):
-    """The expert's folder name. A private-only expert knows no proxies: one serves the uploads of every selection."""
+    """The expert's folder name. A private-only expert knows no proxies: one serves the uploads of every
+    selection."""
     return args.data + f"-{args.selection}" * (args.data != "private") + "-full" * args.full_ffn
 
 
 def train_client(run_dir, run, name, args, settings):
-    """Train one client's expert and take its routing vectors; returns a line about it, or None where it is there already."""
+    """Train one client's expert and take its routing vectors; returns a line about it, or None where it is
+    there already."""
     client = run_dir / "clients" / name
     folder = client / "experts" / variant(args)
     with processes(args.device).main_process_first():  # of several processes, under `accelerate launch`
@@ -153,7 +159,10 @@ def train_client(run_dir, run, name, args, settings):
         save_file({"vectors": vectors}, part / "router.safetensors")
         write_json(part / "losses.json", losses)
         write_json(part / "done.json", settings)
-    return f"{len(private)} private + {len(proxies)} proxies, {steps} steps, loss {sum(losses[:5]) / len(losses[:5]):.3f} -> {sum(losses[-5:]) / len(losses[-5:]):.3f}"
+    return (
+        f"{len(private)} private + {len(proxies)} proxies, {steps} steps, loss "
+        f"{sum(losses[:5]) / len(losses[:5]):.3f} -> {sum(losses[-5:]) / len(losses[-5:]):.3f}"
+    )
 
 
 def selection_file(client, rule):
@@ -165,7 +174,8 @@ def selection_file(client, rule):
 
 
 def pack_upload(run_dir, name, args):
-    """RUN/clients/NAME/upload/DATA-SELECTION/: copies of the expert's files, the proxy indices, the manifest. Returns its bytes."""
+    """RUN/clients/NAME/upload/DATA-SELECTION/: copies of the expert's files, the proxy indices, the manifest.
+    Returns its bytes."""
     client = run_dir / "clients" / name
     expert = client / "experts" / variant(args)
     upload = client / "upload" / upload_variant(args.data, args.selection, args.full_ffn)
@@ -218,7 +228,8 @@ def main():
             continue
         size = pack_upload(run_dir, name, args)
         print(
-            f"train_expert: {name}: {args.data}-{args.selection}: {done or 'expert is there already, skipped'}; upload {size / 1e6:.1f} MB"
+            f"train_expert: {name}: {args.data}-{args.selection}: "
+            f"{done or 'expert is there already, skipped'}; upload {size / 1e6:.1f} MB"
         )
     processes().wait_for_everyone()
 

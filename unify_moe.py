@@ -1,22 +1,31 @@
 """Stage 3, at the server: merge the uploaded experts into one model (Sec. 3.4-3.5, Algorithm 1, lines 13-18).
 
-Reads RUN/run.json, RUN/public/ and the clients' uploads, nothing else of theirs; writes RUN/moe/NAME/. The methods:
+Reads RUN/run.json, RUN/public/ and the clients' uploads, nothing else of theirs; writes RUN/moe/NAME/. The
+methods:
 
-    metamoe       proxy-aligned experts, context-aware router from the uploaded vectors, final training of router and
+    metamoe       proxy-aligned experts, context-aware router from the uploaded vectors, final training of
+                  router and
                   experts on the union of all proxies
-    flexolmo      private-only experts, token-level router from the uploaded vectors, the router alone trained on the union
+    flexolmo      private-only experts, token-level router from the uploaded vectors, the router alone trained
+                  on the union
                   of proxies chosen by relevance
-    btx           private-only experts, random token-level router, router and experts trained on random public samples
+    btx           private-only experts, random token-level router, router and experts trained on random public
+                  samples
     soup          one expert: the average of the private-only experts' weight updates B_p A_p
     btm           no model: evaluate.py averages the private-only experts' predictions
-    unrestricted  the upper bound: as metamoe from private-only experts, final training on ALL CLIENTS' PRIVATE DATA
+    unrestricted  the upper bound: as metamoe from private-only experts, final training on ALL CLIENTS'
+                  PRIVATE DATA
 
-Each switch of the paper's ablations is a flag; a model made with one wants a --name of its own. From a model that is there:
+Each switch of the paper's ablations is a flag; a model made with one wants a --name of its own. From a model
+that is there:
 
-    --without NAME   writes RUN/moe/MODEL-without-NAME, the model without that client's expert: no training, the others renormalised
-    --extend MODEL   adds the clients of the run that RUN/moe/MODEL lacks, from their uploads; its experts and routers keep
+    --without NAME   writes RUN/moe/MODEL-without-NAME, the model without that client's expert: no training,
+                     the others renormalised
+    --extend MODEL   adds the clients of the run that RUN/moe/MODEL lacks, from their uploads; its experts and
+                     routers keep
                      their trained weights, and the final training is run again, on the union of all proxies
-    --export DIR     also writes the model as a folder that transformers loads without this project (trust_remote_code=True)
+    --export DIR     also writes the model as a folder that transformers loads without this project
+                     (trust_remote_code=True)
 """
 
 import argparse
@@ -53,7 +62,8 @@ def parse_args():
     parser.add_argument(
         "--data",
         choices=["aligned", "private", "proxies"],
-        help="which experts: trained on private + proxies, private, proxies (default: the method's, like all below)",
+        help="which experts: trained on private + proxies, private, proxies (default: the method's, like "
+        "all below)",
     )
     parser.add_argument(
         "--selection",
@@ -79,7 +89,8 @@ def parse_args():
     parser.add_argument(
         "--samples",
         choices=["proxies", "public", "private"],
-        help="final training on all proxies, as many random public samples, or the private data (breaks privacy)",
+        help="final training on all proxies, as many random public samples, or the private data (breaks "
+        "privacy)",
     )
     parser.add_argument(
         "--seed-expert",
@@ -90,7 +101,8 @@ def parse_args():
         "--weighting",
         choices=moe.WEIGHTINGS,
         default="stopgrad",
-        help="weights of the chosen experts: pi / stop_gradient(sum), Eq. 5's pi, or pi / sum (default: %(default)s)",
+        help="weights of the chosen experts: pi / stop_gradient(sum), Eq. 5's pi, or pi / sum (default: "
+        "%(default)s)",
     )
     parser.add_argument("--top-k", type=int, default=1, help="experts a token (default: %(default)s)")
     parser.add_argument(
@@ -106,7 +118,8 @@ def parse_args():
     parser.add_argument(
         "--epochs",
         type=int,
-        help="final epochs over the proxies; sets the steps of every method but unrestricted, which takes the expert stage's epochs",
+        help="final epochs over the proxies; sets the steps of every method but unrestricted, which takes "
+        "the expert stage's epochs",
     )
     parser.add_argument("--lr", type=float, help="final learning rate")
     parser.add_argument("--lambda-lr", type=float, help="learning rate of lambda")
@@ -116,12 +129,14 @@ def parse_args():
     parser.add_argument(
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
-        help="language models: recompute activations in the backward instead of keeping them (default: the backbone's preset)",
+        help="language models: recompute activations in the backward instead of keeping them (default: the "
+        "backbone's preset)",
     )
     parser.add_argument(
         "--without",
         metavar="NAME",
-        help="leave the expert NAME out of the model (--name, else the method's) and write it as a model of its own",
+        help="leave the expert NAME out of the model (--name, else the method's) and write it as a model "
+        "of its own",
     )
     parser.add_argument(
         "--extend",
@@ -131,7 +146,8 @@ def parse_args():
     parser.add_argument(
         "--export",
         metavar="DIR",
-        help="also write the model there as a Hugging Face folder (language models; context: the prefix's mean)",
+        help="also write the model there as a Hugging Face folder (language models; context: the prefix's "
+        "mean)",
     )
     parser.add_argument(
         "--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)"
@@ -158,7 +174,8 @@ def final_samples(run_dir, run, uploads, settings):
             )
         if union[0] < 0 or union[-1] >= len(public):
             raise UserError(
-                f"an upload names public sample {union[0] if union[0] < 0 else union[-1]}, D_0 has {len(public)}: all parties need the same public set"
+                f"an upload names public sample {union[0] if union[0] < 0 else union[-1]}, D_0 has "
+                f"{len(public)}: all parties need the same public set"
             )
         return [public[i] for i in union]
     if settings["samples"] == "public":
@@ -170,7 +187,8 @@ def final_samples(run_dir, run, uploads, settings):
             )
         ]
     print(
-        "unify_moe: THIS MODEL IS TRAINED ON ALL CLIENTS' PRIVATE DATA: the upper bound, not a private method",
+        "unify_moe: THIS MODEL IS TRAINED ON ALL CLIENTS' PRIVATE DATA: the upper bound, not a private "
+        "method",
         flush=True,
     )
     return [
@@ -181,7 +199,8 @@ def final_samples(run_dir, run, uploads, settings):
 
 
 def label_set(backbone, run_dir, run, settings):
-    """The classes that an image model's final training tells apart: the public set's, or for the upper bound all clients'."""
+    """The classes that an image model's final training tells apart: the public set's, or for the upper bound
+    all clients'."""
     classes = backbone.public_classes(run_dir / "public")
     if classes and settings["samples"] == "private":
         own = [
@@ -266,7 +285,11 @@ def build(backbone, run_dir, run, uploads, settings):
 def extend(backbone, run_dir, run, uploads, settings):
     """The model RUN/moe/EXTEND with the experts of the clients it lacks, before the final training."""
     config, tensors = moe.read(run_dir / "moe" / settings["extend"]["model"])
-    new = [(name, upload) for name, upload in zip(run["clients"], uploads) if name not in config["names"]]
+    new = [
+        (name, upload)
+        for name, upload in zip(run["clients"], uploads, strict=True)
+        if name not in config["names"]
+    ]
     joining = [
         (name, read_expert(upload), load_file(upload / "router.safetensors")["vectors"])
         for name, upload in new
@@ -275,7 +298,8 @@ def extend(backbone, run_dir, run, uploads, settings):
 
 
 def extended(args, run_dir, run, settings, variant):
-    """What `done.json` records of the model that is extended; UserError where it does not go with these settings."""
+    """What `done.json` records of the model that is extended; UserError where it does not go with these
+    settings."""
     folder = run_dir / "moe" / args.extend
     if not (folder / "moe_config.json").exists():
         raise UserError(f"--extend {args.extend}: there is no such MoE in {run_dir / 'moe'}")
@@ -285,11 +309,13 @@ def extended(args, run_dir, run, settings, variant):
     for key in ("method", "top_k", "weighting", "offset", "context", "seed_expert"):
         if made[key] != settings[key]:
             raise UserError(
-                f"--{key.replace('_', '-')} {settings[key]}: {args.extend} was made with {made[key]}, and is extended with the same alone"
+                f"--{key.replace('_', '-')} {settings[key]}: {args.extend} was made with {made[key]}, and "
+                "is extended with the same alone"
             )
     if made["variant"] != variant:
         raise UserError(
-            f"--extend {args.extend}: made from the uploads {made['variant']}, now {variant}: pass the same --data and --selection"
+            f"--extend {args.extend}: made from the uploads {made['variant']}, now {variant}: pass the "
+            "same --data and --selection"
         )
     if not set(run["clients"]) - set(config["names"]):
         raise UserError(f"--extend {args.extend}: has an expert of every client of this run already")
@@ -302,7 +328,8 @@ def leave_out(args, run_dir):
     source, folder = run_dir / "moe" / base, run_dir / "moe" / f"{base}-without-{args.without}"
     if not (source / "moe_config.json").exists():
         raise UserError(
-            f"--without {args.without}: there is no MoE {base} in {run_dir / 'moe'}: make it first, or name another with --name"
+            f"--without {args.without}: there is no MoE {base} in {run_dir / 'moe'}: make it first, or "
+            "name another with --name"
         )
     made = read_json(source / "done.json")
     if made["method"] != args.method:
@@ -324,7 +351,8 @@ def leave_out(args, run_dir):
         moe.write(part, config, tensors)
         write_json(part / "done.json", settings)
     print(
-        f"unify_moe: {folder.name}: {len(config['names'])} experts ({', '.join(config['names'])}), no training"
+        f"unify_moe: {folder.name}: {len(config['names'])} experts ({', '.join(config['names'])}), no "
+        "training"
     )
     return folder
 
@@ -378,7 +406,8 @@ def resolve(args, run_dir, run):
     for key in ("epochs", "lr", "lambda_lr", "batch_size"):
         if not settings[key] > 0:  # nan too
             raise UserError(
-                f"--{key.replace('_', '-')} {settings[key]}: must be positive (no final training: --train none)"
+                f"--{key.replace('_', '-')} {settings[key]}: must be positive (no final training: --train "
+                "none)"
             )
     if not settings["weight_decay"] >= 0:
         raise UserError(f"--weight-decay {settings['weight_decay']}: must be at least 0")
@@ -413,7 +442,7 @@ def main():
     for upload in uploads:
         read_manifest(upload)
     settings["uploads"] = {
-        name: sha256(upload / "manifest.json") for name, upload in zip(run["clients"], uploads)
+        name: sha256(upload / "manifest.json") for name, upload in zip(run["clients"], uploads, strict=True)
     }
     settings["variant"] = variant
     if args.extend:
@@ -473,7 +502,8 @@ def make(args, run_dir, run, uploads, settings, folder):
         else ""
     )
     print(
-        f"unify_moe: {settings['name']}: {len(uploads)} experts ({settings['variant']}){trained}, {seconds:.1f} s"
+        f"unify_moe: {settings['name']}: {len(uploads)} experts ({settings['variant']}){trained}, "
+        f"{seconds:.1f} s"
     )
 
 

@@ -1,4 +1,5 @@
-"""Which clients take part in a run, and whose data they bring: run.json from the flags, and the data of each party."""
+"""Which clients take part in a run, and whose data they bring: run.json from the flags, and the data of each
+party."""
 
 import re
 from pathlib import Path
@@ -23,7 +24,8 @@ def known_clients(backbone):
 
 
 def client_flags(args):
-    """({NAME: PATH} of the --client NAME=PATH, the names of the --client NAME, (NAME, PATH or "") of --join or None)."""
+    """({NAME: PATH} of the --client NAME=PATH, the names of the --client NAME, (NAME, PATH or "") of --join
+    or None)."""
     own, alone, joined = {}, [], None
     for flag, value in [("--client", value) for value in args.client or []] + [("--join", args.join)] * bool(
         args.join
@@ -31,7 +33,8 @@ def client_flags(args):
         name, equals, path = value.partition("=")
         if not re.fullmatch(r"\w[\w.-]*", name) or equals and (not path or name in own):
             raise UserError(
-                f"{flag} {value}: give {'NAME' if flag == '--join' else 'each NAME once,'} or NAME=PATH, NAME of letters, digits, '-', '_' and '.'"
+                f"{flag} {value}: give {'NAME' if flag == '--join' else 'each NAME once,'} or NAME=PATH, "
+                "NAME of letters, digits, '-', '_' and '.'"
             )
         if flag == "--join":
             joined = name, path
@@ -43,9 +46,11 @@ def client_flags(args):
 
 
 def start_run(args):
-    """(settings of RUN/run.json, names to select for): made from the flags and the backbone's preset, or checked against them.
+    """(settings of RUN/run.json, names to select for): made from the flags and the backbone's preset, or
+    checked against them.
 
-    run.json has "own" where clients bring their own data: {NAME: {"path", "train", "validation", "test"}}, sizes of 0 are shares of 80/10/10.
+    run.json has "own" where clients bring their own data: {NAME: {"path", "train", "validation", "test"}},
+    sizes of 0 are shares of 80/10/10.
     """
     own, alone, joined = client_flags(args)
     found = read_json(run_file) if (run_file := Path(args.run_dir) / "run.json").exists() else {}
@@ -56,13 +61,15 @@ def start_run(args):
     for name in args.clients or []:
         if name not in known:
             raise UserError(
-                f"--clients {name}: unknown, {backbone} has {', '.join(known)} (data of your own: --client NAME=PATH)"
+                f"--clients {name}: unknown, {backbone} has {', '.join(known)} (data of your own: --client "
+                "NAME=PATH)"
             )
     sources = None
     if args.data_root or args.data or args.public:
         if (args.data_root or args.data) and data not in ("images", "qa"):
             raise UserError(
-                f"--data-root and --data name the paper's datasets: {backbone} brings its data (your own: --client NAME=PATH)"
+                f"--data-root and --data name the paper's datasets: {backbone} brings its data (your own: "
+                "--client NAME=PATH)"
             )
         sources = dict(pair.partition("=")[::2] for pair in args.data or [])
         for name, source in sources.items():
@@ -92,7 +99,8 @@ def start_run(args):
             found and key not in found and settings.pop(key, None) not in (None, was)
         ):  # made before it was a setting
             raise UserError(
-                f"--run-dir {args.run_dir} was made with {key} {was!r}, now {getattr(args, key)!r}: use another --run-dir"
+                f"--run-dir {args.run_dir} was made with {key} {was!r}, now {getattr(args, key)!r}: use "
+                "another --run-dir"
             )
     if args.clients or own:
         settings["clients"] = (args.clients or []) + list(own)
@@ -147,7 +155,8 @@ def start_run(args):
     for key, letter in (("candidates", "n"), ("proxies", "m")):
         if run[key] > run["public_size"] > 0:
             raise UserError(
-                f"--{key} {run[key]} is more than --public-size {run['public_size']}: {letter} must be at most |D_0|"
+                f"--{key} {run[key]} is more than --public-size {run['public_size']}: {letter} must be at "
+                "most |D_0|"
             )
     return open_run(args.run_dir, create=False, **settings), alone or run[
         "clients"
@@ -166,11 +175,13 @@ def own_client(args, path, found):
 
 
 def join_run(args, settings, found, joined, known):
-    """As start_run, for --join: the run with one client more. The run's own settings must be as they are; sizes are the client's."""
+    """As start_run, for --join: the run with one client more. The run's own settings must be as they are;
+    sizes are the client's."""
     (name, path), run_file = joined, Path(args.run_dir) / "run.json"
     if not found:
         raise UserError(
-            f"--join {name}: --run-dir {args.run_dir} holds no run yet (no run.json): name its clients with --client or --clients"
+            f"--join {name}: --run-dir {args.run_dir} holds no run yet (no run.json): name its clients "
+            "with --client or --clients"
         )
     if args.client or args.clients or args.public:
         raise UserError(
@@ -183,7 +194,8 @@ def join_run(args, settings, found, joined, known):
     before = found.get("own", {}).get(name, {})
     if name in found["clients"] and path and path != before.get("path"):
         raise UserError(
-            f"--join {name}: a client of that name is in {run_file} already, with other data: take another name"
+            f"--join {name}: a client of that name is in {run_file} already, with other data: take another "
+            "name"
         )
     run = {**found, "clients": found["clients"] + [name] * (name not in found["clients"])}
     own, of_client = (
@@ -209,7 +221,8 @@ def join_run(args, settings, found, joined, known):
 
 
 def read_data(run_dir, run, skip_bad=False):
-    """(D_0 or None, {client: parts}) of what the run has not got yet. In a real federation each party holds its own; here one archive does."""
+    """(D_0 or None, {client: parts}) of what the run has not got yet. In a real federation each party holds
+    its own; here one archive does."""
     own, preset, sources = run.get("own", {}), PRESETS[run["backbone"]], run.get("sources", {})
     new = [
         name for name in run["clients"] if not (run_dir / "clients" / name / "private" / "done.json").exists()

@@ -1,6 +1,7 @@
 """The methods of the results tables: what makes each, its title, and the ablations that compare them."""
 
-# What makes a method: which uploads, the router's context and start, what the final training trains and on what.
+# What makes a method: which uploads, the router's context and start, what the final training trains and on
+# what.
 METHODS = {
     "metamoe": {
         "data": "aligned",

@@ -15,12 +15,12 @@ def coverage_identity(run_dir, run):
 
 
 def coverage(run_dir, run, backbone, records, split):
-    """{client: {rule: {"distance", "log_det"}}} of the selections there are, and Figure 2: RUN/figure2-NAME.png
-    (of another split than test, figure2-NAME.SPLIT.png).
+    """{client: {rule: {"distance", "log_det"}}} of the selections there are, and Figure 2:
+    RUN/figure2-NAME.png (of another split than test, figure2-NAME.SPLIT.png).
 
-    distance: mean over private test samples of 1 - cosine to the nearest proxy, on the seed's features. log_det:
-    log det L_S of the proxies, Eq. 4's diversity. The figure is one t-SNE of private test data, up to 2,000 of D_0 and all
-    proxies, so that its panels share their axes.
+    distance: mean over private test samples of 1 - cosine to the nearest proxy, on the seed's features.
+    log_det: log det L_S of the proxies, Eq. 4's diversity. The figure is one t-SNE of private test data, up
+    to 2,000 of D_0 and all proxies, so that its panels share their axes.
     """
     import matplotlib
 
@@ -58,7 +58,7 @@ def coverage(run_dir, run, backbone, records, split):
         figure, axes = plt.subplots(
             1, len(proxies), figsize=(5 * len(proxies), 5.4), sharex=True, sharey=True, squeeze=False
         )
-        for axis, (rule, chosen) in zip(axes[0], proxies.items()):
+        for axis, (rule, chosen) in zip(axes[0], proxies.items(), strict=True):
             axis.scatter(*others.T, s=4, c="#c8c8c8", linewidths=0, label="public set")
             axis.scatter(*own.T, s=9, c="#1f77b4", linewidths=0, label=f"{name}, private test data")
             axis.scatter(

@@ -1,6 +1,7 @@
 """The paper's numbers, and which of them belong to a run."""
 
-# The paper's accuracies in percent (Tables 1-9, 13, 14): backbone -> model -> (each client's, ..., average), or the average alone.
+# The paper's accuracies in percent (Tables 1-9, 13, 14): backbone -> model -> (each client's, ..., average),
+# or the average alone.
 PAPER_CLIENTS = {
     "vit-b-32": ["pets", "flowers", "eurosat"],
     "vit-b-16": ["pets", "flowers", "eurosat"],
@@ -126,4 +127,4 @@ def paper_numbers(run, model):
     names, numbers = PAPER_CLIENTS.get(run["backbone"], []), PAPER.get(run["backbone"], {}).get(model, ())
     if set(run["clients"]) != set(names):
         return {}  # another federation
-    return dict(zip(names, numbers[:-1])) | ({"average": numbers[-1]} if numbers else {})
+    return dict(zip(names, numbers[:-1], strict=False)) | ({"average": numbers[-1]} if numbers else {})

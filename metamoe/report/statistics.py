@@ -11,11 +11,12 @@ def is_choice(records):
 
 
 def is_right(scores, records):
-    """1.0 where the answer's text is the likeliest choice, else 0.0; also 0.0 where no letter was generated."""
+    """1.0 where the answer's text is the likeliest choice, else 0.0; also 0.0 where no letter was
+    generated."""
     return np.array(
         [
             float(len(values) > 0 and record["choices"][int(np.argmax(values))] == record["answer"])
-            for values, record in zip(scores, records)
+            for values, record in zip(scores, records, strict=True)
         ]
     )
 
@@ -33,7 +34,8 @@ def wilson(successes, n, z=1.959964):
 
 
 def paired_bootstrap(ours, theirs, seed, resamples=10_000):
-    """MetaMoE's average minus another row's, in points, and its 95% interval: test samples resampled within each client."""
+    """MetaMoE's average minus another row's, in points, and its 95% interval: test samples resampled within
+    each client."""
     rng, draws = np.random.default_rng(seed), []
     differences = [ours[name] - theirs[name] for name in ours]
     for values in differences:

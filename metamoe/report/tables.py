@@ -30,7 +30,8 @@ def title(row, run):
 
 
 def sections(rows):
-    """[(title, [(label, row)])]: the main table's rows and those of no ablation, then each ablation that has rows of its own."""
+    """[(title, [(label, row)])]: the main table's rows and those of no ablation, then each ablation that has
+    rows of its own."""
     by_name = {row["model"]: row for row in rows}
     main = {name for name in by_name if name in TITLES or name.startswith("expert-")}
     found = [
@@ -46,7 +47,8 @@ def sections(rows):
 
 
 def markdown(results, run):
-    """The paper's Table 3 layout: accuracy in percent; then ablations, intervals, differences, routing shares, coverage, bytes."""
+    """The paper's Table 3 layout: accuracy in percent; then ablations, intervals, differences, routing
+    shares, coverage, bytes."""
     clients, scoring = run["clients"], results.get("scoring")
     perplexities = [name for name in clients if "perplexity" in results["rows"][0]["clients"][name]]
     heads = [f"{name} (perplexity)" if name in perplexities else name for name in clients]
@@ -69,7 +71,8 @@ def markdown(results, run):
         )
     if perplexities:
         lines[-1] += (
-            f" Of {', '.join(perplexities)} the perplexity of the answers: lower is better, and it is in no average and no difference."
+            f" Of {', '.join(perplexities)} the perplexity of the answers: lower is better, and it is in "
+            "no average and no difference."
         )
     if scoring == "generate" and any(row["model"] == "btm" for row in results["rows"]):
         lines[-1] += " BTM combines the probabilities of the letters: its row is that of `--scoring letters`."
@@ -90,7 +93,8 @@ def markdown(results, run):
     lines += ["", "## Intervals"]
     lines += [
         "",
-        "Wilson 95% intervals; MetaMoE's average minus the row's, in points, with a paired bootstrap 95% interval.",
+        "Wilson 95% intervals; MetaMoE's average minus the row's, in points, with a paired bootstrap 95% "
+        "interval.",
         "",
         "| | "
         + " | ".join(f"{name} (n = {results['n'][name]})" for name in clients)
@@ -111,7 +115,8 @@ def markdown(results, run):
     if routed:
         lines += [
             "",
-            "Share of a client's prompt tokens that its own expert gets, mean over the layers (least and most of a layer), percent; every layer and expert is in results.json.",
+            "Share of a client's prompt tokens that its own expert gets, mean over the layers (least and "
+            "most of a layer), percent; every layer and expert is in results.json.",
             "",
             "| | " + " | ".join(clients) + " | lambda, mean |",
             "|---|" + "---:|" * (len(clients) + 1),
@@ -142,7 +147,8 @@ def markdown(results, run):
     if "coverage" in results:
         lines += [
             "",
-            "How the proxies cover a client's private test data: mean distance (1 - cosine) of a test sample to its nearest proxy, and log det L_S of the proxies.",
+            "How the proxies cover a client's private test data: mean distance (1 - cosine) of a test "
+            "sample to its nearest proxy, and log det L_S of the proxies.",
             "",
             "| | " + " | ".join(f"{name}: distance | log det" for name in clients) + " |",
             "|---|" + "---:|" * (2 * len(clients)),
@@ -163,7 +169,8 @@ def markdown(results, run):
 
 
 def cost_tables(run, rows, timings):
-    """The paper's Tables 10, 15 and 16 as Markdown, means over the runs: `rows` of one run, `timings` of each."""
+    """The paper's Tables 10, 15 and 16 as Markdown, means over the runs: `rows` of one run, `timings` of
+    each."""
 
     def mean(get):
         return np.mean([get(found) for found in timings])
@@ -212,37 +219,35 @@ def cost_tables(run, rows, timings):
     ]
     for row in rows:
         model = row["model"]
-        seconds = (
-            f"{mean(lambda t: t[model]['unify_seconds']):.2f}"
-            if all("unify_seconds" in found[model] for found in timings)
-            else ""
-        )
-        cells = [row["title"], seconds, f"{mean(lambda t: t[model]['samples_per_second']):.1f}"]
-        cells += (
-            [f"{paper[model][0]:.2f}", f"{paper[model][1]:.2f}"]
-            if model in paper
-            else ["", ""]
-            if paper
-            else []
-        )
+        measured = [found[model] for found in timings]
+        seconds = ""
+        if all("unify_seconds" in found for found in measured):
+            seconds = f"{np.mean([found['unify_seconds'] for found in measured]):.2f}"
+        speed = np.mean([found["samples_per_second"] for found in measured])
+        cells = [row["title"], seconds, f"{speed:.1f}"]
+        if model in paper:
+            cells += [f"{paper[model][0]:.2f}", f"{paper[model][1]:.2f}"]
+        elif paper:
+            cells += ["", ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def pool(run_dirs, file):
-    """The table over runs that differ in their seed, from the results in `file` of each: mean and standard deviation, MetaMoE's paired
-    differences over all samples."""
+    """The table over runs that differ in their seed, from the results in `file` of each: mean and standard
+    deviation, MetaMoE's paired differences over all samples."""
     for run_dir in run_dirs:
         if not (Path(run_dir) / file).exists():
             raise UserError(f"--run-dir {run_dir}: holds no {file}: evaluate it alone first")
     runs = [read_json(Path(run_dir) / file) for run_dir in run_dirs]
     first = runs[0]["run"]
-    for run_dir, found in zip(run_dirs, runs):
+    for run_dir, found in zip(run_dirs, runs, strict=True):
         if {**found["run"], "seed": 0} != {**first, "seed": 0} or [r["model"] for r in found["rows"]] != [
             r["model"] for r in runs[0]["rows"]
         ]:
             raise UserError(
-                f"--run-dir {run_dir}: made with other settings or models than {run_dirs[0]}; only the seed may differ"
+                f"--run-dir {run_dir}: made with other settings or models than {run_dirs[0]}; only the "
+                "seed may differ"
             )
     clients = first["clients"]
     perplexities = [name for name in clients if "perplexity" in runs[0]["rows"][0]["clients"][name]]
@@ -259,11 +264,13 @@ def pool(run_dirs, file):
                     for name in choices
                 }
             )
-    for tables in zip(*(sections(found["rows"]) for found in runs)):  # the same table of each run
+    for tables in zip(
+        *(sections(found["rows"]) for found in runs), strict=True
+    ):  # the same table of each run
         if tables[0][0]:
             print(f"\n{tables[0][0]}\n")
         print("| | " + heads + " | Average | MetaMoE minus this |\n|---|" + "---:|" * (len(clients) + 2))
-        for labelled in zip(*(rows for _, rows in tables)):
+        for labelled in zip(*(rows for _, rows in tables), strict=True):
             (label, first_row), rows = labelled[0], [row for _, row in labelled]
             columns = [
                 [row["clients"][name]["perplexity" if name in perplexities else "accuracy"] for row in rows]

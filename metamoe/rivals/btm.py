@@ -11,17 +11,18 @@ def probabilities(scores):
 
 
 def ensemble(experts, instruction=()):
-    """BTM: the mean of the private-only experts' probabilities over the choices, {client: [[...], ...]}; for the clients of `instruction` data
-    the logarithm of their mean probability of each token."""
+    """BTM: the mean of the private-only experts' probabilities over the choices, {client: [[...], ...]}; for
+    the clients of `instruction` data the logarithm of their mean probability of each token."""
     mixed = {}
     for name in experts[0]["scores"]:
         if name in instruction:
             mixed[name] = [
                 np.logaddexp.reduce(tokens) - math.log(len(experts))
-                for tokens in zip(*(expert["scores"][name] for expert in experts))
+                for tokens in zip(*(expert["scores"][name] for expert in experts), strict=True)
             ]
         else:
             mixed[name] = [
-                np.mean(ps, 0) for ps in zip(*(probabilities(expert["scores"][name]) for expert in experts))
+                np.mean(ps, 0)
+                for ps in zip(*(probabilities(expert["scores"][name]) for expert in experts), strict=True)
             ]
     return mixed

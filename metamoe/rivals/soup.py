@@ -9,7 +9,8 @@ from metamoe.rundir import write_json
 
 
 def average(experts):
-    """ModelSoup: the mean of the experts' weights. The mean of products B_p A_p is one LoRA expert of rank K r, exactly."""
+    """ModelSoup: the mean of the experts' weights. The mean of products B_p A_p is one LoRA expert of rank K
+    r, exactly."""
     soup = {}
     for ffn, first in experts[0].items():
         soup[ffn] = {}
@@ -21,7 +22,11 @@ def average(experts):
                 soup[ffn][key] = torch.cat(tensors)  # (K r, d_in)
             elif key.endswith("lora_B"):
                 soup[ffn][key] = torch.cat(
-                    [t * expert[ffn]["scaling"] / len(experts) for t, expert in zip(tensors, experts)], 1
+                    [
+                        t * expert[ffn]["scaling"] / len(experts)
+                        for t, expert in zip(tensors, experts, strict=True)
+                    ],
+                    1,
                 )  # (d_out, K r)
             else:
                 soup[ffn][key] = torch.stack(tensors).mean(0)

@@ -16,7 +16,8 @@ def check_export(args, run):
     """The folder to export to is free, or holds an earlier export; the model is one that can be exported."""
     if PRESETS[run["backbone"]]["kind"] != "text" or args.method in ("soup", "btm"):
         raise UserError(
-            f"--export {args.export}: an MoE of a language model alone; {run['backbone']}, {args.method} is none"
+            f"--export {args.export}: an MoE of a language model alone; {run['backbone']}, {args.method} "
+            "is none"
         )
     folder = Path(args.export)
     earlier = all((folder / file).exists() for file in ("config.json", "modeling_metamoe.py"))

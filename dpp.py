@@ -76,14 +76,18 @@ def relevance_weighted_dpp(features, relevance, k, return_gains=False):
 
     def rows(index):
         x = z[index] if isinstance(z, torch.Tensor) else torch.from_numpy(z[index.numpy()])
-        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # exact, and a quick way to float64
+        return (
+            x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        )  # exact, and a quick way to float64
 
     for part in torch.arange(len(z), device=r.device).split(ROWS):
         largest = rows(part).abs().amax(1)
         if not largest.isfinite().all():
             raise ValueError("features contains NaN or inf")
         if not largest.all():
-            raise ValueError(f"features has a zero row ({int(part[largest == 0][0])}), whose cosine is undefined")
+            raise ValueError(
+                f"features has a zero row ({int(part[largest == 0][0])}), whose cosine is undefined"
+            )
 
     def unit(index):
         """The unit vectors z_i / |z_i|, (len(index), d)."""
@@ -94,7 +98,9 @@ def relevance_weighted_dpp(features, relevance, k, return_gains=False):
         return x.mul_(1 / torch.linalg.vector_norm(x, dim=1, keepdim=True))  # quicker than a division
 
     tol = _tolerance(torch.finfo(r.dtype).eps)
-    order, gains = _with_fillers(lambda log_weight: _lazy_greedy(unit, log_weight, k, tol), 2 * r.log(), k, tol)
+    order, gains = _with_fillers(
+        lambda log_weight: _lazy_greedy(unit, log_weight, k, tol), 2 * r.log(), k, tol
+    )
     return _like(features, order, gains, return_gains)
 
 
@@ -137,7 +143,12 @@ def greedy_map(kernel, k, return_gains=False):
     # The entries of a float32 kernel stay that coarse when upcast, and so does rho. (float32 features are no such
     # trouble: an error e in a vector is one of e^2, about 1e-14, in its rho.)
     tol = _tolerance(max(torch.finfo(c.dtype).eps, _eps(kernel)))
-    order, gains = _with_fillers(lambda log_weight: _greedy(c, torch.ones_like(diagonal), log_weight, k, tol)[:2], diagonal.log(), k, tol)
+    order, gains = _with_fillers(
+        lambda log_weight: _greedy(c, torch.ones_like(diagonal), log_weight, k, tol)[:2],
+        diagonal.log(),
+        k,
+        tol,
+    )
     return _like(kernel, order, gains, return_gains)
 
 
@@ -151,7 +162,9 @@ def _lazy_greedy(unit, log_weight, k, tol):
     """
     bound = log_weight.clone()  # of each item's gain
     rho = torch.ones_like(bound)
-    seen = torch.zeros_like(bound, dtype=torch.int64)  # the rows of Q that rho takes into account, 0 .. seen - 1
+    seen = torch.zeros_like(
+        bound, dtype=torch.int64
+    )  # the rows of Q that rho takes into account, 0 .. seen - 1
     order, gains = seen[:0], bound[:0]
     basis = unit(order).new_empty(k, unit(order).shape[1])  # Q
 
@@ -166,12 +179,16 @@ def _lazy_greedy(unit, log_weight, k, tol):
         while True:
             value, best = bound.topk(min(width, len(bound)))
             front = best[:POOL]
-            if value[len(front) - 1] >= value[0] - tol:  # ties, and there may be more: the lowest indices come first
+            if (
+                value[len(front) - 1] >= value[0] - tol
+            ):  # ties, and there may be more: the lowest indices come first
                 front = best = (bound >= value[0] - tol).nonzero()[:, 0]
             if (seen[front] >= len(q)).all():
                 break
             stale = best[seen[best] < len(q)].sort().values
-            for part in stale[seen[stale].argsort(stable=True)].split(ROWS):  # those that lack the same rows together
+            for part in stale[seen[stale].argsort(stable=True)].split(
+                ROWS
+            ):  # those that lack the same rows together
                 first = seen[part]
                 new = torch.arange(int(first[0]), len(q), device=part.device)
                 y = (q[new[0] :] @ unit(part).T) * (new[:, None] >= first)
@@ -184,10 +201,17 @@ def _lazy_greedy(unit, log_weight, k, tol):
         bound[pool] = -torch.inf
         z = unit(pool)
         y = z @ q.T
-        chosen, gained, left, factor = _greedy(z @ z.T - y @ y.T, 1 - (y * y).sum(1), log_weight[pool], k - len(q), tol, float(bound.max()))
-        new, least = z[chosen] - y[chosen] @ q, (gained - log_weight[pool[chosen]]).min()  # log rho of the least that was left
+        chosen, gained, left, factor = _greedy(
+            z @ z.T - y @ y.T, 1 - (y * y).sum(1), log_weight[pool], k - len(q), tol, float(bound.max())
+        )
+        new, least = (
+            z[chosen] - y[chosen] @ q,
+            (gained - log_weight[pool[chosen]]).min(),
+        )  # log rho of the least that was left
         if least > -5:
-            new = torch.linalg.solve_triangular(factor[:, chosen].T, new, upper=False)  # Gram-Schmidt: the first i rows span the first i chosen
+            new = torch.linalg.solve_triangular(
+                factor[:, chosen].T, new, upper=False
+            )  # Gram-Schmidt: the first i rows span the first i chosen
         else:  # the same, slower, and orthogonal whatever the factor's condition
             new = torch.linalg.qr(new.T)[0].T
             if least < -10:  # what little is left, scaled up, is not quite orthogonal
@@ -206,7 +230,9 @@ def _greedy(c, rho, log_weight, k, tol, floor=-math.inf):
     """
     device, (c, rho, log_weight) = c.device, (x.cpu().numpy() for x in (c, rho, log_weight))
     rho = np.where(rho > tol, rho, 0)
-    factor = np.empty((min(k, len(rho)), len(rho)), rho.dtype)  # row t: entry t of y (App. B) for each of the n items, chosen or not
+    factor = np.empty(
+        (min(k, len(rho)), len(rho)), rho.dtype
+    )  # row t: entry t of y (App. B) for each of the n items, chosen or not
     order, gains = [], []
     with np.errstate(divide="ignore"):  # log 0 of the spent
         while len(order) < len(factor):
@@ -222,7 +248,10 @@ def _greedy(c, rho, log_weight, k, tol, floor=-math.inf):
             factor[t] = y
             order.append(j)
             gains.append(gain[j])
-    return tuple(torch.as_tensor(x, device=device) for x in (np.array(order, np.int64), np.array(gains, rho.dtype), rho, factor[: len(order)]))
+    return tuple(
+        torch.as_tensor(x, device=device)
+        for x in (np.array(order, np.int64), np.array(gains, rho.dtype), rho, factor[: len(order)])
+    )
 
 
 def _with_fillers(greedy, log_weight, k, tol):
@@ -242,7 +271,10 @@ def _with_fillers(greedy, log_weight, k, tol):
         gains = torch.cat([gains, gains.new_full((fillers,), -torch.inf)])
         warnings.warn(
             f"the kernel's numerical rank is used up: {fillers} of the {k} items add nothing to the determinant and "
-            "were filled in by relevance (by the diagonal, for an explicit kernel)", RuntimeWarning, stacklevel=3)
+            "were filled in by relevance (by the diagonal, for an explicit kernel)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     return order, gains
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from tiny import score_alone, teach, unified
 from safetensors.torch import save_file
+from tiny import score_alone, teach, unified
 
 import moe
 from metamoe import backbones, rundir, uploads

@@ -1,15 +1,16 @@
-"""MetaMoE's mixture-of-experts layer: independently trained FFN experts and a context-aware router in one model.
+"""MetaMoE's mixture-of-experts layer: independently trained FFN experts under one context-aware router.
 
 The layer of "MetaMoE: Diversity-Aware Proxy Selection for Privacy-Preserving Mixture-of-Experts Unification"
 (arXiv 2605.14289, ICML 2026), Eq. 5-6. It needs torch and safetensors alone and can be copied:
 
-    model = unify(seed_model, ffn_names, experts, vectors)  # experts: K x {ffn_name: LoRA or full FFN weights}
-    model.routing.context_mask = prompt_mask                # (B, T), tokens averaged into the router's context
+    model = unify(seed_model, ffn_names, experts, vectors)  # experts: K x {ffn_name: LoRA or full weights}
+    model.routing.context_mask = prompt_mask  # (B, T), tokens averaged into the router's context
     save(model, "unified"); model = load("unified", fresh_seed_model)
-    disable_expert(model, "hotels")                         # opt out without training; enable_expert undoes it
+    disable_expert(model, "hotels")  # opt out without training; enable_expert undoes it
 
 `generate` and key-value caches also need metamoe/serving/generation.py.
-Shapes: B sequences, T tokens, N = B T, d width, h the FFN's hidden width, K experts, k = top_k, r LoRA rank, L layers.
+Shapes: B sequences, T tokens, N = B T, d width, h the FFN's hidden width, K experts, k = top_k, r LoRA rank,
+L layers.
 """
 
 import importlib
@@ -29,8 +30,9 @@ from torch import Tensor
 
 WEIGHTINGS = ("stopgrad", "literal", "renormalized")
 CONTEXTS = ("fixed", "prefix", "none")
-# Up to so many tokens LoRA experts run behind masks, all at once: K - 1 times more low-rank work, but no sorting, no wait
-# on CUDA, no product of a new size in each batch. The number of tokens decides what is faster, not K.
+# Up to so many tokens LoRA experts run behind masks, all at once: K - 1 times more low-rank work, but no
+# sorting, no wait on CUDA, no product of a new size in each batch. The number of tokens decides what is
+# faster, not K.
 FEW_TOKENS = {"cpu": 2048, "cuda": 65536}
 # an FFN is known by the names of its linears, the down projection last, and of its activation
 FFNS = (
@@ -79,13 +81,15 @@ class Router(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """The MoE layer, Eq. 5: y_t = sum over the top-k experts p of weight_p FFN_p(z_t). Takes the place of an FFN.
+    """The MoE layer in an FFN's place, Eq. 5: y_t = sum over the top-k experts p of weight_p FFN_p(z_t).
 
-    ffn: the seed model's FFN, gated or two-layer (FFNS). With LoRA experts its linears, frozen, become the layer's.
-    experts: K dicts, all of one kind. LoRA, W + scaling B A: {"up_proj.lora_A": (r, d_in), "up_proj.lora_B": (d_out, r),
-        ..., "scaling": float}; ranks may differ, linears may be left out. Full: {"up_proj.weight": (d_out, d_in), ...}.
-    weighting: of the chosen experts. "literal": pi_p, as in Eq. 5. "renormalized": pi_p / sum of the chosen pi.
-        "stopgrad": pi_p / stop_gradient(sum), which still trains the router at top-1.
+    ffn: the seed model's FFN, gated or two-layer (FFNS). With LoRA experts its linears, frozen, become the
+    layer's.
+    experts: K dicts, all of one kind. LoRA, W + scaling B A: {"up_proj.lora_A": (r, d_in), "up_proj.lora_B":
+        (d_out, r), ..., "scaling": float}; ranks may differ, linears may be left out. Full:
+        {"up_proj.weight": (d_out, d_in), ...}.
+    weighting: of the chosen experts. "literal": pi_p, as in Eq. 5. "renormalized": pi_p / sum of the chosen
+        pi. "stopgrad": pi_p / stop_gradient(sum), which still trains the router at top-1.
     Raises ValueError, naming the argument, where shapes, counts or kinds disagree.
     """
 
@@ -94,9 +98,8 @@ class MoELayer(nn.Module):
         self.linears, act = _parts(ffn)
         want = (len(experts), getattr(ffn, self.linears[0]).in_features)
         if tuple(router.vectors.shape) != want:
-            raise ValueError(
-                f"router has vectors {tuple(router.vectors.shape)}, not ({want[0]} experts, {want[1]})"
-            )
+            found = tuple(router.vectors.shape)
+            raise ValueError(f"router has vectors {found}, not ({want[0]} experts, {want[1]})")
         if not 1 <= top_k <= len(experts):
             raise ValueError(f"top_k is {top_k}, not in 1..{len(experts)}, the number of experts")
         if weighting not in WEIGHTINGS:
@@ -129,7 +132,8 @@ class MoELayer(nn.Module):
         return y.view(x.shape)
 
     def choose(self, pi: Tensor) -> tuple[Tensor, Tensor]:
-        """The top-k experts of pi (..., K) and their weights, (..., k) both; of equal ones the lowest index first."""
+        """The top-k experts of pi (..., K) and their weights, (..., k) both; of equal ones the lowest index
+        first."""
         k = min(self.top_k, len(self.counts) - len(self.router.disabled))
         pi, chosen = pi.sort(dim=-1, descending=True, stable=True)  # topk promises no order among equals
         pi, chosen = pi[..., :k], chosen[..., :k]
@@ -206,9 +210,10 @@ class MoELayer(nn.Module):
         for name in self.linears:
             tensors = self._tensors(name, dtype)
             shared = self.kind == "lora"  # W and bias are the seed model's
-            weights[name] = [
-                [t] * K if t is None or (shared and i < 2) else t.unbind(0) for i, t in enumerate(tensors)
-            ]
+            weights[name] = []
+            for t, common in zip(tensors, (shared, shared, False, False), strict=True):
+                # unbind: one gradient for a whole stack, not one of its size for every expert
+                weights[name].append([t] * K if t is None or common else t.unbind(0))
         return weights
 
     def count(self, chosen: Tensor, z: Tensor):
@@ -238,10 +243,11 @@ def _mask(name, mask, z):
 class RoutingState:
     """What the router knows of a batch beside its tokens; one object for all layers.
 
-    mode: the context z_x of Eq. 6. "fixed": the mean over the tokens of context_mask, one for the whole sequence; a
-        key-value cache keeps that of the first forward, the prompt's. "prefix": the running mean up to each token, so
-        no token is routed by its future. "none": no context.
-    context_mask: (B, T) bool, None for all tokens, in a language model all of its attention mask. Padding must be False.
+    mode: the context z_x of Eq. 6. "fixed": the mean over the tokens of context_mask, one for the whole
+        sequence; a key-value cache keeps that of the first forward, the prompt's. "prefix": the running mean
+        up to each token, so no token is routed by its future. "none": no context.
+    context_mask: (B, T) bool, None for all tokens, in a language model all of its attention mask. Padding
+    must be False.
     token_mask: (B, T) bool, the tokens that `record` counts, None as above.
     record: add the number of routed tokens (each of the k choices counts) to every layer's `counts`.
 
@@ -252,17 +258,15 @@ class RoutingState:
     context_mask: Tensor | None = None
     token_mask: Tensor | None = None
     record: bool = False
-    real: Tensor | None = field(
-        default=None, repr=False
-    )  # (B, T), from the attention mask of the forward at hand
-    cached: object | None = field(
-        default=None, repr=False
-    )  # generation.py's, for tokens in a key-value cache
+    real: Tensor | None = field(default=None, repr=False)  # (B, T), of the attention mask
+    cached: object | None = field(default=None, repr=False)  # generation.Bookkeeper, for key-value caches
 
     def context(self, z: Tensor, layer: int = 0) -> Tensor | None:
-        """z_x of Eq. 6 for z (B, T, d): (B, 1, d) if fixed, (B, T, d) if prefix, float32; None without context.
+        """z_x of Eq. 6 for z (B, T, d): (B, 1, d) if fixed, (B, T, d) if prefix, float32; None without
+        context.
 
-        Where no token is in the mask (yet) it is 0. ValueError on an unknown mode, or a mask that is not (B, T).
+        Where no token is in the mask (yet) it is 0. ValueError on an unknown mode, or a mask that is not (B,
+        T).
         """
         if self.mode == "none":
             return None
@@ -289,12 +293,11 @@ class RoutingState:
 
 
 def _before_forward(module, args, kwargs):
-    """Before a language model's forward: which tokens are real, and what the router knows of those in the cache."""
+    """Before a language model's forward: which tokens are real, and what the router knows of those in the
+    cache."""
     state = module.routing
-    given = (
-        dict(zip(("input_ids", "attention_mask", "position_ids", "past_key_values"), args, strict=False))
-        | kwargs
-    )
+    names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
+    given = dict(zip(names, args, strict=False)) | kwargs
     ids = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
     if ids is None:
         return  # the forward has its own message
@@ -310,7 +313,8 @@ def _before_forward(module, args, kwargs):
         state.real = mask[:, -ids.shape[1] :].bool()  # (B, T)
     elif mask is not None and state.context_mask is None and state.mode != "none":
         raise ValueError(
-            "the attention mask is not (B, T), and does not say which tokens are real: set routing.context_mask"
+            "the attention mask is not (B, T), and does not say which tokens are real: "
+            "set routing.context_mask"
         )
 
 
@@ -356,7 +360,7 @@ def _parts(ffn):
 
 
 def _kind(experts):
-    """ "lora" or "full", the same for all experts."""
+    """The kind "lora" or "full", the same for all experts."""
     kinds = {"lora" if any(".lora_" in key for key in e) or "scaling" in e else "full" for e in experts}
     if len(kinds) != 1:
         raise ValueError(f"experts must be all LoRA or all full, and at least one; these are {sorted(kinds)}")
@@ -364,9 +368,11 @@ def _kind(experts):
 
 
 def _stack(experts, ffn, linears, kind):
-    """{linear: the experts' tensors stacked}: A (K, r, d_in), B (K, d_out, r), or weight (K, d_out, d_in), bias (K, d_out).
+    """{linear: tensors stacked}: A (K, r, d_in), B (K, d_out, r), or weight (K, d_out, d_in), bias (K,
+    d_out).
 
-    r is the largest rank; an expert of a smaller one gets zeros, which stay zero in training. No ranks, no entry.
+    r is the largest rank; an expert of a smaller one gets zeros, which stay zero in training. No ranks, no
+    entry.
     """
     leaves = ("lora_A", "lora_B") if kind == "lora" else ("weight", "bias")
     known = {f"{name}.{leaf}" for name in linears for leaf in leaves} | {"scaling"}
@@ -395,11 +401,9 @@ def _stack(experts, ffn, linears, kind):
 
 def _own(e, name, linear, kind, p):
     """{leaf: tensor}, expert p's own of one linear, in the right shapes."""
-    tensors = {
-        key.split(".")[1]: t.detach().to(linear.weight.device)
-        for key, t in e.items()
-        if key.startswith(f"{name}.")
-    }
+    device = linear.weight.device
+    own = {key: t for key, t in e.items() if key.startswith(f"{name}.")}
+    tensors = {key.split(".")[1]: t.detach().to(device) for key, t in own.items()}
     want = {leaf: tuple(t.shape) for leaf, t in linear.named_parameters()}
     if kind == "lora":
         d_out, d_in = linear.weight.shape
@@ -441,31 +445,34 @@ def unify(
 ):
     """Replace the L FFNs of a seed model by MoE layers (Sec. 3.4), in place; returns the model.
 
-    ffn_names: the FFNs' module paths, such as "model.layers.0.mlp". experts: K x {ffn_name: expert of MoELayer}.
-    vectors: K x (L, d), or one (K, L, d). names: of the experts. The others: see Router, MoELayer, RoutingState.mode.
+    ffn_names: the FFNs' module paths, such as "model.layers.0.mlp". experts: K x {ffn_name: expert of
+    MoELayer}.
+    vectors: K x (L, d), or one (K, L, d). names: of the experts. The others: see Router, MoELayer,
+    RoutingState.mode.
 
-    Afterwards only routers and experts require gradients; model.routing is the RoutingState, model.moe_config describes
-    the model. A language model of transformers takes padding from its attention mask, and generates. Raises ValueError,
-    naming the argument, where anything disagrees; the model then still has its FFNs.
+    Afterwards only routers and experts require gradients; model.routing is the RoutingState, model.moe_config
+    describes the model. A language model of transformers takes padding from its attention mask, and
+    generates. Raises ValueError, naming the argument, where anything disagrees; the model then still has its
+    FFNs.
     """
     ffn_names, vectors = list(ffn_names), [torch.as_tensor(v) for v in vectors]
     names = [f"expert{p + 1}" for p in range(len(experts))] if names is None else list(names)
     _check(ffn_names, experts, vectors, names, context)
     kind, state = _kind([e[name] for e in experts for name in ffn_names]), RoutingState(mode=context)
-    layers = []
-    for l, name in enumerate(ffn_names):
+    new = []
+    for index, name in enumerate(ffn_names):
         try:
             ffn = model.get_submodule(name)
         except AttributeError as error:
             raise ValueError(f"ffn_names: the model has no module {name!r}") from error
         try:
             device = next(ffn.parameters()).device
-            router = Router(torch.stack([v[l].to(device) for v in vectors]), lam, offset)
-            layers.append(MoELayer(ffn, [e[name] for e in experts], router, state, top_k, weighting))
+            router = Router(torch.stack([v[index].to(device) for v in vectors]), lam, offset)
+            new.append(MoELayer(ffn, [e[name] for e in experts], router, state, top_k, weighting))
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{name}: {error}") from error
     model.requires_grad_(False)
-    _install(model, dict(zip(ffn_names, layers, strict=True)), state)
+    _install(model, dict(zip(ffn_names, new, strict=True)), state)
     model.moe_config = dict(
         names=names,
         ffn_names=ffn_names,
@@ -475,7 +482,7 @@ def unify(
         context=context,
         offset=offset,
         lam=float(lam),
-        scaling=[layer.scaling for layer in layers],
+        scaling=[layer.scaling for layer in new],
         seed=_source(model),
         disabled=[],
     )
@@ -499,7 +506,8 @@ def _check(ffn_names, experts, vectors, names, context):
 
 
 def _install(model, new, state):
-    """Put the layers {name: MoELayer} in the FFNs' places, and let a language model's forwards tell `state` of their tokens."""
+    """Put the layers {name: MoELayer} in the FFNs' places; a language model's forwards then inform
+    `state`."""
     for index, (name, layer) in enumerate(new.items()):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
@@ -561,7 +569,7 @@ def counts(model) -> Tensor:
 
 
 def save(model, folder):
-    """Write what unify added - experts, routing vectors, lambdas, configuration; no weight of the seed model's - to a folder.
+    """Write what unify added to a folder: experts, routing vectors, lambdas, configuration; no seed model.
 
     The files are written aside and moved in, the configuration last: a folder that has one is complete.
     """
@@ -573,7 +581,7 @@ def save(model, folder):
 
 
 def write(folder, config, tensors):
-    """What `save` writes, from the configuration and the tensors {"model.layers.0.mlp.router.vectors": (K, d), ...}."""
+    """What `save` writes. tensors: {"model.layers.0.mlp.router.vectors": (K, d), ...}."""
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
@@ -597,17 +605,19 @@ def read(folder):
 
 
 def load(folder, model=None, **options):
-    """The unified model of `save` from its folder. model: a fresh seed model, which is changed in place and returned.
+    """The unified model of `save` from its folder. model: a fresh seed model, which is changed in place and
+    returned.
 
-    Without one metamoe/serving/seed_model.py loads it through transformers, with `options` (dtype, device_map, ...), from
-    the hub or from the local folders named there. FileNotFoundError where it is not there.
+    Without one metamoe/serving/seed_model.py loads it through transformers, with `options` (dtype,
+    device_map, ...), from the hub or from the local folders named there. FileNotFoundError where it is not
+    there.
     """
     config, tensors = read(folder)
     if model is None:
         seed_model = _serving("seed_model")
         if seed_model is None:
             raise FileNotFoundError(
-                "metamoe/serving/seed_model.py is not there: give the seed model, moe.load(folder, model)"
+                "no metamoe/serving/seed_model.py: give the seed model, moe.load(folder, model)"
             )
         model = seed_model.load_seed(Path(folder).absolute(), config["seed"], options)
     return assemble(model, config, tensors)
@@ -632,12 +642,15 @@ def unstack(config, tensors):
 def assemble(model, config, tensors, joining=()):
     """The unified model of what `read` returns, from a fresh seed model, in place.
 
-    joining: experts to add, (name, {ffn_name: expert of MoELayer}, vectors (L, d)) each; all that is there stays as it is.
+    joining: experts to add, (name, {ffn_name: expert of MoELayer}, vectors (L, d)) each; the others stay as
+    they are.
     """
     experts, vectors = unstack(config, tensors)
     names = list(config["names"])
     for name, expert, own in joining:
-        names, experts, vectors = [*names, name], [*experts, expert], [*vectors, own]
+        names.append(name)
+        experts.append(expert)
+        vectors.append(own)
     options = {key: config[key] for key in ("lam", "top_k", "weighting", "context", "offset")}
     model = unify(model, config["ffn_names"], experts, vectors, names=names, **options)
     with torch.no_grad():
@@ -648,9 +661,11 @@ def assemble(model, config, tensors, joining=()):
 
 
 def disable_expert(model, name):
-    """Opt out: no token goes to the expert any more, its pi is 0 and the others' sum to 1. Nothing is trained.
+    """Opt out: no token goes to the expert any more, its pi is 0 and the others' sum to 1. Nothing is
+    trained.
 
-    `save` keeps its weights; `remove_expert` leaves them out. ValueError for an unknown expert, or the last one.
+    `save` keeps its weights; `remove_expert` leaves them out. ValueError for an unknown expert, or the last
+    one.
     """
     config = model.moe_config
     out = {*config["disabled"], _known(config, name)}
@@ -679,7 +694,8 @@ def _disable(model, disabled):
 
 
 def remove_expert(config, tensors, name):
-    """(configuration, tensors) of what `read` returns, without the expert: its weights and routing vectors are gone.
+    """(configuration, tensors) of what `read` returns, without the expert: its weights and routing vectors
+    are gone.
 
     The outputs are those of `disable_expert`. ValueError for an unknown expert, or the last one.
     """

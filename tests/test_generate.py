@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -410,6 +411,29 @@ def test_gradients_are_the_same_where_the_backward_computes_the_forward_again(co
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
     assert all(g.abs().max() > 0 for g in gradients[0])
+
+
+def test_a_copied_moe_never_routes_wrongly(tmp_path, monkeypatch):
+    """moe.py without generation.py and seed_model.py: forwards without a filled cache alone."""
+    shutil.copyfile(moe.__file__, tmp_path / "copied_moe.py")
+    whole = unified("prefix")
+    moe.save(whole, tmp_path / "m")
+    for name in ("metamoe", "metamoe.serving", "metamoe.serving.generation", "metamoe.serving.seed_model"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)] + [p for p in sys.path if not (Path(p or ".") / "metamoe").exists()])
+    import copied_moe
+
+    monkeypatch.delitem(sys.modules, "copied_moe")
+    model = copied_moe.load(tmp_path / "m", seed())
+    ids, mask = left_padded(prompts(3, 9))
+    close(logits(model, ids, attention_mask=mask), logits(whole, ids, attention_mask=mask))
+    cache = transformers.DynamicCache(config=model.config)
+    close(logits(model, ids, past_key_values=cache), logits(whole, ids))
+    for refused in (lambda: logits(model, ids[:, :1], past_key_values=cache), lambda: model.generate(ids)):
+        with pytest.raises(RuntimeError, match="generation.py"):
+            refused()
+    with pytest.raises(FileNotFoundError, match=r"moe.load\(folder, model\)"):
+        copied_moe.load(tmp_path / "m")
 
 
 # ---------------------------------------------------------------- load alone

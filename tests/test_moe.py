@@ -585,6 +585,16 @@ def test_save_and_load_give_the_same_model_bit_for_bit(kind, top_k, tmp_path):
     assert again.routing.mode == "prefix" and again.moe_config["names"] == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("umask, mode", ((0o022, 0o644), (0o007, 0o660)))
+def test_saved_files_follow_the_umask(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        moe.write(tmp_path / "m", {}, {"a": torch.ones(2)})
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()} == {mode}
+
+
 def test_failed_save_leaves_no_folder_that_looks_complete(tmp_path, monkeypatch):
     experts, vectors = uploads()
     model = moe.unify(tiny_llama(), NAMES, experts, vectors)

@@ -1,8 +1,9 @@
 """Generation with a unified model: the router's context over the tokens that a key-value cache holds.
 
-With a cache a forward sees the new tokens alone, but the context of Eq. 6 is a mean over earlier ones too. The sums that
-it needs are kept in the cache (`Past`), so that they are copied, cropped and reordered with it. `unify` calls `attach`
-for a model that has `generate`. This file needs torch alone and may lie beside moe.py in a package.
+With a cache a forward sees the new tokens alone, but the context of Eq. 6 is a mean over earlier ones too.
+The sums that it needs are kept in the cache (`Past`), so that they are copied, cropped and reordered with it.
+`unify` calls `attach` for a model that has `generate`. This file needs torch alone and may lie beside moe.py
+in a package.
 
 Shapes: B sequences, T tokens, d width, s kept positions.
 """
@@ -19,7 +20,8 @@ class Past:
     """The router's sums over the tokens in a key-value cache; the attribute `routing_past` of that cache.
 
     mode: RoutingState's. length: tokens in the cache. prompt: how many of them the "fixed" mean covers.
-    sums: {layer: (sums (B, s, d), numbers (B, s, 1))} up to each of the last s <= CROP tokens; s = 1 if fixed.
+    sums: {layer: (sums (B, s, d), numbers (B, s, 1))} up to each of the last s <= CROP tokens; s = 1 if
+    fixed.
     """
 
     def __init__(self, mode, length, prompt, sums):
@@ -86,7 +88,8 @@ def past_of(cache, length, mode):
         return {}
     if not hasattr(cache, "routing_past"):
         raise ValueError(
-            f"the key-value cache holds {length} tokens that the router has not seen: fill it with the unified model"
+            f"the key-value cache holds {length} tokens that the router has not seen: "
+            "fill it with the unified model"
         )
     return cache.routing_past.upto(length, mode)
 
@@ -94,8 +97,10 @@ def past_of(cache, length, mode):
 class Bookkeeper:
     """RoutingState.cached: carries the sums of a forward from its key-value cache into it.
 
-    before: the sums of the cache's tokens, as in `Past`. after: the sums that the cache will keep, None for no cache.
-    prompt: inside `generate` the prompt's length, else None. mask: inside `generate` the (B, tokens so far) attention mask.
+    before: the sums of the cache's tokens, as in `Past`. after: the sums that the cache will keep, None for
+    no cache.
+    prompt: inside `generate` the prompt's length, else None. mask: inside `generate` the (B, tokens so far)
+    attention mask.
     """
 
     def __init__(self):
@@ -111,7 +116,8 @@ class Bookkeeper:
         self.after = {} if cache is not None or use_cache else None
 
     def attention_mask(self, given, mode, length):
-        """(B, tokens so far): the attention mask; inside `generate` in mode "fixed" the prompt's tokens alone."""
+        """(B, tokens so far): the attention mask; inside `generate` in mode "fixed" the prompt's tokens
+        alone."""
         if self.prompt is None:
             return given.get("attention_mask")
         mask = self.mask  # a static cache makes generate pass another one, of four dimensions
@@ -139,7 +145,8 @@ class Bookkeeper:
         return sums, numbers
 
     def keep(self, layer, mode, sums, numbers):
-        """Remember the last CROP positions: after taking back as many tokens the running mean is still known."""
+        """Remember the last CROP positions: after taking back as many tokens the running mean is still
+        known."""
         if mode == "prefix" and layer in self.before and sums.shape[1] < CROP:
             sums, numbers = (
                 torch.cat(pair, 1) for pair in zip(self.before[layer], (sums, numbers), strict=True)
@@ -162,7 +169,8 @@ class Bookkeeper:
 
 
 def attach(model):
-    """Make `generate` of a unified language model route as RoutingState says, with or without a key-value cache."""
+    """Make `generate` of a unified language model route as RoutingState says, with or without a key-value
+    cache."""
     model.routing.cached = Bookkeeper()
     for method in (generate, prepare_inputs_for_generation):
         setattr(model, method.__name__, MethodType(method, model))

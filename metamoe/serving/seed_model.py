@@ -35,7 +35,8 @@ def load_seed(folder: Path, seed: str, options: dict):
 
 
 def find(folder: Path, name: str) -> str:
-    """The local folder called `name`: the run's own (for RUN/moe/MODEL), in METAMOE_CACHE, or beside `folder`."""
+    """The local folder called `name`: the run's own (for RUN/moe/MODEL), in METAMOE_CACHE, or beside
+    `folder`."""
     places, run = [], folder.parent.parent / "run.json"
     own = json.loads(run.read_text()).get("seed_model") if run.exists() else None
     if own and Path(own).name == name:
@@ -54,8 +55,8 @@ def find(folder: Path, name: str) -> str:
 def fix_torchvision():
     """Let transformers, peft and open_clip import a torchvision whose compiled operators do not load.
 
-    With a CPU build of torch, a CUDA build of torchvision fails on import at the two operators it registers fakes
-    for; defining their schemas first is enough, since nothing here calls them.
+    With a CPU build of torch, a CUDA build of torchvision fails on import at the two operators it registers
+    fakes for; defining their schemas first is enough, since nothing here calls them.
     """
     try:
         import torchvision  # noqa: F401

@@ -420,7 +420,9 @@ def test_a_copied_moe_never_routes_wrongly(tmp_path, monkeypatch):
     moe.save(whole, tmp_path / "m")
     for name in ("metamoe", "metamoe.serving", "metamoe.serving.generation", "metamoe.serving.seed_model"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(sys, "path", [str(tmp_path)] + [p for p in sys.path if not (Path(p or ".") / "metamoe").exists()])
+    monkeypatch.setattr(
+        sys, "path", [str(tmp_path)] + [p for p in sys.path if not (Path(p or ".") / "metamoe").exists()]
+    )
     import copied_moe
 
     monkeypatch.delitem(sys.modules, "copied_moe")

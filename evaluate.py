@@ -15,6 +15,7 @@ from pathlib import Path
 import moe
 from metamoe.backbones import load_backbone
 from metamoe.backbones.distributed import processes
+from metamoe.cli import add_machine_flags
 from metamoe.errors import UserError, run_main
 from metamoe.presets import PRESETS
 from metamoe.records import read_records
@@ -69,16 +70,7 @@ def parse_args():
         metavar="MODEL",
         help="also score these MoEs (default: metamoe) with each client's expert left out in turn",
     )
-    parser.add_argument(
-        "--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)"
-    )
-    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16"],
-        help="auto: bfloat16 where the hardware computes in it",
-    )
+    add_machine_flags(parser)
     return parser.parse_args()
 
 

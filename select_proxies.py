@@ -18,6 +18,7 @@ import dpp
 from metamoe.backbones import load_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.embedding import public_features
+from metamoe.cli import add_machine_flags
 from metamoe.data.bigbench import CLIENTS
 from metamoe.data.glyphs import world
 from metamoe.data.questions import TEXT_CLIENTS
@@ -129,16 +130,7 @@ def parse_args():
         default="dpp",
         help="rule that chooses the proxies; dpp-all: the DPP without the pre-filter (default: %(default)s)",
     )
-    parser.add_argument(
-        "--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)"
-    )
-    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16"],
-        help="auto: bfloat16 where the hardware computes in it",
-    )
+    add_machine_flags(parser)
     parser.add_argument(
         "--force",
         action="store_true",

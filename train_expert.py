@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from metamoe.backbones import load_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import train, use_checkpointing
+from metamoe.cli import add_machine_flags
 from metamoe.errors import UserError, run_main
 from metamoe.presets import PRESETS
 from metamoe.records import read_records
@@ -79,16 +80,7 @@ def parse_args():
         help="language models: recompute activations in the backward instead of keeping them (default: the "
         "backbone's preset)",
     )
-    parser.add_argument(
-        "--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)"
-    )
-    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16"],
-        help="auto: bfloat16 where the hardware computes in it",
-    )
+    add_machine_flags(parser)
     parser.add_argument(
         "--force", action="store_true", help="redo an expert that was made with other settings"
     )

@@ -42,6 +42,7 @@ import moe
 from metamoe.backbones import load_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import train, use_checkpointing
+from metamoe.cli import add_machine_flags
 from metamoe.errors import UserError, run_main
 from metamoe.methods import METHODS
 from metamoe.presets import PRESETS
@@ -149,16 +150,7 @@ def parse_args():
         help="also write the model there as a Hugging Face folder (language models; context: the prefix's "
         "mean)",
     )
-    parser.add_argument(
-        "--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)"
-    )
-    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16"],
-        help="auto: bfloat16 where the hardware computes in it",
-    )
+    add_machine_flags(parser)
     parser.add_argument("--force", action="store_true", help="redo a model that was made with other settings")
     return parser.parse_args()
 

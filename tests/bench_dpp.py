@@ -222,7 +222,7 @@ if __name__ == "__main__":
     times = {"as a client's": [], "uniform": []}
     for n, k in sizes:
         features, relevance = clustered(n, 768)
-        for (name, found), r in zip(times.items(), (relevance, uniform(n))):
+        for (name, found), r in zip(times.items(), (relevance, uniform(n)), strict=False):
             found.append(timed(relevance_weighted_dpp, features, r, k)[1])
     for name, found in times.items():
         print(f"| {name} | " + " | ".join(f"{seconds:.2f}" for seconds in found) + " |", flush=True)

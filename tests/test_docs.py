@@ -83,7 +83,7 @@ def known_flags():
     """{script: its flags}, one --help a script, two at a time."""
     scripts = sorted({script for page in PAGES for _, script, flags in commands(page) if flags})
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(scripts, pool.map(flags_of, scripts)))
+        return dict(zip(scripts, pool.map(flags_of, scripts), strict=False))
 
 
 def test_readme_examples_run(tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_readme_examples_run(tmp_path, monkeypatch):
     examples = blocks(README, "python")
     assert len(examples) == 2
     names = [{"__name__": "readme"} for _ in examples]
-    for example, namespace in zip(examples, names):
+    for example, namespace in zip(examples, names, strict=False):
         exec(compile(example, "README.md", "exec"), namespace)
     select, unify = names
     assert select["proxies"].shape == (50,)

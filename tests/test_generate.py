@@ -133,7 +133,7 @@ def reference(model, row, new):
 
 def assert_same(got, want, margins):
     """Equal, or equal up to a step that a rounding error may turn over; returns how many tokens are equal."""
-    for step, (g, w, margin) in enumerate(zip(got, want, margins)):
+    for step, (g, w, margin) in enumerate(zip(got, want, margins, strict=False)):
         if g != w:
             assert margin < TIE, f"step {step}: {g}, not {w}, margin {margin}"
             return step
@@ -148,7 +148,7 @@ def test_greedy_is_the_same_with_and_without_cache_and_in_any_batch(context):
     wants = [reference(model, row, 8) for row in rows]
     compared = 0
     for use_cache, batch in ((True, 1), (True, 2), (False, 5), (False, 2)):
-        for got, want in zip(greedy(model, rows, 8, batch, use_cache=use_cache), wants):
+        for got, want in zip(greedy(model, rows, 8, batch, use_cache=use_cache), wants, strict=False):
             compared += assert_same(got, *want)
     assert compared > 120  # of 160
     model.routing.record = (
@@ -246,7 +246,10 @@ def test_forward_takes_padding_from_the_attention_mask(context):
     alone = [logits(model, torch.tensor([row]))[0] for row in rows]
     ids, mask = left_padded(rows)
     for row, want, got in zip(
-        rows, alone, logits(model, ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+        rows,
+        alone,
+        logits(model, ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)),
+        strict=False,
     ):
         close(got[-len(row) :], want)
     ids, mask = ids.flip(1), mask.flip(1)  # on the right
@@ -254,6 +257,7 @@ def test_forward_takes_padding_from_the_attention_mask(context):
         rows,
         (logits(model, torch.tensor([row[::-1]]))[0] for row in rows),
         logits(model, ids, attention_mask=mask),
+        strict=False,
     ):
         close(got[: len(row)], want)
     tree = torch.zeros(4, 1, 9, 9)
@@ -283,7 +287,7 @@ def test_a_sequence_in_pieces_is_the_sequence_in_one(context, cuts):
     want = logits(model, ids, attention_mask=real, position_ids=place)
     model.routing.context_mask = None
     cache = transformers.DynamicCache(config=model.config)
-    pieces = [slice(*ends) for ends in zip(cuts, cuts[1:])]
+    pieces = [slice(*ends) for ends in zip(cuts, cuts[1:], strict=False)]
     got = torch.cat(
         [
             logits(
@@ -408,7 +412,7 @@ def test_gradients_are_the_same_where_the_backward_computes_the_forward_again(co
                 )
             ]
         )
-    for a, b in zip(*gradients):
+    for a, b in zip(*gradients, strict=False):
         torch.testing.assert_close(a, b)
     assert all(g.abs().max() > 0 for g in gradients[0])
 
@@ -562,14 +566,14 @@ def test_the_default_generates_the_same_tokens_with_and_without_cache_and_in_any
         start = generator.randrange(len(words) - 50)
         rows.append(tokenizer(" ".join(words[start : start + generator.randint(3, 25)]))["input_ids"][:60])
     wants = greedy(model, rows, 32, 1, use_cache=True)
-    margins = [margins_of(model, row, want) for row, want in zip(rows, wants)]
+    margins = [margins_of(model, row, want) for row, want in zip(rows, wants, strict=False)]
     compared = 0
     for options in (
         dict(batch=20, use_cache=True),
         dict(batch=4, use_cache=True),
         dict(batch=20, use_cache=False),
     ):
-        for got, want, margin in zip(greedy(model, rows, 32, **options), wants, margins):
+        for got, want, margin in zip(greedy(model, rows, 32, **options), wants, margins, strict=False):
             compared += assert_same(got, want, margin)
     assert compared > 0.9 * 3 * 20 * 32, compared
 

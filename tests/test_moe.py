@@ -171,7 +171,7 @@ def test_forward_and_gradients_equal_naive(cls, kind, top_k, weighting, mode):
     target = torch.randn_like(y)
     got = torch.autograd.grad((y * target).sum(), wrt, allow_unused=True)
     ref = torch.autograd.grad((want * target).sum(), wrt, allow_unused=True)
-    for g, r, w in zip(got, ref, wrt):
+    for g, r, w in zip(got, ref, wrt, strict=False):
         zero = torch.zeros_like(w)
         torch.testing.assert_close(zero if g is None else g, zero if r is None else r, atol=2e-4, rtol=1e-4)
 
@@ -456,7 +456,7 @@ def test_few_and_many_tokens_give_the_same():
         for count in (few, few + 1):
             y = layer(x[:count])[:few]
             found.append((y, *torch.autograd.grad(y.square().sum(), list(layer.experts.parameters()))))
-        for a, b in zip(*found):
+        for a, b in zip(*found, strict=False):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
@@ -579,7 +579,7 @@ def test_save_and_load_give_the_same_model_bit_for_bit(kind, top_k, tmp_path):
     with torch.no_grad():
         assert torch.equal(model(ids).logits, again(ids).logits)
         assert not torch.equal(model(ids).logits, tiny_llama()(ids).logits)
-    for a, b in zip(moe.lambda_parameters(model), moe.lambda_parameters(again)):
+    for a, b in zip(moe.lambda_parameters(model), moe.lambda_parameters(again), strict=False):
         assert torch.equal(a, b) and a.item() != pytest.approx(0.9, abs=1e-9)
     assert again.moe_config == json.loads((folder / "moe_config.json").read_text()) == model.moe_config
     assert again.routing.mode == "prefix" and again.moe_config["names"] == ["a", "b", "c"]

@@ -75,7 +75,9 @@ def test_lazy_records_are_used_as_a_list_is(written):
     assert len(records) == 20
     again = pickle.loads(pickle.dumps(more))
     assert list(again) == list(more) and len(pickle.dumps(more)) < 1000
-    assert list(zip(records, records)) == list(zip(rows, rows))  # two readers at once
+    assert list(zip(records, records, strict=False)) == list(
+        zip(rows, rows, strict=False)
+    )  # two readers at once
 
 
 def test_lazy_records_of_chosen_lines_and_of_nothing(tmp_path, written):

@@ -103,7 +103,7 @@ def test_a_letters_id_is_the_one_that_training_teaches(make, kind):
     backbone.tokenizer = tokenizer(kind)
     shared, ids = backbone.letter_ids()
     assert (len(shared) == 0) == (kind == "one token") and len(set(ids)) == 26
-    for letter, token in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", ids):
+    for letter, token in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", ids, strict=False):
         assert backbone.tokenizer.convert_ids_to_tokens(token)[-1] == letter
         assert backbone.encode({"prompt": "Question\nAnswer:"}, f" {letter}")[1][: len(shared) + 1] == [
             *shared,
@@ -295,7 +295,7 @@ def test_the_loss_in_chunks_is_the_loss():
         made.append(None)
         loss.backward()
         results.append((loss.detach(), leaf.grad, head.weight.grad.clone()))
-    for whole, chunked in zip(*results):
+    for whole, chunked in zip(*results, strict=False):
         assert torch.allclose(whole, chunked, atol=1e-6)
     assert torch.equal(results[0][0], F.cross_entropy(head(states), targets))
     once, chunks = made[: made.index(None)], made[made.index(None) :]
@@ -437,7 +437,11 @@ def test_perplexity_and_btms_mixture(run):
             rows[row]["perplexity"] == pytest.approx(np.exp(-np.mean(sum(tokens, []))))
             and rows[row]["n"] == 16
         )
-    mixture = [-np.log(np.mean(np.exp(token))) for answer in zip(*scores.values()) for token in zip(*answer)]
+    mixture = [
+        -np.log(np.mean(np.exp(token)))
+        for answer in zip(*scores.values(), strict=False)
+        for token in zip(*answer, strict=False)
+    ]
     assert rows["btm"]["perplexity"] == pytest.approx(np.exp(np.mean(mixture))) and rows["btm"][
         "tokens"
     ] == len(mixture)

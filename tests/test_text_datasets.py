@@ -164,7 +164,7 @@ def write_original(name, folder, split, rows):
                     "stem": r["question"],
                     "choices": [
                         {"label": label, "text": text}
-                        for label, text in zip(r["choices"]["label"], r["choices"]["text"])
+                        for label, text in zip(r["choices"]["label"], r["choices"]["text"], strict=False)
                     ],
                 },
             }

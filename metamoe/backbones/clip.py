@@ -119,7 +119,7 @@ class ClipBackbone(Backbone):
         for start in progress(range(0, len(new), 64), desc="class prompts", show=len(new) > 64):
             names = new[start : start + 64]
             tokens = self.tokenizer([self.template.format(name) for name in names]).to(self.device)
-            self.class_features |= zip(names, self.model.encode_text(tokens, normalize=True))
+            self.class_features |= zip(names, self.model.encode_text(tokens, normalize=True), strict=False)
         return torch.stack([self.class_features[name] for name in classes])
 
     def public_classes(self, folder):
@@ -128,7 +128,7 @@ class ClipBackbone(Backbone):
         if not cache.exists():
             with atomic(cache) as temporary:
                 save_file({"features": self.text_features(classes).cpu()}, temporary)
-        self.class_features |= zip(classes, load_file(cache)["features"].to(self.device))
+        self.class_features |= zip(classes, load_file(cache)["features"].to(self.device), strict=False)
         return classes
 
     # --- what the stages ask
@@ -161,7 +161,10 @@ class ClipBackbone(Backbone):
         state, batches = processes(), list(epoch_batches([1] * len(records), batch_size, steps, seed))
         mine = [batch[state.process_index :: state.num_processes] for batch in batches]
         for whole, part, (indices, images) in zip(
-            batches, mine, self.load(records, [part or whole[:1] for whole, part in zip(batches, mine)], seed)
+            batches,
+            mine,
+            self.load(records, [part or whole[:1] for whole, part in zip(batches, mine, strict=False)], seed),
+            strict=False,
         ):
             self.refuse_unreadable()
             # On the CPU the fused attention's backward is slower on so few tokens: a fifth of a step.
@@ -175,7 +178,9 @@ class ClipBackbone(Backbone):
         result, texts = [None] * len(records), self.text_features(records[0]["choices"])
         with progress(total=len(records), desc=label, unit="image") as bar:
             for indices, images in self.load(records, chunks(len(records), 128)):
-                for i, values in zip(indices, self.classify(model, images, texts).double().cpu().numpy()):
+                for i, values in zip(
+                    indices, self.classify(model, images, texts).double().cpu().numpy(), strict=False
+                ):
                     result[i] = values
                 bar.update(len(indices))
         self.refuse_unreadable()

@@ -1,4 +1,4 @@
-"""Progress of a long step: a bar on a terminal, elsewhere a line every 30 seconds at most, with the time that is left."""
+"""Progress of a long step: a bar on a terminal, elsewhere a line every 30 seconds with the time left."""
 
 import sys
 
@@ -25,7 +25,7 @@ class Lines:
 
 
 def progress(iterable=None, show=True, **options):
-    """tqdm(iterable, **options), readable in a log too. show: False for a step that is too short to be worth it.
+    """tqdm(iterable, **options), readable in a log too. show: False for a step too short to be worth it.
 
     Under `accelerate launch` only the main process reports.
     """

@@ -19,9 +19,9 @@ def write_records(path, records):
 class Records(Sequence):
     """Records (dicts) of a JSON-lines file, each read when it is asked for: memory holds 8 bytes a record.
 
-    starts: byte offsets of the records' lines, any array (default: every line of the file). convert: a function applied
-    to each as it is read. Used as a list is: length, indices, slices (these are lists), iteration, `+ [records]` (these
-    stay in memory), pickling.
+    starts: byte offsets of the records' lines, any array (default: every line of the file).
+    convert: a function applied to each record as it is read.
+    Used as a list is: length, indices, slices (lists), iteration, `+ [records]` (kept in memory), pickling.
     """
 
     def __init__(self, path, starts=None, convert=None, more=()):
@@ -72,7 +72,7 @@ def read_records(path):
 
 
 def usable_public(run_dir, public):
-    """Indices of the public samples that can be read: all but RUN/public/unreadable.json; a range where all can."""
+    """Indices of the readable public samples: all but RUN/public/unreadable.json; a range where all are."""
     path = Path(run_dir) / "public" / "unreadable.json"
     unreadable = set(read_json(path)) if path.exists() else set()
     return [i for i in range(len(public)) if i not in unreadable] if unreadable else range(len(public))

@@ -43,7 +43,7 @@ def read_manifest(upload):
 
 
 def read_expert(upload):
-    """An uploaded expert as moe.unify takes it: {FFN name: {"gate_proj.lora_A": tensor, ..., "scaling": float}}."""
+    """An uploaded expert for moe.unify: {FFN name: {"gate_proj.lora_A": tensor, ..., "scaling": float}}."""
     expert = {}
     if (Path(upload) / "adapter").exists():
         config = json.loads((Path(upload) / "adapter" / "adapter_config.json").read_text())

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from metamoe.serving.seed_model import fix_torchvision
 
 
 class ClipBackbone(Backbone):
-    """A CLIP of open_clip. Its visual tower is the seed; the frozen text tower turns class names into the classifier."""
+    """A CLIP of open_clip: the visual tower is the seed model, the frozen text tower makes the classifier."""
 
     ffn_linears = ["c_fc", "c_proj"]
     task_type = None
@@ -45,7 +46,8 @@ class ClipBackbone(Backbone):
             raise
         except Exception as error:  # open_clip passes on what the hub, pickle, safetensors and torch raise
             raise UserError(
-                f"seed model {self.source}: open_clip cannot load it as {preset['architecture']} ({(str(error).splitlines() or [type(error).__name__])[0]}); "
+                f"seed model {self.source}: open_clip cannot load it as {preset['architecture']} "
+                f"({(str(error).splitlines() or [type(error).__name__])[0]}); "
                 "give a local checkpoint with --seed-model"
             ) from None
         self.model = model.to(device).eval().requires_grad_(False)
@@ -65,7 +67,7 @@ class ClipBackbone(Backbone):
     # --- images
 
     def transform(self, image, rng=None):
-        """PIL image -> (3, size, size): resize, centre crop, normalise; with an `rng` a random crop and flip (training)."""
+        """PIL image -> (3, size, size): resize, centre crop, normalise. With `rng`: random crop and flip."""
         from torchvision.transforms import InterpolationMode, functional
 
         image = functional.resize(image, self.resize, InterpolationMode.BICUBIC)
@@ -79,9 +81,10 @@ class ClipBackbone(Backbone):
         return functional.normalize(functional.to_tensor(image), self.mean, self.std)
 
     def load(self, records, batches, seed=None):
-        """Yield (indices, images (b, 3, size, size) on the device) batch by batch, decoded by the worker processes.
+        """Yield (indices, images (b, 3, size, size) on the device) batch by batch, decoded by the workers.
 
-        An image that cannot be decoded is left out and goes to self.unreadable as (index, message). self.seconds is the
+        An image that cannot be decoded is left out and goes to self.unreadable as (index, message).
+        self.seconds is the
         time this loop waited for images, which is the decoding's where there are no workers.
         """
         dataset = Images(records, self.transform, seed)
@@ -123,7 +126,7 @@ class ClipBackbone(Backbone):
         return torch.stack([self.class_features[name] for name in classes])
 
     def public_classes(self, folder):
-        """The public set's classes; their text features are computed once, then every stage takes them from classes.safetensors."""
+        """The public set's classes. Their text features are computed once and kept in classes.safetensors."""
         classes, cache = read_json(folder / "classes.json"), folder / "classes.safetensors"
         if not cache.exists():
             with atomic(cache) as temporary:
@@ -135,7 +138,7 @@ class ClipBackbone(Backbone):
 
     @torch.no_grad()
     def embed(self, records, label="embedding", skip=0, every=1, batch=256):
-        """Yield (indices, features (b, d) float32) batch by batch: the seed's post-LN CLS feature of each readable image;
+        """Yield (indices, features (b, d) float32): the post-LN CLS feature of each readable image;
         after the first `skip` batches each `every`-th."""
         batches = chunks(len(records), batch)
         with progress(total=len(records), initial=skip * batch, desc=label, unit="image") as bar:
@@ -149,12 +152,12 @@ class ClipBackbone(Backbone):
         with progress(total=len(records), desc=label, unit="image") as bar:
             for indices, images in self.load(records, chunks(len(records), 128)):
                 tokens = torch.ones(len(indices), width, dtype=torch.bool, device=self.device)
-                yield tokens, lambda: self.pool(model, images)
+                yield tokens, partial(self.pool, model, images)
                 bar.update(len(indices))
         self.refuse_unreadable()
 
     def losses(self, model, records, classes, batch_size, steps, seed):
-        """Yield each step's loss (with its graph): cross-entropy over the label set `classes`; under `accelerate launch` this
+        """Yield each step's loss (with its graph): cross-entropy over `classes`; under accelerate this
         process's part of the batch, so that the sum over processes is the mean over the whole batch."""
         texts, label = self.text_features(classes), {name: i for i, name in enumerate(classes)}
         targets = torch.tensor([label[record["answer"]] for record in records], device=self.device)
@@ -192,7 +195,10 @@ class ClipBackbone(Backbone):
 
 
 class Images(torch.utils.data.Dataset):
-    """Decoded and transformed images of records. A key is (index, step); with a seed the transform is random, fixed by all three."""
+    """Decoded and transformed images of records. A key is (index, step).
+
+    With a random seed the transform is random, and fixed by all three.
+    """
 
     def __init__(self, records, transform, seed):
         self.records, self.transform, self.seed = records, transform, seed

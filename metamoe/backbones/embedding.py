@@ -10,9 +10,9 @@ from metamoe.rundir import read_json, write_json
 
 
 def public_features(run_dir, backbone, records, dtype):
-    """RUN/public/features.npy, memory-mapped: D_0's embeddings (|D_0|, d) float32, computed once for all clients.
+    """RUN/public/features.npy, memory-mapped: D_0's embeddings (|D_0|, d) float32, once for all clients.
 
-    One streaming pass, which goes on where a kill stopped it. The row of an image that cannot be decoded stays NaN;
+    One streaming pass, which goes on where a kill stopped it. The row of an unreadable image stays NaN;
     RUN/public/unreadable.json lists those.
     """
     path = run_dir / "public" / "features.npy"
@@ -34,7 +34,10 @@ def public_features(run_dir, backbone, records, dtype):
 
 
 def embed_public(part, progress, backbone, records, dtype):
-    """Embed D_0 into `part`, or go on where `progress` says that it stopped; returns what is known then: "unreadable", "seconds", ...."""
+    """Embed D_0 into `part`, or go on where `progress` says that it stopped.
+
+    Returns what is known then: "unreadable", "seconds", ...
+    """
     state, shape = (
         {"dtype": dtype, "batches": 0, "unreadable": [], "seconds": 0.0},
         (len(records), backbone.width),

@@ -1,7 +1,8 @@
-"""The unified model of an exported folder: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True).
+"""An exported unified model: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True).
 
-`unify_moe.py --export` copies this file, moe.py, generation.py and seed_model.py into the folder. It puts the seed model's
-own classes in the place of the two below, so that all but the FFNs is its code. config.moe is moe.py's configuration, with the shapes of its tensors in a layer.
+`unify_moe.py --export` copies this file, moe.py, generation.py and seed_model.py into the folder. It puts the
+seed model's own classes in the place of the two below, so that all but the FFNs is its code. config.moe is
+moe.py's configuration, with the shapes of its tensors in a layer.
 """
 
 import torch

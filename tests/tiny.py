@@ -325,7 +325,7 @@ def picture(value, size=(8, 6), mode="RGB"):
 
 def save_picture(path, value=0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture(value).save_picture(path, "JPEG")
+    picture(value).save(path, "JPEG")
 
 
 def make_coop(folder, split_file, image_folder, names, counts=(6, 3, 4), nested=False):

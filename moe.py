@@ -169,8 +169,12 @@ class MoELayer(nn.Module):
         for j, mask in enumerate(masks):
             add = Tensor.addmm_ if j == last else Tensor.addmm  # in place: a copy costs more than the product
             u = [y if A is None else add(y, _low_rank(x, A, mask), B) for y, A, B in base]
-            hidden.append(self._activate(u) * weights[j])  # k of (N, h)
+            hidden.append(self._activate(u))  # k of (N, h)
         W, bias, A, B = self._flat(down, x.dtype)
+        if last == 0:  # top-1: weigh the d numbers of y, not the h of hidden
+            y = F.linear(hidden[0], W, bias)
+            return (y if A is None else y.addmm_(_low_rank(hidden[0], A, masks[0]), B)) * weight
+        hidden = [h * w for h, w in zip(hidden, weights, strict=True)]
         y = F.linear(_sum(hidden), W)
         if A is not None:
             y.addmm_(_sum([_low_rank(h, A, mask) for h, mask in zip(hidden, masks, strict=True)]), B)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import moe
-from metamoe.backbones import load_backbone
+from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.cli import add_machine_flags
 from metamoe.errors import UserError, run_main
@@ -202,15 +202,7 @@ def main():
     left_out = opt_outs(args, run_dir, run)
 
     def backbone_of():  # only for a model that is not scored yet; PEFT and the MoE change a model in place
-        return load_backbone(
-            run["backbone"],
-            run["seed_model"],
-            args.device,
-            args.dtype,
-            args.workers,
-            run.get("answers"),
-            run.get("loss"),
-        )
+        return run_backbone(run, args)
 
     found = {
         row: score(row, folder, backbone_of, run_dir, run, args, records, scoring)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import dpp
-from metamoe.backbones import load_backbone
+from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.embedding import public_features
 from metamoe.cli import add_machine_flags
@@ -231,7 +231,7 @@ def main():
     data = (
         read_data(run_dir, run, args.skip_bad_records) if processes().is_main_process else None
     )  # what is wrong in it shows before the seed is loaded
-    backbone = load_backbone(run["backbone"], run["seed_model"], args.device, args.dtype, args.workers)
+    backbone = run_backbone(run, args)
     with main_first():
         if data:
             write_data(run_dir, run, *data)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from metamoe.backbones import load_backbone
+from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import train, use_checkpointing
 from metamoe.cli import add_machine_flags
@@ -107,15 +107,7 @@ def train_client(run_dir, run, name, args, settings):
         public = read_records(run_dir / "public" / "records.jsonl")
         proxies = [public[i] for i in read_json(selection_file(client, args.selection))["proxies"]]
     records = private + proxies
-    backbone = load_backbone(
-        run["backbone"],
-        run["seed_model"],
-        args.device,
-        args.dtype,
-        args.workers,
-        run.get("answers"),
-        run.get("loss"),
-    )
+    backbone = run_backbone(run, args)
     classes = backbone.public_classes(run_dir / "public")
     if classes:  # the client's own first, one that both have once
         classes = list(

@@ -39,7 +39,7 @@ import torch
 from safetensors.torch import load_file
 
 import moe
-from metamoe.backbones import load_backbone
+from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import train, use_checkpointing
 from metamoe.cli import add_machine_flags
@@ -454,15 +454,7 @@ def make(args, run_dir, run, uploads, settings, folder):
     """Merge, train and write the model."""
     start, model, losses = time.perf_counter(), None, []
     if args.method not in ("soup", "btm"):
-        backbone = load_backbone(
-            run["backbone"],
-            run["seed_model"],
-            args.device,
-            args.dtype,
-            args.workers,
-            run.get("answers"),
-            run.get("loss"),
-        )
+        backbone = run_backbone(run, args)
         start = time.perf_counter()  # unification begins with the seed in memory
         model = (extend if args.extend else build)(backbone, run_dir, run, uploads, settings)
         if settings["steps"]:

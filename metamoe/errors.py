@@ -20,8 +20,9 @@ FOLLOWER = SEVERAL and os.environ.get("RANK", "0") != "0"
 
 def run_main(main):
     """Run a script's `main()`; what the user can put right ends in one line on stderr and exit code 2."""
-    if FOLLOWER:  # what the processes have to say is said once, by the main one
+    if FOLLOWER:  # what there is to say is said once, by the main process; libraries draw no bars either
         sys.stdout = open(os.devnull, "w")
+        sys.stderr.isatty = lambda: False
     try:
         main()
     except UserError as error:

@@ -36,6 +36,19 @@ def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=No
     )
 
 
+def run_backbone(run, args):
+    """The backbone of run.json, with a stage's --device, --dtype and --workers."""
+    return load_backbone(
+        run["backbone"],
+        run["seed_model"],
+        args.device,
+        args.dtype,
+        args.workers,
+        run.get("answers"),
+        run.get("loss"),
+    )
+
+
 def default_seed(name):
     """Folder of the embedded default's seed model in the Hugging Face layout, converted from GGUF once."""
     folder = cache_dir() / "SmolLM2-135M-Instruct"

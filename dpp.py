@@ -76,9 +76,8 @@ def relevance_weighted_dpp(features, relevance, k, return_gains=False):
 
     def rows(index):
         x = z[index] if isinstance(z, torch.Tensor) else torch.from_numpy(z[index.numpy()])
-        return (
-            x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        )  # exact, and a quick way to float64
+        # exact, and a quick way to float64
+        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
     for part in torch.arange(len(z), device=r.device).split(ROWS):
         largest = rows(part).abs().amax(1)
@@ -162,9 +161,8 @@ def _lazy_greedy(unit, log_weight, k, tol):
     """
     bound = log_weight.clone()  # of each item's gain
     rho = torch.ones_like(bound)
-    seen = torch.zeros_like(
-        bound, dtype=torch.int64
-    )  # the rows of Q that rho takes into account, 0 .. seen - 1
+    # the rows of Q that rho takes into account, 0 .. seen - 1
+    seen = torch.zeros_like(bound, dtype=torch.int64)
     order, gains = seen[:0], bound[:0]
     basis = unit(order).new_empty(k, unit(order).shape[1])  # Q
 
@@ -179,16 +177,14 @@ def _lazy_greedy(unit, log_weight, k, tol):
         while True:
             value, best = bound.topk(min(width, len(bound)))
             front = best[:POOL]
-            if (
-                value[len(front) - 1] >= value[0] - tol
-            ):  # ties, and there may be more: the lowest indices come first
+            # ties, and there may be more: the lowest indices come first
+            if value[len(front) - 1] >= value[0] - tol:
                 front = best = (bound >= value[0] - tol).nonzero()[:, 0]
             if (seen[front] >= len(q)).all():
                 break
             stale = best[seen[best] < len(q)].sort().values
-            for part in stale[seen[stale].argsort(stable=True)].split(
-                ROWS
-            ):  # those that lack the same rows together
+            # those that lack the same rows together
+            for part in stale[seen[stale].argsort(stable=True)].split(ROWS):
                 first = seen[part]
                 new = torch.arange(int(first[0]), len(q), device=part.device)
                 y = (q[new[0] :] @ unit(part).T) * (new[:, None] >= first)
@@ -204,14 +200,14 @@ def _lazy_greedy(unit, log_weight, k, tol):
         chosen, gained, left, factor = _greedy(
             z @ z.T - y @ y.T, 1 - (y * y).sum(1), log_weight[pool], k - len(q), tol, float(bound.max())
         )
+        # log rho of the least that was left
         new, least = (
             z[chosen] - y[chosen] @ q,
             (gained - log_weight[pool[chosen]]).min(),
-        )  # log rho of the least that was left
+        )
         if least > -5:
-            new = torch.linalg.solve_triangular(
-                factor[:, chosen].T, new, upper=False
-            )  # Gram-Schmidt: the first i rows span the first i chosen
+            # Gram-Schmidt: the first i rows span the first i chosen
+            new = torch.linalg.solve_triangular(factor[:, chosen].T, new, upper=False)
         else:  # the same, slower, and orthogonal whatever the factor's condition
             new = torch.linalg.qr(new.T)[0].T
             if least < -10:  # what little is left, scaled up, is not quite orthogonal
@@ -230,9 +226,8 @@ def _greedy(c, rho, log_weight, k, tol, floor=-math.inf):
     """
     device, (c, rho, log_weight) = c.device, (x.cpu().numpy() for x in (c, rho, log_weight))
     rho = np.where(rho > tol, rho, 0)
-    factor = np.empty(
-        (min(k, len(rho)), len(rho)), rho.dtype
-    )  # row t: entry t of y (App. B) for each of the n items, chosen or not
+    # row t: entry t of y (App. B) for each of the n items, chosen or not
+    factor = np.empty((min(k, len(rho)), len(rho)), rho.dtype)
     order, gains = [], []
     with np.errstate(divide="ignore"):  # log 0 of the spent
         while len(order) < len(factor):

@@ -139,9 +139,8 @@ def score(row, folder, backbone_of, run_dir, run, args, records, scoring, withou
         )
     if without:
         moe.disable_expert(model, without)
-    routed = (
-        hasattr(model, "routing") and scoring != "generate"
-    )  # a prompt's tokens go through once, not once a generated token
+    # a prompt's tokens go through once, not once a generated token
+    routed = hasattr(model, "routing") and scoring != "generate"
     found, seconds = {"identity": identity, "scores": {}, "routing": {}}, 0.0
     for name in run["clients"]:
         if routed:

@@ -593,9 +593,8 @@ def write(folder, config, tensors):
         save_file(tensors, aside / "moe.safetensors", metadata={"format": "pt"})
         (aside / "moe_config.json").write_text(json.dumps(config, indent=1) + "\n")
         shutil.copymode(aside / "moe_config.json", aside / "moe.safetensors")  # save_file ignores the umask
-        (folder / "moe_config.json").unlink(
-            missing_ok=True
-        )  # else a crash leaves the old one beside new tensors
+        # else a crash leaves the old one beside new tensors
+        (folder / "moe_config.json").unlink(missing_ok=True)
         for file in ("moe.safetensors", "moe_config.json"):
             os.replace(aside / file, folder / file)
     finally:

@@ -228,9 +228,8 @@ def main():
         if processes().is_main_process:
             write_data(run_dir, run, None, {})  # a client whose work is there joins (again)
         return
-    data = (
-        read_data(run_dir, run, args.skip_bad_records) if processes().is_main_process else None
-    )  # what is wrong in it shows before the seed is loaded
+    # what is wrong in it shows before the seed is loaded
+    data = read_data(run_dir, run, args.skip_bad_records) if processes().is_main_process else None
     backbone = run_backbone(run, args)
     with main_first():
         if data:

@@ -196,9 +196,8 @@ def main():
         for key, default in defaults.items()
     }
     for key, value in settings.items():
-        if key != "optimizer" and not value >= (
-            0 if key in ("warmup_steps", "weight_decay") else 1e-12
-        ):  # nan too
+        # nan too
+        if key != "optimizer" and not value >= (0 if key in ("warmup_steps", "weight_decay") else 1e-12):
             raise UserError(f"--{key.replace('_', '-')} {value}: must be positive")
     settings |= {"data": args.data, "full_ffn": args.full_ffn, "seed": run["seed"], "dtype": args.dtype}
     for name in names:

@@ -51,9 +51,8 @@ def run_main(main):
     except RuntimeError as error:
         if not (SEVERAL and "by peer" in str(error)):
             raise
-        time.sleep(
-            60
-        )  # a connection broke: another process has ended and says why, and the launcher ends this one
+        # a connection broke: another process has ended and says why, and the launcher ends this one
+        time.sleep(60)
         sys.exit(2)
     except KeyboardInterrupt:
         if not FOLLOWER:
@@ -62,9 +61,8 @@ def run_main(main):
 
 
 def _complain(message):
-    if (
-        FOLLOWER
-    ):  # the same is wrong in the main process, as a rule: it says so, and the launcher ends this one
+    # the same is wrong in the main process, as a rule: it says so, and the launcher ends this one
+    if FOLLOWER:
         time.sleep(10)
     if os.environ.get("METAMOE_DEBUG", "") not in ("", "0"):
         traceback.print_exc()

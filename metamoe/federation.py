@@ -95,9 +95,8 @@ def start_run(args):
     elif args.answers or args.loss:
         raise UserError(f"--answers and --loss are for language models: {backbone} has neither")
     for key, was in (("answers", "text"), ("loss", "answer")):
-        if (
-            found and key not in found and settings.pop(key, None) not in (None, was)
-        ):  # made before it was a setting
+        # made before it was a setting
+        if found and key not in found and settings.pop(key, None) not in (None, was):
             raise UserError(
                 f"--run-dir {args.run_dir} was made with {key} {was!r}, now {getattr(args, key)!r}: use "
                 "another --run-dir"
@@ -158,9 +157,8 @@ def start_run(args):
                 f"--{key} {run[key]} is more than --public-size {run['public_size']}: {letter} must be at "
                 "most |D_0|"
             )
-    return open_run(args.run_dir, create=False, **settings), alone or run[
-        "clients"
-    ]  # not before the data and the seed model are there
+    # not before the data and the seed model are there
+    return open_run(args.run_dir, create=False, **settings), alone or run["clients"]
 
 
 def own_client(args, path, found):

@@ -69,8 +69,7 @@ def save_expert(model, backbone, folder, full_ffn):
     else:
         config = model.peft_config["default"]
         config.base_model_name_or_path = Path(backbone.source).name  # not the client's paths
-        config.target_modules = sorted(
-            config.target_modules
-        )  # a set, which would be written in another order each time
+        # a set, which would be written in another order each time
+        config.target_modules = sorted(config.target_modules)
         model.save_pretrained(folder / "adapter", save_embedding_layers=False)
         (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's model-card template

@@ -155,9 +155,8 @@ def test_a_class_prompt_is_encoded_once_and_kept(backbone, tmp_path):
     ]
     kept = load_file(tmp_path / "classes.safetensors")["features"]
     assert torch.equal(kept[1], want[0])
-    save_file(
-        {"features": kept + 1}, tmp_path / "classes.safetensors"
-    )  # a later stage takes them from the file
+    # a later stage takes them from the file
+    save_file({"features": kept + 1}, tmp_path / "classes.safetensors")
     backbone.class_features = {}
     backbone.public_classes(tmp_path)
     assert torch.equal(backbone.text_features(["digit one"])[0], want[0] + 1)
@@ -302,9 +301,8 @@ def test_embedding_d0_goes_on_where_a_kill_stopped_it(backbone, public, tmp_path
         (tmp_path / name / "public").mkdir(parents=True)
     whole = embedding.public_features(tmp_path / "whole", backbone, records, "float32")
     embed, clock, skips = backbone.embed, itertools.count(0, 31), []
-    monkeypatch.setattr(
-        embedding.time, "perf_counter", lambda: next(clock)
-    )  # every batch is late enough for a note
+    # every batch is late enough for a note
+    monkeypatch.setattr(embedding.time, "perf_counter", lambda: next(clock))
 
     def killed(records, label, skip=0, every=1, stop=3):
         skips.append(skip)

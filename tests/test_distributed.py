@@ -15,6 +15,7 @@ from tiny import CLIENTS, COMMON
 
 from metamoe.rundir import read_json
 
+# 18 samples: the last batch holds 3
 FEW = [
     "--epochs",
     "3",
@@ -24,7 +25,7 @@ FEW = [
     "5",
     "--warmup-steps",
     "2",
-]  # 18 samples: the last batch holds 3
+]
 
 
 def launch(*command, kind="--multi_gpu", **extra):

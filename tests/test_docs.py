@@ -122,9 +122,8 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_commands_have_flags_that_exist(page, known_flags):
-    own = {
-        block.split()[1].rstrip(":") for block in blocks(page, "python") if block.startswith("# ")
-    }  # "# make_data.py: ..."
+    # "# make_data.py: ..."
+    own = {block.split()[1].rstrip(":") for block in blocks(page, "python") if block.startswith("# ")}
     for line, script, flags in commands(page):
         if script in own:
             continue

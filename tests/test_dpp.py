@@ -253,9 +253,8 @@ def test_exact_duplicates_give_the_lowest_index_and_come_again_only_as_fillers()
 
 def test_scaled_float32_duplicates_count_as_duplicates():
     base = np.random.default_rng(9).normal(size=(10, 64)).astype(np.float32)
-    features = np.concatenate(
-        [base, base * np.float32(1 / 3), base * np.float32(0.7)]
-    )  # rounded: cosine not quite 1
+    # rounded: cosine not quite 1
+    features = np.concatenate([base, base * np.float32(1 / 3), base * np.float32(0.7)])
     indices, gains = warned(relevance_weighted_dpp, features, np.ones(30), 11, return_gains=True)
     assert len(set(indices[:10] % 10)) == 10 and np.isfinite(gains[:10]).all() and gains[10] == -np.inf
 
@@ -272,9 +271,8 @@ def test_the_more_relevant_of_two_duplicates_wins():
 @pytest.mark.parametrize("rank", [1, 3, 20])
 def test_rank_exhaustion_warns_and_fills_by_relevance(rank, dtype):
     rng = np.random.default_rng(rank)
-    features = (rng.normal(size=(80, rank)) @ rng.normal(size=(rank, 50))).astype(
-        dtype
-    )  # rank only up to rounding
+    # rank only up to rounding
+    features = (rng.normal(size=(80, rank)) @ rng.normal(size=(rank, 50))).astype(dtype)
     relevance = rng.integers(1, 6, 80) / 5  # many ties
     silent(relevance_weighted_dpp, features, relevance, rank)
     indices, gains = warned(relevance_weighted_dpp, features, relevance, 80, return_gains=True)
@@ -287,9 +285,8 @@ def test_rank_exhaustion_warns_and_fills_by_relevance(rank, dtype):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_rank_exhaustion_of_an_explicit_kernel_fills_by_diagonal(dtype):
     rng = np.random.default_rng(10)
-    a = (
-        rng.normal(size=(40, 6)) * np.logspace(-8, 0, 40)[:, None]
-    )  # the guard must be relative to the own diagonal
+    # the guard must be relative to the own diagonal
+    a = rng.normal(size=(40, 6)) * np.logspace(-8, 0, 40)[:, None]
     a[7] = 0
     kernel = a.astype(dtype) @ a.astype(dtype).T
     indices, gains = warned(greedy_map, kernel, 40, return_gains=True)
@@ -469,9 +466,8 @@ def test_torch_in_torch_out_on_its_device(device, dtype):
     ):
         assert [x.dtype for x in result] == [torch.int64, torch.float64]
         assert all(x.device == features.device for x in result)
-        np.testing.assert_array_equal(
-            result[0].cpu(), expected[0]
-        )  # so float32 was upcast before any arithmetic
+        # so float32 was upcast before any arithmetic
+        np.testing.assert_array_equal(result[0].cpu(), expected[0])
         np.testing.assert_allclose(result[1].cpu(), expected[1], rtol=0, atol=1e-9)
 
 
@@ -573,6 +569,5 @@ def test_speed_at_the_papers_size():
     features, relevance = problem(16, 3000, 768)
     start = time.thread_time()  # not the wall clock, so that a busy machine does not matter
     silent(relevance_weighted_dpp, features, relevance, 500)
-    assert (
-        time.thread_time() - start < 20
-    )  # about 0.7 s on one core; a fresh factorisation a step, minutes or hours
+    # about 0.7 s on one core; a fresh factorisation a step, minutes or hours
+    assert time.thread_time() - start < 20

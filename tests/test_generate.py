@@ -169,9 +169,8 @@ def test_the_context_of_a_prompt_does_not_move_while_it_is_answered():
     for use_cache in (True, False):
         seen.clear()
         greedy(model, prompts(3, 7), 5, use_cache=use_cache)
-        steps = torch.stack(seen).view(
-            5, 3, 3, K
-        )  # step, layer, row, expert; lambda = 1: pi is of the context alone
+        # step, layer, row, expert; lambda = 1: pi is of the context alone
+        steps = torch.stack(seen).view(5, 3, 3, K)
         torch.testing.assert_close(steps[1:, 0], steps[:1, 0].expand(4, -1, -1))
     seen.clear()
     model.routing.mode = "prefix"
@@ -460,9 +459,8 @@ def test_load_finds_the_seed(run_dir, tmp_path, monkeypatch):
     ids, home = torch.arange(2, 12)[None], run_dir / "RUN" / "moe" / "two"
     want = logits(unified(), ids)
     monkeypatch.setenv("METAMOE_CACHE", str(tmp_path / "cache"))
-    assert str(run_dir).encode() not in b"".join(
-        p.read_bytes() for p in home.iterdir()
-    )  # not where it was made
+    # not where it was made
+    assert str(run_dir).encode() not in b"".join(p.read_bytes() for p in home.iterdir())
     close(logits(moe.load(home), ids), want)
     assert moe.load(home, dtype=torch.float64).lm_head.weight.dtype == torch.float64
     close(logits(moe.load(home, seed()), ids), want)

@@ -147,9 +147,8 @@ def test_empty_parts_are_empty():
 
 def test_the_public_set_holds_near_duplicates(glyphs):
     letters = Counter((record["image"]["char"], FAMILY_OF[record["image"]["face"]]) for record in glyphs[0])
-    assert (
-        sum(count for count in letters.values() if count > 1) / 6000 > 0.5
-    )  # records with another of their letter and family
+    # records with another of their letter and family
+    assert sum(count for count in letters.values() if count > 1) / 6000 > 0.5
 
 
 # --- drawing
@@ -172,10 +171,11 @@ def test_a_client_has_colours_of_its_own_and_the_public_set_all(glyphs):
     for name, parts in clients.items():
         records = [record for part in parts.values() for record in part]
         assert all(record["image"]["look"] == name for record in records)
+        # paper
         corners = [
             np.asarray(world.draw(record["image"]), float)[:3, :3].mean((0, 1)) / 255
             for record in records[:40]
-        ]  # paper
+        ]
         low, high = np.array(world.LOOKS[name][0])
         assert (np.mean(corners, 0) > low - 0.05).all() and (np.mean(corners, 0) < high + 0.05).all()
         means[name] = np.mean(corners, 0)

@@ -75,9 +75,8 @@ def test_lazy_records_are_used_as_a_list_is(written):
     assert len(records) == 20
     again = pickle.loads(pickle.dumps(more))
     assert list(again) == list(more) and len(pickle.dumps(more)) < 1000
-    assert list(zip(records, records, strict=False)) == list(
-        zip(rows, rows, strict=False)
-    )  # two readers at once
+    # two readers at once
+    assert list(zip(records, records, strict=False)) == list(zip(rows, rows, strict=False))
 
 
 def test_lazy_records_of_chosen_lines_and_of_nothing(tmp_path, written):
@@ -538,9 +537,8 @@ def test_a_join_that_was_killed_goes_on(tmp_path, files, seed_model):
         and read_json(run_dir / "clients" / "acme" / "private" / "done.json")["test"] == 9
     )
     left = {key: value for key, value in read_json(run_dir / "run.json").items() if key != "own"}
-    write_json(
-        run_dir / "run.json", left | {"clients": tiny.CLIENTS}
-    )  # it had left: all its work is there still
+    # it had left: all its work is there still
+    write_json(run_dir / "run.json", left | {"clients": tiny.CLIENTS})
     assert (
         "skipped"
         in stage("select_proxies", run_dir, "--join", f"acme={files}/acme.jsonl", "--test-size", "9").out

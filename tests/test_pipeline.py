@@ -90,9 +90,8 @@ def test_a_second_run_in_another_folder_gives_the_same_bytes(tmp_path, pristine,
     assert tiny.drive(commands=tiny.commands(other))["code"] == 0
     ours, theirs = drive.snapshot(finished[0], *CLOCKS), drive.snapshot(other, *CLOCKS)
     assert ours.keys() == theirs.keys()
-    differ = [
-        path for path in ours if ours[path] != theirs[path] and not path.startswith("scores/")
-    ]  # these hold samples/s
+    # these hold samples/s
+    differ = [path for path in ours if ours[path] != theirs[path] and not path.startswith("scores/")]
     assert not differ
     for path in (p for p in ours if p.startswith("scores/")):
         a, b = read_json(finished[0] / path), read_json(other / path)

@@ -248,9 +248,8 @@ def test_likelihood_of_choices_keeps_the_prompts_mean_with_a_router_on_the_prefi
     model = unified(backbone, context="prefix")
     got = backbone.scores(model, records[:4])
     for record, values in zip(records, got, strict=False):
-        prompt = backbone.encode(record)[
-            0
-        ]  # score_alone's context are the prompt's tokens: after them the running mean stays
+        # score_alone's context are the prompt's tokens: after them the running mean stays
+        prompt = backbone.encode(record)[0]
         want = [
             score_alone(backbone, model, prompt, backbone.encode(record, choice)[1])
             for choice in record["choices"]
@@ -299,9 +298,8 @@ def test_the_loss_in_chunks_is_the_loss():
         assert torch.allclose(whole, chunked, atol=1e-6)
     assert torch.equal(results[0][0], F.cross_entropy(head(states), targets))
     once, chunks = made[: made.index(None)], made[made.index(None) :]
-    assert (
-        max(once) == 23 * 50 > 250 >= max(n for n in chunks if n)
-    )  # no chunk's logits wait for the backward
+    # no chunk's logits wait for the backward
+    assert max(once) == 23 * 50 > 250 >= max(n for n in chunks if n)
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix"])

@@ -63,10 +63,11 @@ def test_the_filter_respects_word_boundaries():
 
 def test_client_texts_are_the_input_and_its_fields():
     record = {"input": "Passage: The river is very long.\nClaim: It is long."}
+    # "It is long": too short to say anything
     assert bigbench.client_texts(record) == [
         "passage the river is very long claim it is long",
         "the river is very long",
-    ]  # "It is long": too short to say anything
+    ]
 
 
 # --- records
@@ -253,9 +254,10 @@ def test_real_clients_are_disjoint_with_distinct_splits_a_seed(real):
     for _, parts in real:
         for client in parts.values():
             everything = [record for part in client.values() for record in part]
+            # no field twice
             assert len(fields_of(everything)) == sum(
                 len(set(bigbench.client_texts(record))) for record in everything
-            )  # no field twice
+            )
     for name in bigbench.CLIENTS:
         assert real[0][1][name]["test"] != real[1][1][name]["test"]
 
@@ -411,9 +413,8 @@ def test_results_of_the_papers_backbones_stand_beside_the_papers():
     one = {**row, "model": "flexolmo-dpp", "title": "flexolmo-dpp"}
     results = {"split": "test", "n": dict.fromkeys(names, 4), "rows": [row, one], "uploaded_bytes": {}}
     text = tables.markdown(results, RUN)
-    assert (
-        "| MetaMoE | 50.00 (93.67) | 50.00 (91.91) | 50.00 (97.98) | 50.00 (94.52) |" in text
-    )  # by name, not by place
+    # by name, not by place
+    assert "| MetaMoE | 50.00 (93.67) | 50.00 (91.91) | 50.00 (97.98) | 50.00 (94.52) |" in text
     assert (
         "| FlexOlmo, DPP | 50.00 | 50.00 | 50.00 | 50.00 (93.20) |" in text
         and "are not the paper's" not in text

@@ -269,19 +269,19 @@ def test_sizes_cap_and_seed(tmp_path, monkeypatch):
         ["cosmosqa"], ALL | sizes, seed, {"root": str(tmp_path)}
     )["cosmosqa"]  # noqa: E731
     parts = load(0, validation=5, test=4)
+    # a context has two questions: the sixth may not be trained on
     assert [len(parts[part]) for part in parts] == [
         34,
         5,
         4,
-    ]  # a context has two questions: the sixth may not be trained on
+    ]
     contexts = [{record["input"].split("\n")[0] for record in part} for part in parts.values()]
     assert not contexts[0] & contexts[1] and not contexts[1] & contexts[2]
     assert parts == load(0, validation=5, test=4) and all(
         parts[part] != load(1, validation=5, test=4)[part] for part in parts
     )
-    assert (
-        load(0, validation=5, train=7)["validation"] == parts["validation"]
-    )  # a part does not hang on another's size
+    # a part does not hang on another's size
+    assert load(0, validation=5, train=7)["validation"] == parts["validation"]
     monkeypatch.setattr(questions, "TRAIN_CAP", 20)
     capped = load(0, validation=5)
     assert (
@@ -317,9 +317,8 @@ def test_sizes_cap_and_seed(tmp_path, monkeypatch):
 
 
 def test_missing_data_says_what_was_looked_for(tmp_path):
-    fails(
-        "--data socialiqa=allenai/social_i_qa", "does not load", "--data NAME=FOLDER"
-    )  # the tests are offline
+    # the tests are offline
+    fails("--data socialiqa=allenai/social_i_qa", "does not load", "--data NAME=FOLDER")
     fails(
         f"--data-root {tmp_path}",
         "socialiqa",

@@ -8,13 +8,14 @@ import numpy as np
 
 from metamoe.errors import UserError
 
+# below its folder
 IMAGENET_TRAIN = [
     "train",
     "images/train",
     "ILSVRC/Data/CLS-LOC/train",
     "Data/CLS-LOC/train",
     ".",
-]  # below its folder
+]
 
 
 CLASS_NAME_FILES = ["classnames.txt", "LOC_synset_mapping.txt", "synset_words.txt"]
@@ -62,10 +63,11 @@ def read_image_folder(
             places += "nor in CLASS/, and no parquet files"
         raise UserError(f"{flag}: {where} holds no images {places}: {advice}")
     named = {}
+    # Kaggle's file lies four levels above its train folder
     for place in (
         Path(train),
         *Path(train).parents[:4],
-    ):  # Kaggle's file lies four levels above its train folder
+    ):
         for file in (place / name for name in CLASS_NAME_FILES):
             if not named and file.is_file():
                 lines = [

@@ -258,9 +258,8 @@ def public_text(n_public, sources, skip_bad=False):
         raise UserError(f"--public-size {n_public}: {flag} has {len(records)} records: lower it (0: all)")
     if not n_public:
         return records
-    chosen = np.sort(
-        np.random.default_rng(0).permutation(len(records))[:n_public]
-    )  # one public set for everybody, as in public_records
+    # one public set for everybody, as in public_records
+    chosen = np.sort(np.random.default_rng(0).permutation(len(records))[:n_public])
     return (
         [records[i] for i in chosen] if records is starts else Records(where, starts[chosen], records.convert)
     )

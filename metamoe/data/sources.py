@@ -75,9 +75,8 @@ def open_dataset(where, flag):
             except RuntimeError as error:
                 if "scripts are no longer supported" not in str(error):
                     raise
-                splits = datasets.load_dataset(
-                    name, where.get("config"), revision="refs/convert/parquet"
-                )  # the hub's own conversion
+                # the hub's own conversion
+                splits = datasets.load_dataset(name, where.get("config"), revision="refs/convert/parquet")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         why = f"does not load ({type(error).__name__}: {error})"
         if local:

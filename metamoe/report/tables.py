@@ -264,9 +264,8 @@ def pool(run_dirs, file):
                     for name in choices
                 }
             )
-    for tables in zip(
-        *(sections(found["rows"]) for found in runs), strict=True
-    ):  # the same table of each run
+    # the same table of each run
+    for tables in zip(*(sections(found["rows"]) for found in runs), strict=True):
         if tables[0][0]:
             print(f"\n{tables[0][0]}\n")
         print("| | " + heads + " | Average | MetaMoE minus this |\n|---|" + "---:|" * (len(clients) + 2))

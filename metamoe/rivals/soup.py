@@ -21,13 +21,14 @@ def average(experts):
             elif key.endswith("lora_A"):
                 soup[ffn][key] = torch.cat(tensors)  # (K r, d_in)
             elif key.endswith("lora_B"):
+                # (d_out, K r)
                 soup[ffn][key] = torch.cat(
                     [
                         t * expert[ffn]["scaling"] / len(experts)
                         for t, expert in zip(tensors, experts, strict=True)
                     ],
                     1,
-                )  # (d_out, K r)
+                )
             else:
                 soup[ffn][key] = torch.stack(tensors).mean(0)
     return soup

@@ -104,9 +104,8 @@ if __name__ == "__main__":
             a_token, frozen, trained = layer_bytes(config, args.rank, experts, 2, args.tokens)
             weights = 2 * (layers * frozen + vocabulary * width * (1 if tied else 2))
             optimiser = 16 * layers * trained
-            head = (
-                2 * min(LOGITS, 4 * vocabulary * tokens) + 2 * 2 * tokens * width
-            )  # logits and their gradient, hidden states and theirs
+            # logits and their gradient, hidden states and theirs
+            head = 2 * min(LOGITS, 4 * vocabulary * tokens) + 2 * 2 * tokens * width
             layer = a_token * tokens
             full = [weights, optimiser, layers * layer, head, layer]
             checkpointed = weights + optimiser + layers * 2 * width * tokens + head + 2 * layer

@@ -55,9 +55,8 @@ def sample_batch(training, size, seed, step):
     batch.
     """
     rng, chars = np.random.default_rng([seed, step]), list(training)
-    faces = np.array(
-        [len(training[char]) for char in chars]
-    )  # as in D_0, a character counts as often as it has faces
+    # as in D_0, a character counts as often as it has faces
+    faces = np.array([len(training[char]) for char in chars])
     recipes = []
     for i in rng.choice(len(chars), size, replace=False, p=faces / faces.sum()):
         face = training[chars[i]][rng.integers(faces[i])]
@@ -163,9 +162,8 @@ def train(out, *, steps, batch, seed, lr, warmup, log_every, checkpoint_every, d
             glyph_model.to_tensor([draw(recipe) for recipe in recipes]),
             tokenizer([caption(r["char"]) for r in recipes]),
         )
-        with sdpa_kernel(
-            SDPBackend.MATH
-        ):  # the fused attention's backward is slower on so few tokens: a fifth of a step
+        # the fused attention's backward is slower on so few tokens: a fifth of a step
+        with sdpa_kernel(SDPBackend.MATH):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 loss = contrastive_loss(model.train(), images, ids)
             loss.backward()

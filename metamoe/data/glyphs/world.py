@@ -73,11 +73,12 @@ SCRIPT_WORDS = {"GREEK": "greek", "COPTIC": "greek", "CYRILLIC": "cyrillic", "AR
 GREEK_LETTERS = {unicodedata.name(chr(c)).split()[-1] for c in range(0x3B1, 0x3CA)}  # ALPHA, BETA, ...
 
 SIZE, CANVAS = 32, 64  # pixels of an image, and of the canvas that a letter is set on first
+# on the canvas: font size, height of the base line, least distance to the edges
 EM, BASELINE, MARGIN = (
     46,
     48,
     5,
-)  # on the canvas: font size, height of the base line, least distance to the edges
+)
 
 # ------------------------------------------------------------------------------------------------------------
 # ---
@@ -134,9 +135,8 @@ def characters(face):
     empty.
     """
     with TTFont(font_path(face)) as font:
-        start = font[
-            "loca"
-        ]  # glyph i lies at start[i] .. start[i + 1] of the file: nothing between, nothing drawn
+        # glyph i lies at start[i] .. start[i + 1] of the file: nothing between, nothing drawn
+        start = font["loca"]
         return frozenset(
             chr(code)
             for code, glyph in font.getBestCmap().items()
@@ -201,9 +201,8 @@ def draw(image):
     """
     rng = np.random.default_rng(image["seed"])
     mask = glyph(image["char"], image["face"])
-    if (
-        rng.random() < 0.5
-    ):  # heavier by a pixel of the canvas all round; Pillow's own stroke fills some letters with ink
+    # heavier by a pixel of the canvas all round; Pillow's own stroke fills some letters with ink
+    if rng.random() < 0.5:
         mask = mask.filter(ImageFilter.MaxFilter(3))
     angle, (dx, dy), (wide, high) = (
         rng.normal(0, 0.1),
@@ -211,9 +210,8 @@ def draw(image):
         rng.uniform(0.92, 1.08, 2) * rng.uniform(0.92, 1.08),
     )
     cos, sin, centre = np.cos(angle), np.sin(angle), CANVAS / 2
-    inverse = np.array(
-        [[cos / wide, sin / wide], [-sin / high, cos / high]]
-    )  # of the output's place in the input's
+    # of the output's place in the input's
+    inverse = np.array([[cos / wide, sin / wide], [-sin / high, cos / high]])
     x, y = centre - inverse @ (centre + dx, centre + dy)
     mask = mask.transform(
         mask.size, Image.Transform.AFFINE, (*inverse[0], x, *inverse[1], y), Image.Resampling.BILINEAR
@@ -248,9 +246,8 @@ def split_client(name, sizes, seed):
     """
     letters, rng = CLIENTS[name], np.random.default_rng([seed, zlib.crc32(name.encode())])
     choices = [caption(char) for char in letters]
-    number = int(
-        rng.integers(2**40)
-    )  # of a drawing, its recipe's seed: counted on, so that no two recipes are the same
+    # of a drawing, its recipe's seed: counted on, so that no two recipes are the same
+    number = int(rng.integers(2**40))
     parts = {}
     for part, size in sizes.items():
         order = np.concatenate([rng.permutation(len(letters)) for _ in range(0, size, len(letters))] or [[]])[
@@ -277,11 +274,12 @@ def public_records(n_public):
     faces of
     one family: near-duplicates, as a scraped collection has them.
     """
+    # one set for everybody: not a matter of the run's seed
     rng, pairs, records = (
         np.random.default_rng(0),
         world(),
         [],
-    )  # one set for everybody: not a matter of the run's seed
+    )
     while len(records) < n_public:
         char, family = pairs[rng.integers(len(pairs))]
         faces = faces_of(char, (family,))

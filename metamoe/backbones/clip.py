@@ -84,8 +84,8 @@ class ClipBackbone(Backbone):
         """Yield (indices, images (b, 3, size, size) on the device) batch by batch, decoded by the workers.
 
         An image that cannot be decoded is left out and goes to self.unreadable as (index, message).
-        self.seconds is the
-        time this loop waited for images, which is the decoding's where there are no workers.
+        self.seconds is the time this loop waited for images, which is the decoding's where there are no
+        workers.
         """
         dataset = Images(records, self.transform, seed)
         keys = [[(index, step) for index in batch] for step, batch in enumerate(batches)]

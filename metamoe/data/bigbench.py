@@ -1,8 +1,7 @@
 """BIG-bench, the language default's data: three client tasks and a public set.
 
 A record is a dict with `prompt`, `answer`, `source` and, for client records, `choices`. Answers begin with
-a space: they
-are appended to the prompt as they are.
+a space: they are appended to the prompt as they are.
 """
 
 import re
@@ -48,8 +47,7 @@ CLIENTS = {
 
 
 # public task -> (records, prompt): first relatives of the client tasks, then much that is unrelated. The
-# siblings
-# multiemo/all_* and hotels_* hold the hotel client's sentences and are left out.
+# siblings multiemo/all_* and hotels_* hold the hotel client's sentences and are left out.
 PUBLIC = {
     "multiemo/products_sentence_en": (450, SENTIMENT),
     "multiemo/medicine_sentence_en": (450, SENTIMENT),
@@ -152,10 +150,9 @@ def load_bigbench(clients, sizes, n_public, seed):
     """Read the archive once; return (public records, {client: {"train" | "validation" | "test": records}}).
 
     The public set depends on `n_public` and the client tasks alone, never on the seed. A client's parts are
-    disjoint
-    and fixed by the seed; no two of its records share a field (the same question with two answers), so
-    nothing of the
-    test part is seen in training. `sizes`: {"train": n, "validation": n, "test": n}.
+    disjoint and fixed by the seed; no two of its records share a field (the same question with two
+    answers), so nothing of the test part is seen in training. `sizes`: {"train": n, "validation": n,
+    "test": n}.
     """
     wanted = {task for task, _, _ in CLIENTS.values()} | set(PUBLIC)
     raw = {}

@@ -54,10 +54,8 @@ def fetch(package, version, filename, sha256, size, kind):
 
     The file is checked against `size` and `sha256` once. A stamp beside it (`<filename>.ok`) then vouches
     for it as long as its size and time stay the same. A damaged file is removed and fetched again. Whatever
-    goes wrong raises
-    UserError and leaves nothing behind; what a killed run left is removed by the next one. Only one process
-    at a time
-    downloads into a cache.
+    goes wrong raises UserError and leaves nothing behind; what a killed run left is removed by the next
+    one. Only one process at a time downloads into a cache.
     """
     cache = cache_dir()
     path = cache / filename

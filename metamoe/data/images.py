@@ -1,10 +1,8 @@
 """The paper's image datasets: Pets, Flowers, EuroSAT, and ImageNet as the public set.
 
 A record is a dict with `image`, `answer` (a class name), `source` and, for client records, `choices` (the
-client's class
-names in label order). `image` is the path of a file or a row of a Hugging Face dataset: {"dataset",
-"split", "row",
-"column"} and, where it has several, "config".
+client's class names in label order). `image` is the path of a file or a row of a Hugging Face dataset:
+{"dataset", "split", "row", "column"} and, where it has several, "config".
 """
 
 import json
@@ -22,10 +20,9 @@ from metamoe.data.splits import balanced, stratified
 from metamoe.errors import UserError
 
 # client name -> (hub id, CoOp's split file, its image folder, names of the folder that holds both, CoOp's
-# first; in any
-# case and spelling of `_` and `-`). Each hub id has its classes in the ClassLabel `label` (timm's pets a
-# `label_cat_dog`
-# besides). Flowers has its original split there (1020 / 1020 / 6149 images), CoOp's is 4093 / 1633 / 2463.
+# first; in any case and spelling of `_` and `-`). Each hub id has its classes in the ClassLabel `label`
+# (timm's pets a `label_cat_dog` besides). Flowers has its original split there (1020 / 1020 / 6149 images),
+# CoOp's is 4093 / 1633 / 2463.
 IMAGE_CLIENTS = {
     "pets": (
         "timm/oxford-iiit-pet",
@@ -72,14 +69,12 @@ def load_images(clients, sizes, n_public, seed, sources):
     """Return (public records, {client: {"train" | "validation" | "test": records}}), as load_bigbench.
 
     `sizes`: {"train": n, "validation": n, "test": n}; fewer than there are is a subset as balanced over the
-    classes as
-    can be, fixed by the seed; 0 means all. `n_public`: a uniform subset of D_0, the same for every seed; 0:
-    all.
+    classes as can be, fixed by the seed; 0 means all. `n_public`: a uniform subset of D_0, the same for
+    every seed; 0: all.
     None: it is not read. `sources`: {"root": folder of the datasets' folders, NAME or "public": a folder or
     hub id (ID or
     ID:CONFIG)}, each may be None or absent; a dataset with neither comes from its default hub id. Raises
-    UserError where data are
-    missing, incomplete or fewer than asked for.
+    UserError where data are missing, incomplete or fewer than asked for.
     """
     parts = {}
     for name in clients:
@@ -222,8 +217,7 @@ def public_images(n_public, sources):
     """D_0: `n_public` records of ImageNet's training set (0: all), a uniform subset in the dataset's order.
 
     Read from an ImageFolder tree or a Hugging Face dataset. Of comma-separated synonyms the first is the
-    class name;
-    classes that share it ("crane") are one class to everybody.
+    class name; classes that share it ("crane") are one class to everybody.
     """
     where, flag = locate("public", *IMAGENET, sources)
     if os.path.isabs(where) and not holds_dataset(where):

@@ -40,8 +40,8 @@ def pip_download(name, filename, size, kind, tmp):
     """Let pip download the file into `tmp` and return its path.
 
     pip writes a download to $TMPDIR/pip-unpack-*/<filename>. The file is taken from there once it is
-    complete, and
-    pip is stopped: for a source distribution it would go on, unpack the file and run its setup.py.
+    complete, and pip is stopped: for a source distribution it would go on, unpack the file and run its
+    setup.py.
     """
     out, scratch = tmp / "out", tmp / "scratch"
     out.mkdir()

@@ -1,8 +1,7 @@
 """The paper's language datasets: CommonsenseQA, CosmosQA, SocialIQA, and Alpaca as the public set.
 
 A record is as BIG-bench's; `input` is the text that relevance is judged by. The prompt does not list the
-choices, and
-public records have none.
+choices, and public records have none.
 """
 
 import csv
@@ -118,12 +117,10 @@ def load_text(clients, sizes, seed, sources):
     """{client: {"train" | "validation" | "test": records}} of the paper's language clients.
 
     The test part is the dataset's validation split (its test split has no labels), the validation part is
-    cut out of train,
-    no context in both. `sizes`: {"train": n, "validation": n, "test": n}, a random subset each, fixed by
-    the seed; a train
-    of 0 is all that is left, up to TRAIN_CAP, a test of 0 the whole validation split. `sources`: as for
-    load_images.
-    Raises UserError where data are missing, damaged or fewer than asked for.
+    cut out of train, no context in both. `sizes`: {"train": n, "validation": n, "test": n}, a random subset
+    each, fixed by the seed; a train of 0 is all that is left, up to TRAIN_CAP, a test of 0 the whole
+    validation split. `sources`: as for load_images. Raises UserError where data are missing, damaged or
+    fewer than asked for.
     """
     parts = {}
     for name in clients:

@@ -28,10 +28,9 @@ def own_record(raw, source):
     keys are left out.
 
     `answer` is the text of a choice or, as a whole number, its index from 0. Prompt and answer stay as they
-    are written;
-    what stands between is one space, or the white space that the prompt ends with or the response begins
-    with (a space at
-    the prompt's end moves to the answer, where tokenizers want it). Raises BadRecord.
+    are written; what stands between is one space, or the white space that the prompt ends with or the
+    response begins with (a space at the prompt's end moves to the answer, where tokenizers want it). Raises
+    BadRecord.
     """
     if not isinstance(raw, dict):
         raise BadRecord(f"not a JSON object ({type(raw).__name__})")
@@ -87,9 +86,8 @@ def own_file(path, flag, source, skip_bad, mixed=False):
     all of it checked.
 
     One streaming pass; empty lines do not count. `mixed`: multiple choice and instructions may stand in one
-    file. The
-    first bad record raises UserError with file, line number and reason; with `skip_bad` they are left out
-    and counted.
+    file. The first bad record raises UserError with file, line number and reason; with `skip_bad` they are
+    left out and counted.
     """
     starts, keys, bad, first, several, position = array("q"), array("Q"), 0, "", None, 0
     with (

@@ -4,8 +4,8 @@ nothing else.
     python metamoe/data/glyphs/pretrain.py
 
 Every step draws its images anew. One (character, face) pair in twenty is never trained on; accuracy is
-measured on
-those. A killed run goes on where it was when the same command is given again, and ends with the same weights.
+measured on those. A killed run goes on where it was when the same command is given again, and ends with the
+same weights.
 """
 
 import argparse
@@ -98,8 +98,7 @@ def train(out, *, steps, batch, seed, lr, warmup, log_every, checkpoint_every, d
     returns the log.
 
     log: rows {"step", "loss" (mean since the row before), "accuracy", "captions", "seconds"}, the settings
-    in the first.
-    UserError if a checkpoint of other settings is there, or a number makes no sense.
+    in the first. UserError if a checkpoint of other settings is there, or a number makes no sense.
     """
     training, held_out = split_world()
     if min(steps, warmup, log_every) < 1 or not 1 < batch <= len(training):

@@ -1,11 +1,9 @@
 """The embedded vision default's data: letters and symbols drawn from the fonts that matplotlib ships.
 
 Three clients hold one script each, its letters as classes and in colours of its own; the public set D_0 is
-everything
-outside their scripts, in all colours. An image is a recipe, {"char": "α", "face": "DejaVuSans-Bold.ttf",
-"look": "greek",
-"seed": 17}, that `draw` turns into pixels, and its text is the character's Unicode name, "greek small
-letter alpha".
+everything outside their scripts, in all colours. An image is a recipe, {"char": "α", "face":
+"DejaVuSans-Bold.ttf", "look": "greek", "seed": 17}, that `draw` turns into pixels, and its text is the
+character's Unicode name, "greek small letter alpha".
 """
 
 import re
@@ -21,9 +19,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from metamoe.errors import UserError
 
-# family -> faces. A client's training and validation parts are drawn in the families of TRAIN, its test part
-# in the
-# others alone: serif letters after sans-serif ones. Armenian is in the DejaVu families only.
+# family -> faces. A client's training and validation parts are drawn in the families of TRAIN, its test
+# part in the others alone: serif letters after sans-serif ones. Armenian is in the DejaVu families only.
 FAMILIES = {
     "DejaVu Sans": [
         "DejaVuSans.ttf",
@@ -89,10 +86,8 @@ def script_of(char):
     """The client whose script `char` belongs to, or None. What this names for a client is never in D_0.
 
     A character belongs to a script if its Unicode name, or that of anything it decomposes into (NFKD), says
-    so: the
-    micro sign and the mathematical alphabets are Greek. So are the block of mathematical Greek as a whole,
-    with its
-    nabla and partial differential, and symbols named after a Greek letter (APL's alpha).
+    so: the micro sign and the mathematical alphabets are Greek. So are the block of mathematical Greek as a
+    whole, with its nabla and partial differential, and symbols named after a Greek letter (APL's alpha).
     """
     if 0x1D6A8 <= ord(char) <= 0x1D7CB:
         return "greek"
@@ -196,8 +191,7 @@ def draw(image):
     """A recipe {"char", "face", "seed"} as an RGB image of 32 x 32; the same recipe, the same pixels.
 
     The seed sets weight, size, rotation, place, the two colours (dark on light or light on dark; with a
-    "look" those of
-    LOOKS) and the noise.
+    "look" those of LOOKS) and the noise.
     """
     rng = np.random.default_rng(image["seed"])
     mask = glyph(image["char"], image["face"])
@@ -271,8 +265,7 @@ def public_records(n_public):
     larger one.
 
     A character comes up in proportion to the faces that hold it, each time with one to four drawings in the
-    faces of
-    one family: near-duplicates, as a scraped collection has them.
+    faces of one family: near-duplicates, as a scraped collection has them.
     """
     # one set for everybody: not a matter of the run's seed
     rng, pairs, records = (

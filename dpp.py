@@ -201,10 +201,7 @@ def _lazy_greedy(unit, log_weight, k, tol):
             z @ z.T - y @ y.T, 1 - (y * y).sum(1), log_weight[pool], k - len(q), tol, float(bound.max())
         )
         # log rho of the least that was left
-        new, least = (
-            z[chosen] - y[chosen] @ q,
-            (gained - log_weight[pool[chosen]]).min(),
-        )
+        new, least = (z[chosen] - y[chosen] @ q, (gained - log_weight[pool[chosen]]).min())
         if least > -5:
             # Gram-Schmidt: the first i rows span the first i chosen
             new = torch.linalg.solve_triangular(factor[:, chosen].T, new, upper=False)

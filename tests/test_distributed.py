@@ -16,16 +16,7 @@ from tiny import CLIENTS, COMMON
 from metamoe.rundir import read_json
 
 # 18 samples: the last batch holds 3
-FEW = [
-    "--epochs",
-    "3",
-    "--lr",
-    "0.01",
-    "--batch-size",
-    "5",
-    "--warmup-steps",
-    "2",
-]
+FEW = ["--epochs", "3", "--lr", "0.01", "--batch-size", "5", "--warmup-steps", "2"]
 
 
 def launch(*command, kind="--multi_gpu", **extra):

@@ -12,10 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from safetensors.torch import load_file
-from tiny import (
-    COMMON,
-    stage,
-)
+from tiny import COMMON, stage
 
 from metamoe.rundir import atomic, read_json, write_json
 

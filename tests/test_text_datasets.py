@@ -270,11 +270,7 @@ def test_sizes_cap_and_seed(tmp_path, monkeypatch):
     )["cosmosqa"]  # noqa: E731
     parts = load(0, validation=5, test=4)
     # a context has two questions: the sixth may not be trained on
-    assert [len(parts[part]) for part in parts] == [
-        34,
-        5,
-        4,
-    ]
+    assert [len(parts[part]) for part in parts] == [34, 5, 4]
     contexts = [{record["input"].split("\n")[0] for record in part} for part in parts.values()]
     assert not contexts[0] & contexts[1] and not contexts[1] & contexts[2]
     assert parts == load(0, validation=5, test=4) and all(

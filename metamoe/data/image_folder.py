@@ -9,13 +9,7 @@ import numpy as np
 from metamoe.errors import UserError
 
 # below its folder
-IMAGENET_TRAIN = [
-    "train",
-    "images/train",
-    "ILSVRC/Data/CLS-LOC/train",
-    "Data/CLS-LOC/train",
-    ".",
-]
+IMAGENET_TRAIN = ["train", "images/train", "ILSVRC/Data/CLS-LOC/train", "Data/CLS-LOC/train", "."]
 
 
 CLASS_NAME_FILES = ["classnames.txt", "LOC_synset_mapping.txt", "synset_words.txt"]
@@ -64,10 +58,7 @@ def read_image_folder(
         raise UserError(f"{flag}: {where} holds no images {places}: {advice}")
     named = {}
     # Kaggle's file lies four levels above its train folder
-    for place in (
-        Path(train),
-        *Path(train).parents[:4],
-    ):
+    for place in (Path(train), *Path(train).parents[:4]):
         for file in (place / name for name in CLASS_NAME_FILES):
             if not named and file.is_file():
                 lines = [

@@ -41,10 +41,7 @@ IMAGE_CLIENTS = {
 
 
 # gated: its hub page asks to accept the terms
-IMAGENET = (
-    "ILSVRC/imagenet-1k",
-    ["imagenet", "imagenet-1k", "ILSVRC2012", "ILSVRC"],
-)
+IMAGENET = ("ILSVRC/imagenet-1k", ["imagenet", "imagenet-1k", "ILSVRC2012", "ILSVRC"])
 
 
 # EuroSAT's own class names, without spaces -> what CoOp's split file calls them.

@@ -17,10 +17,7 @@ WEIGHTS = FOLDER / "model.safetensors"
 # The characters of Unicode names; their ids are 1, 2, ..., and 0 is padding.
 LETTERS = " -0123456789abcdefghijklmnopqrstuvwxyz"
 # the end has the highest id: there open_clip takes a text's feature
-START, END = (
-    len(LETTERS) + 1,
-    len(LETTERS) + 2,
-)
+START, END = (len(LETTERS) + 1, len(LETTERS) + 2)
 
 
 class Tokenizer:

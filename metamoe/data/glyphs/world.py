@@ -71,11 +71,7 @@ GREEK_LETTERS = {unicodedata.name(chr(c)).split()[-1] for c in range(0x3B1, 0x3C
 
 SIZE, CANVAS = 32, 64  # pixels of an image, and of the canvas that a letter is set on first
 # on the canvas: font size, height of the base line, least distance to the edges
-EM, BASELINE, MARGIN = (
-    46,
-    48,
-    5,
-)
+EM, BASELINE, MARGIN = (46, 48, 5)
 
 # ------------------------------------------------------------------------------------------------------------
 # ---
@@ -268,11 +264,7 @@ def public_records(n_public):
     faces of one family: near-duplicates, as a scraped collection has them.
     """
     # one set for everybody: not a matter of the run's seed
-    rng, pairs, records = (
-        np.random.default_rng(0),
-        world(),
-        [],
-    )
+    rng, pairs, records = (np.random.default_rng(0), world(), [])
     while len(records) < n_public:
         char, family = pairs[rng.integers(len(pairs))]
         faces = faces_of(char, (family,))

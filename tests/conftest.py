@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-THREADS = min(2, os.cpu_count() or 1)
+THREADS = int(os.environ.get("METAMOE_TEST_THREADS", min(2, os.cpu_count() or 1)))
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests use no hub: everything they read is made or fetched by them
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

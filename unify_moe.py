@@ -44,7 +44,7 @@ from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import train, use_checkpointing
 from metamoe.cli import add_machine_flags
 from metamoe.errors import UserError, run_main
-from metamoe.methods import METHODS
+from metamoe.methods import METHODS, main_rows
 from metamoe.presets import PRESETS
 from metamoe.records import read_records, usable_public
 from metamoe.rivals.soup import average, save_soup
@@ -101,11 +101,10 @@ def parse_args():
     parser.add_argument(
         "--weighting",
         choices=moe.WEIGHTINGS,
-        default="stopgrad",
         help="weights of the chosen experts: pi / stop_gradient(sum), Eq. 5's pi, or pi / sum (default: "
-        "%(default)s)",
+        "the method's, stopgrad)",
     )
-    parser.add_argument("--top-k", type=int, default=1, help="experts a token (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, help="experts a token (default: the method's, 1)")
     parser.add_argument(
         "--offset",
         action="store_true",
@@ -352,12 +351,14 @@ def leave_out(args, run_dir):
 def resolve(args, run_dir, run):
     """All settings of this model: the method's, the backbone's preset, overridden by flags."""
     preset = PRESETS[run["backbone"]]
-    preset = preset | {"final_lr": preset["final_lr"].get(args.method)}
+    preset = preset | {
+        "final_lr": preset["final_lr"].get(args.method, preset["final_lr"][METHODS[args.method].like])
+    }
     name = args.name or args.method
     taken = (
         name == "zeroshot"
         or name.startswith("expert-")
-        or (name in METHODS or args.method == "btm")
+        or (name in main_rows() or args.method == "btm")
         and name != args.method
     )
     if taken or not re.fullmatch(r"\w[\w.-]*", name):
@@ -371,11 +372,16 @@ def resolve(args, run_dir, run):
         "dtype": args.dtype,
         "full_ffn": args.full_ffn,
     }
-    for key, value in METHODS[args.method].items():
-        settings[key] = value if getattr(args, key) is None else getattr(args, key)
-    if args.method in ("soup", "btm"):
+    method = METHODS[args.method]
+    switches = ["data", "selection"]
+    if method.merge == "moe":
+        switches += ["context", "init", "train", "samples"]
+    for key in switches:
+        settings[key] = getattr(method, key) if getattr(args, key) is None else getattr(args, key)
+    if method.merge != "moe":
         return settings
-    settings |= {key: getattr(args, key) for key in ("seed_expert", "weighting", "top_k", "offset")}
+    for key in ("seed_expert", "weighting", "top_k", "offset"):
+        settings[key] = getattr(args, key) or getattr(method, key)
     defaults = {
         "lambda_init": "lambda_init",
         "epochs": "final_epochs",

@@ -1,83 +1,168 @@
-"""The methods of the results tables: what makes each, its title, and the ablations that compare them."""
+"""METHODS: every row of the results tables that the server makes, one entry each. All else follows from it.
 
-# What makes a method: which uploads, the router's context and start, what the final training trains and on
-# what.
+`unify_moe.py --method NAME` makes the row, run_all.sh makes all of them, evaluate.py takes titles and the
+ablation tables from here. The paper's numbers are in report/paper_results.json, under the same names.
+"""
+
+import argparse
+from dataclasses import dataclass, field
+
+# The paper's ablation tables, and two of our own.
+SELECTION = "Proxy selection (Table 5)"
+POOL = "What the DPP chooses from"
+ROUTER = "Context-aware router (Tables 6, 7)"
+EXPERTS = "Proxy-aligned experts (Tables 8, 9, 13)"
+FINAL = "Final training (Table 14)"
+START = "Start of the routing vectors"
+WEIGHTS = "Weights of the chosen experts"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the results tables. The fields from `data` to `seed_expert` are flags of unify_moe.py.
+
+    title: its name in the main table. Without one it is an ablation, made by `run_all.sh --ablations` alone.
+    about: one line for unify_moe.py's --help.
+    merge: how the server combines the uploads: "moe", or a module of metamoe/rivals/ with a function
+        merge(uploads, folder).
+    like: the method whose final learning rate (presets.py) it takes where there is none under its own name.
+    sections: {ablation table: its label there}.
+    """
+
+    title: str = ""
+    about: str = ""
+    merge: str = "moe"
+    data: str = (
+        "aligned"  # experts trained on private data and proxies; "private" or "proxies": on these alone
+    )
+    selection: str = "dpp"  # rule that chose the proxies (select_proxies.RULES)
+    context: str = "on"  # router with the sequence's mean (Eq. 6); "off": on the token alone
+    init: str = "uploaded"  # routing vectors start at the clients' means, or "random"
+    train: str = "all"  # final training of router and experts; "router", or "none"
+    samples: str = "proxies"  # that it trains on; "public": as many random ones, "private": the clients' data
+    weighting: str = "stopgrad"  # of the chosen experts (moe.WEIGHTINGS)
+    top_k: int = 1
+    offset: bool = False
+    seed_expert: bool = False
+    like: str = "metamoe"
+    sections: dict = field(default_factory=dict)
+
+
+def rival(title, about, **switches):
+    """A method whose experts are trained on private data alone."""
+    return Method(title, about, data="private", selection="similarity", **switches)
+
+
+def flexolmo(label, section, **changed):
+    """An ablation of FlexOlmo's row."""
+    switches = {"data": "private", "selection": "similarity"} | changed
+    return Method(context="off", train="router", like="flexolmo", sections={section: label}, **switches)
+
+
+def metamoe(label, section, **changed):
+    """An ablation of MetaMoE's row."""
+    return Method(sections={section: label}, **changed)
+
+
 METHODS = {
-    "metamoe": {
-        "data": "aligned",
-        "selection": "dpp",
-        "context": "on",
-        "init": "uploaded",
-        "train": "all",
-        "samples": "proxies",
-    },
-    "flexolmo": {
-        "data": "private",
-        "selection": "similarity",
-        "context": "off",
-        "init": "uploaded",
-        "train": "router",
-        "samples": "proxies",
-    },
-    "btx": {
-        "data": "private",
-        "selection": "similarity",
-        "context": "off",
-        "init": "random",
-        "train": "all",
-        "samples": "public",
-    },
-    "unrestricted": {
-        "data": "private",
-        "selection": "similarity",
-        "context": "on",
-        "init": "uploaded",
-        "train": "all",
-        "samples": "private",
-    },
-    "soup": {"data": "private", "selection": "similarity"},
-    "btm": {"data": "private", "selection": "similarity"},
+    "unrestricted": rival(
+        "UnrestrictedMoE",
+        "the upper bound: as metamoe from private-only experts, final training on ALL CLIENTS' PRIVATE DATA",
+        samples="private",
+    ),
+    "btm": rival("BTM", "no model: evaluate.py averages the private-only experts' predictions", merge="btm"),
+    "soup": rival(
+        "ModelSoup", "one expert: the mean of the private-only experts' updates B_p A_p", merge="soup"
+    ),
+    "btx": rival(
+        "BTX",
+        "private-only experts, random token-level router, both trained on random public samples",
+        context="off",
+        init="random",
+        samples="public",
+    ),
+    "flexolmo-random": flexolmo("FlexOlmo, random", SELECTION, selection="random"),
+    "flexolmo": rival(
+        "FlexOlmo",
+        "private-only experts, token-level router from the uploaded vectors, the router alone trained on "
+        "proxies chosen by relevance",
+        context="off",
+        train="router",
+        sections={SELECTION: "FlexOlmo, similarity", EXPERTS: "FlexOlmo's router, private data alone"},
+    ),
+    "flexolmo-dpp": flexolmo("FlexOlmo, DPP", SELECTION, selection="dpp"),
+    "flexolmo-aligned": flexolmo(
+        "FlexOlmo's router, private data and proxies", EXPERTS, data="aligned", selection="dpp"
+    ),
+    "metamoe-random": metamoe("MetaMoE, random", SELECTION, selection="random"),
+    "metamoe-similarity": metamoe("MetaMoE, similarity", SELECTION, selection="similarity"),
+    "metamoe-no-context": metamoe("token alone", ROUTER, context="off"),
+    "metamoe-private-experts": metamoe("private data alone", EXPERTS, data="private"),
+    "metamoe-proxy-experts": metamoe("proxies alone", EXPERTS, data="proxies"),
+    "metamoe-untrained": metamoe("none", FINAL, train="none"),
+    "metamoe-random-init": metamoe("random", START, init="random"),
+    "metamoe-literal": metamoe("pi (Eq. 5)", WEIGHTS, weighting="literal"),
+    "metamoe-renormalized": metamoe("pi / sum", WEIGHTS, weighting="renormalized"),
+    "metamoe": Method(
+        "MetaMoE",
+        "proxy-aligned experts, context-aware router from the uploaded vectors, both trained on all proxies",
+        sections={
+            SELECTION: "MetaMoE, DPP",
+            POOL: "the most relevant candidates",
+            ROUTER: "with context",
+            EXPERTS: "private data and proxies",
+            FINAL: "router and experts",
+            START: "uploaded means",
+            WEIGHTS: "pi / stop_gradient(sum)",
+        },
+    ),
+    "metamoe-dpp-all": metamoe("the whole public set", POOL, selection="dpp-all"),
 }
 
 
-TITLES = {
-    "unrestricted": "UnrestrictedMoE",
-    "zeroshot": "ZeroShot",
-    "btm": "BTM",
-    "soup": "ModelSoup",
-    "btx": "BTX",
-    "flexolmo": "FlexOlmo",
-    "metamoe": "MetaMoE",
-}
+def main_rows():
+    """The methods of the main table, in its order."""
+    return [name for name, method in METHODS.items() if method.title]
 
 
-# The paper's ablations: title -> {model: label}, printed where a model beside the main ones is there.
-ABLATIONS = {
-    "Proxy selection (Table 5)": {
-        "flexolmo-random": "FlexOlmo, random",
-        "flexolmo": "FlexOlmo, similarity",
-        "flexolmo-dpp": "FlexOlmo, DPP",
-        "metamoe-random": "MetaMoE, random",
-        "metamoe-similarity": "MetaMoE, similarity",
-        "metamoe": "MetaMoE, DPP",
-    },
-    "What the DPP chooses from": {
-        "metamoe": "the most relevant candidates",
-        "metamoe-dpp-all": "the whole public set",
-    },
-    "Context-aware router (Tables 6, 7)": {"metamoe-no-context": "token alone", "metamoe": "with context"},
-    "Proxy-aligned experts (Tables 8, 9, 13)": {
-        "metamoe-private-experts": "private data alone",
-        "metamoe-proxy-experts": "proxies alone",
-        "metamoe": "private data and proxies",
-        "flexolmo": "FlexOlmo's router, private data alone",
-        "flexolmo-aligned": "FlexOlmo's router, private data and proxies",
-    },
-    "Final training (Table 14)": {"metamoe-untrained": "none", "metamoe": "router and experts"},
-    "Start of the routing vectors": {"metamoe-random-init": "random", "metamoe": "uploaded means"},
-    "Weights of the chosen experts": {
-        "metamoe-literal": "pi (Eq. 5)",
-        "metamoe-renormalized": "pi / sum",
-        "metamoe": "pi / stop_gradient(sum)",
-    },
-}
+def title(name):
+    """A row's name in the tables; a model that is no entry here is called by its folder."""
+    return METHODS[name].title or name if name in METHODS else name
+
+
+def ablations():
+    """{ablation table: {row: label}}, the tables in the order of MetaMoE's entry, which is in all of them."""
+    found = {section: {} for section in METHODS["metamoe"].sections}
+    for name, method in METHODS.items():
+        for section, label in method.sections.items():
+            found.setdefault(section, {})[name] = label
+    return found
+
+
+def plan(names, with_ablations=False):
+    """The stages' commands that make these rows, in order: selections, experts and uploads, models."""
+    if with_ablations:
+        names = names + [row for row in METHODS if not METHODS[row].title and METHODS[row].like in names]
+    uploads = [("private", "similarity")]  # the experts' own rows
+    uploads += [(METHODS[name].data, METHODS[name].selection) for name in names]
+    uploads = list(dict.fromkeys(uploads))
+    rules = dict.fromkeys(rule for _, rule in uploads)
+    lines = [f"select_proxies.py --selection {rule}" for rule in rules]
+    lines += [f"train_expert.py --data {data} --selection {rule}" for data, rule in uploads]
+    return lines + [f"unify_moe.py --method {name}" for name in names]
+
+
+def main():
+    """Print run_all.sh's plan."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("names", nargs="*", help="methods (default: all of the main table)")
+    parser.add_argument("--ablations", action="store_true", help="also the ablations of these methods")
+    args = parser.parse_args()
+    for name in args.names:
+        if name not in METHODS:
+            parser.exit(2, f"error: --methods {name}: unknown, choose from {' '.join(METHODS)}\n")
+    print("\n".join(plan(args.names or main_rows(), args.ablations)))
+
+
+if __name__ == "__main__":
+    main()

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from metamoe import methods
 from metamoe.errors import UserError
-from metamoe.methods import ABLATIONS, TITLES
 from metamoe.presets import PRESETS
 from metamoe.report.paper import PAPER_COSTS, PAPER_SELECTION, paper_numbers
 from metamoe.report.statistics import paired_bootstrap
@@ -26,17 +26,21 @@ def title(row, run):
         name = row.removeprefix("expert-")
         number = run["clients"].index(name)
         return f"Expert {ROMAN[number] if number < len(ROMAN) else number + 1} ({name})"
-    return TITLES.get(row, row)
+    return "ZeroShot" if row == "zeroshot" else methods.title(row)
 
 
 def sections(rows):
     """[(title, [(label, row)])]: the main table's rows and those of no ablation, then each ablation that has
     rows of its own."""
     by_name = {row["model"]: row for row in rows}
-    main = {name for name in by_name if name in TITLES or name.startswith("expert-")}
+    main = {
+        name
+        for name in by_name
+        if name == "zeroshot" or name in methods.main_rows() or name.startswith("expert-")
+    }
     found = [
         (title, [(label, by_name[name]) for name, label in table.items() if name in by_name])
-        for title, table in ABLATIONS.items()
+        for title, table in methods.ablations().items()
         if any(name in by_name and name not in main for name in table)
     ]
     ablated = {row["model"] for _, table in found for _, row in table}

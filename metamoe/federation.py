@@ -65,17 +65,17 @@ def start_run(args):
                 "NAME=PATH)"
             )
     sources = None
-    if args.data_root or args.data or args.public:
-        if (args.data_root or args.data) and data not in ("images", "qa"):
+    if args.data_root or args.dataset or args.public:
+        if (args.data_root or args.dataset) and data not in ("images", "qa"):
             raise UserError(
-                f"--data-root and --data name the paper's datasets: {backbone} brings its data (your own: "
+                f"--data-root and --dataset name the paper's datasets: {backbone} brings its data (your own: "
                 "--client NAME=PATH)"
             )
-        sources = dict(pair.partition("=")[::2] for pair in args.data or [])
+        sources = dict(pair.partition("=")[::2] for pair in args.dataset or [])
         for name, source in sources.items():
             if name not in known or not source:
                 raise UserError(
-                    f"--data {name}={source}: give NAME=FOLDER_OR_DATASET, NAME one of {', '.join(known)}"
+                    f"--dataset {name}={source}: give NAME=FOLDER_OR_DATASET, NAME one of {', '.join(known)}"
                 )
         sources |= {"root": args.data_root, "public": args.public}
     sizes = {

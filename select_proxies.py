@@ -52,9 +52,15 @@ def dpp_of_all(features, relevance, usable, m, n, rng):
     return usable[dpp.relevance_weighted_dpp(features[usable], relevance[usable], m)]
 
 
-# A rule(features, relevance, usable, m, n, rng) gives m indices into D_0, in the order they are chosen. features
-# (|D_0|, d); relevance (|D_0|,), g of Eq. 7; usable: indices of the readable samples; rng: the client's own.
-RULES = {"dpp": dpp_of_candidates, "similarity": most_relevant, "random": at_random, "dpp-all": dpp_of_all}
+# A rule(features, relevance, usable, m, n, rng) gives m indices into D_0, in the order they are chosen.
+# features (|D_0|, d); relevance (|D_0|,), g of Eq. 7; usable: indices of the readable samples; rng: a generator
+# of this client's own.
+RULES = {
+    "dpp": dpp_of_candidates,  # MetaMoE
+    "similarity": most_relevant,  # FlexOlmo
+    "random": at_random,
+    "dpp-all": dpp_of_all,
+}
 
 
 def parse_args():

@@ -239,7 +239,7 @@ def label_set(backbone, run_dir, run, settings):
     return classes
 
 
-def final_training(backbone, model, run_dir, run, uploads, settings, checkpointing):
+def final_training(backbone, model, records, classes, run, settings, checkpointing):
     """Train router (and experts) of the unified model in place; returns each step's loss."""
     groups = [
         {"params": moe.router_parameters(model), "lr": settings["lr"]},
@@ -253,7 +253,7 @@ def final_training(backbone, model, run_dir, run, uploads, settings, checkpointi
     return train(
         backbone,
         model,
-        final_samples(run_dir, run, uploads, settings),
+        records,
         groups,
         steps=settings["steps"],
         batch_size=settings["batch_size"],
@@ -261,15 +261,15 @@ def final_training(backbone, model, run_dir, run, uploads, settings, checkpointi
         optimizer=settings["optimizer"],
         weight_decay=settings["weight_decay"],
         seed=run["seed"],
-        classes=label_set(backbone, run_dir, run, settings),
+        classes=classes,
         label=f"final training {settings['name']}",
         after_step=lambda: moe.clamp_(model),
         checkpointing=checkpointing,
     )
 
 
-def make(args, run_dir, run, uploads, settings):
-    """Merge (Eq. 5-6) and train (lines 15-18); returns (model or None, losses, when unification began)."""
+def make(args, run_dir, run, uploads, settings, records):
+    """Merge (Eq. 5-6) and train on the records (lines 15-18); returns (model, losses, start of the merge)."""
     if METHODS[args.method].merge != "moe":
         return None, [], time.perf_counter()
     backbone = run_backbone(run, args)
@@ -280,7 +280,8 @@ def make(args, run_dir, run, uploads, settings):
         model = build(backbone, run_dir, run, uploads, settings)
     if settings["steps"]:
         checkpointing = use_checkpointing(args.gradient_checkpointing, run, backbone)
-        losses = final_training(backbone, model, run_dir, run, uploads, settings, checkpointing)
+        classes = label_set(backbone, run_dir, run, settings)
+        losses = final_training(backbone, model, records, classes, run, settings, checkpointing)
     return model, losses, start
 
 
@@ -319,8 +320,9 @@ def unify(args, run_dir, run):
     if there:
         print(f"unify_moe: {settings['name']}: is there already, skipped")
         return folder
+    records = final_samples(run_dir, run, uploads, settings) if settings.get("steps") else []
     save_settings(run_dir, "unify_moe", settings["name"], resolved)
-    model, losses, start = make(args, run_dir, run, uploads, settings)
+    model, losses, start = make(args, run_dir, run, uploads, settings, records)
     if processes().is_main_process:
         write(folder, args, model, losses, uploads, settings, start)
     return folder

@@ -67,7 +67,7 @@ def test_what_is_unknown_ends_in_one_line(tmp_path):
     for args, message in (
         (["--nope"], "unknown option --nope"),
         (["a", "b"], "one backbone at a time"),
-        (["--methods", "metamoe", "nope"], "--methods nope: unknown"),
+        (["smollm2-135m", "--methods", "metamoe", "nope"], "--methods nope: unknown"),
         (["--clients", "--quick"], "--clients needs a value"),
         (["--seed"], "needs a value"),
     ):

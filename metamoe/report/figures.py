@@ -101,7 +101,7 @@ def figure2(evaluation, client, private, public, proxies, found):
         axis.set_xticks([])
         axis.set_yticks([])
     figure.suptitle(
-        f"{run['backbone']}: proxies for {client} (m = {run['proxies']}), t-SNE of the seed's features"
+        f"{run['backbone']}: proxies for {client} (m = {run['proxies']}), t-SNE of the seed model's features"
     )
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     legend = axes[0][0].get_legend_handles_labels()

@@ -53,8 +53,8 @@ def dpp_of_all(features, relevance, usable, m, n, rng):
 
 
 # A rule(features, relevance, usable, m, n, rng) gives m indices into D_0, in the order they are chosen.
-# features (|D_0|, d); relevance (|D_0|,), g of Eq. 7; usable: indices of the readable samples; rng: a generator
-# of this client's own.
+# features: (|D_0|, d). relevance: (|D_0|,), g of Eq. 7. usable: indices of the readable samples. rng: a
+# random generator of the client's own.
 RULES = {
     "dpp": dpp_of_candidates,  # MetaMoE
     "similarity": most_relevant,  # FlexOlmo

@@ -21,7 +21,7 @@ from metamoe.backbones.embedding import public_features
 from metamoe.cli import add_machine_flags
 from metamoe.data.bigbench import CLIENTS
 from metamoe.data.glyphs import world
-from metamoe.data.questions import TEXT_CLIENTS
+from metamoe.data.questions import CLIENTS as TEXT_CLIENTS
 from metamoe.errors import UserError, run_main
 from metamoe.federation import check_sizes, read_data, start_run, write_data
 from metamoe.presets import PRESETS
@@ -82,7 +82,7 @@ def parse_args():
         "commonsenseqa/, cosmosqa/, socialiqa/, alpaca/",
     )
     parser.add_argument(
-        "--data",
+        "--dataset",
         nargs="+",
         metavar="NAME=SOURCE",
         help="this client's copy of the paper's dataset: a folder, or a Hugging Face dataset (hub id or "

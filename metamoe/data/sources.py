@@ -13,7 +13,7 @@ def locate(name, hub_id, spellings, sources, file_ok=False):
     """(where, flag): an existing folder's (or file's) absolute path or a hub id, and the flag and value it
     comes from, for error lines.
     """
-    option = "--public " if name == "public" else f"--data {name}="
+    option = "--public " if name == "public" else f"--dataset {name}="
     if given := sources.get(name):
         flag, path = option + given, Path(given).expanduser()
         if path.is_dir() or file_ok and path.is_file():
@@ -84,7 +84,7 @@ def open_dataset(where, flag):
         raise UserError(
             f"{flag}: there is no such folder here, and as a hub id (ID, or ID:CONFIG where it has "
             f"several) it {why}: log in where the "
-            "hub asks for it, or name a local copy (--data NAME=FOLDER, --public FOLDER, or --data-root "
+            "hub asks for it, or name a local copy (--dataset NAME=FOLDER, --public FOLDER, or --data-root "
             "FOLDER for all)"
         ) from None
     splits = splits if isinstance(splits, dict) else {"train": splits}

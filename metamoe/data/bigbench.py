@@ -5,12 +5,12 @@ a space: they are appended to the prompt as they are.
 """
 
 import re
-import zlib
 from typing import NamedTuple
 
 import numpy as np
 
 from metamoe.data.fetch import BIGBENCH, fetch, read_members
+from metamoe.data.splits import rng_of
 from metamoe.errors import UserError
 
 TASKS = "bigbench-1.0.0/bigbench/benchmark_tasks/"  # in the archive
@@ -170,7 +170,7 @@ def read_archive(sources, clients):
 def split_client(name, records, sizes, seed):
     """Shuffle by random seed, drop records that share a field with an earlier one, and cut into the parts
     of `sizes`."""
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    rng = rng_of(seed, name)
     kept, seen, need = [], set(), sum(sizes.values())
     for i in rng.permutation(len(records)):
         texts = client_texts(records[i]) if records[i] else []

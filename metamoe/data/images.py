@@ -8,7 +8,6 @@ client's class names in label order). `image` is the path of a file or a row of 
 import json
 import os
 import re
-import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import numpy as np
 
 from metamoe.data.image_folder import read_image_folder
 from metamoe.data.sources import dataset_at, holds_dataset, locate, open_dataset, read_rows
-from metamoe.data.splits import balanced, stratified
+from metamoe.data.splits import balanced, rng_of, stratified
 from metamoe.errors import UserError
 
 # gated: its hub page asks to accept the terms
@@ -27,9 +26,17 @@ IMAGENET = ("ILSVRC/imagenet-1k", ["imagenet", "imagenet-1k", "ILSVRC2012", "ILS
 SPLIT_NAMES = {"train": ["train"], "validation": ["validation", "val", "valid", "dev"], "test": ["test"]}
 
 
-def class_name(text):
-    """A class name as prompts have it: lower-case, `_` and `-` as spaces."""
-    return " ".join(re.sub("[_-]", " ", text.lower()).split())
+def class_names(names, flag):
+    """Class names as prompts have them: lower-case, `_` and `-` as spaces. UserError where classes are
+    numbered: CLIP's text encoder needs names."""
+    names = [" ".join(re.sub("[_-]", " ", name.lower()).split()) for name in names]
+    for name in names:
+        if re.fullmatch(r"n?[ _]?\d+", name):
+            raise UserError(
+                f"{flag}: a class is called {name!r} there, and CLIP needs names: take a copy of the "
+                "dataset whose labels are named"
+            )
+    return names
 
 
 class ImageSet(NamedTuple):
@@ -60,7 +67,7 @@ class ImageSet(NamedTuple):
                     f"client {name}: its {part} part has {len(images)} images, --{part}-size {size} asked "
                     f"for: {advice}"
                 )
-            rng = np.random.default_rng([seed, zlib.crc32(f"{name} {part}".encode())])
+            rng = rng_of(seed, f"{name} {part}")
             parts[part] = [
                 {"image": images[i], "answer": choices[labels[i]], "source": name, "choices": choices}
                 for i in balanced(labels, size or len(labels), rng)
@@ -83,9 +90,7 @@ class ImageSet(NamedTuple):
                 f"{flag}: {where} holds neither {self.split_file} (CoOp's DATASETS.md links it; the images "
                 f"go into {self.image_folder}/ beside it) nor a Hugging Face dataset (hub id: {self.hub_id})"
             )
-        names = [class_name(n) for n in names]
-        names = [self.renamed.get(n.replace(" ", ""), n) for n in names]
-        check_names(names, flag)
+        names = [self.renamed.get(n.replace(" ", ""), n) for n in class_names(names, flag)]
         if len(set(names)) < len(names):
             twice = Counter(names).most_common(1)[0][0]
             raise UserError(
@@ -122,16 +127,6 @@ CLIENTS = {
         "timm/eurosat-rgb", "split_zhou_EuroSAT.json", "2750", ["eurosat", "eurosat_rgb"], EUROSAT_NAMES
     ),
 }
-
-
-def check_names(names, flag):
-    """UserError where classes are numbered: CLIP's text encoder needs names."""
-    for name in names:
-        if re.fullmatch(r"n?[ _]?\d+", name):
-            raise UserError(
-                f"{flag}: a class is called {name!r} there, and CLIP needs names: take a copy of the "
-                "dataset whose labels are named"
-            )
 
 
 def read_split(folder, split_file, image_folder):
@@ -196,8 +191,7 @@ def read_dataset(name, where, flag, seed):
     for part, share in (("test", 0.2), ("validation", 0.1)):
         if part not in parts:
             image, rows, labels = parts["train"]
-            rng = np.random.default_rng([seed, zlib.crc32(f"{name} cut {part}".encode())])
-            out = stratified(labels, share, rng)
+            out = stratified(labels, share, rng_of(seed, f"{name} cut {part}"))
             parts[part] = image, rows[out], labels[out]
             parts["train"] = image, rows[~out], labels[~out]
     return names, {
@@ -223,8 +217,7 @@ def public_images(size, sources, skip_bad=False):
         def image_of(row):
             return {**at, "split": "train", "row": row, "column": column}
 
-    names = [class_name(name.split(",")[0]) for name in names]
-    check_names(names, flag)
+    names = class_names([name.split(",")[0] for name in names], flag)
     if size > len(labels):
         raise UserError(f"--public-size {size}: {flag} has {len(labels)} images: lower it (0: all)")
     chosen = np.arange(len(labels))

@@ -8,7 +8,6 @@ import csv
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from metamoe.data.sources import dataset_at, holds_dataset, locate, open_dataset
-from metamoe.data.splits import digest, grouped, hold_out
+from metamoe.data.splits import digest, grouped, hold_out, rng_of
 from metamoe.data.user import own_file
 from metamoe.errors import UserError
 from metamoe.records import Records
@@ -134,7 +133,7 @@ CLIENTS = {
 
 def cut(name, train, test, sizes, seed):
     """The parts of a client out of the records of its train and of its validation split."""
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    rng = rng_of(seed, name)
     order, keys = grouped([digest(record["input"].split("\n")[0]) for record in train], rng)
     if sizes["validation"] + max(sizes["train"], 2) > len(train) or sizes["test"] > len(test):
         raise UserError(

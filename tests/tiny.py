@@ -237,7 +237,7 @@ def flags_of(name, run_dir, *needed):
 
 
 def synthetic_archive(monkeypatch, per_task=60):
-    """Let bigbench.load_bigbench read a small archive made here."""
+    """Let bigbench.read_archive read a small archive made here."""
     names = [bigbench.CLIENTS[name][0] for name in bigbench.CLIENTS] + [
         t if not t.endswith("*") else "natural_instructions/subtask001_a" for t in bigbench.PUBLIC
     ]

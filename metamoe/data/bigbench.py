@@ -5,12 +5,15 @@ a space: they are appended to the prompt as they are.
 """
 
 import re
-import zlib
+from typing import NamedTuple
 
 import numpy as np
 
 from metamoe.data.fetch import BIGBENCH, fetch, read_members
+from metamoe.data.splits import rng_of
 from metamoe.errors import UserError
+
+TASKS = "bigbench-1.0.0/bigbench/benchmark_tasks/"  # in the archive
 
 SENTIMENT = (
     "Determine whether given opinion is positive, negative, neutral or ambivalent in terms of its sentiment."
@@ -18,31 +21,35 @@ SENTIMENT = (
 )
 
 
-# client name -> (BIG-bench task, prompt, choices where the task does not list them)
+class Task(NamedTuple):
+    """A BIG-bench task as a client's data."""
+
+    task: str
+    prompt: str
+    choices: list | None = None  # where the task does not list them
+    family = "bigbench"
+
+    def load(self, name, sizes, seed, archive):
+        """{"train" | "validation" | "test": records}, disjoint and fixed by the random seed.
+
+        No two records share a field (the same question with two answers), so nothing of the test part is
+        seen in training.
+        """
+        examples = archive.examples[self.task]
+        return split_client(name, [to_record(e, *self) for e in examples], sizes, seed)
+
+
+# The type of a question's answer: a generation task with a closed set of answers; records with several are
+# left out.
+QUESTION = "natural_instructions/subtask046_miscellaenous_question_typing"
+QUESTION_TYPES = (
+    "Abbreviation Date Entity Event Facility Humans Law Location Money Organization Other Quantity Time"
+)
+
 CLIENTS = {
-    "intent": ("intent_recognition", "{input}\nIntent:", None),
-    "hotels": ("multiemo/hotels_sentence_en", SENTIMENT, None),
-    # The type of a question's answer: a generation task with a closed set of answers; records with several
-    # are left out.
-    "question": (
-        "natural_instructions/subtask046_miscellaenous_question_typing",
-        "{input}\nType:",
-        [
-            "Abbreviation.",
-            "Date.",
-            "Entity.",
-            "Event.",
-            "Facility.",
-            "Humans.",
-            "Law.",
-            "Location.",
-            "Money.",
-            "Organization.",
-            "Other.",
-            "Quantity.",
-            "Time.",
-        ],
-    ),
+    "intent": Task("intent_recognition", "{input}\nIntent:"),
+    "hotels": Task("multiemo/hotels_sentence_en", SENTIMENT),
+    "question": Task(QUESTION, "{input}\nType:", [kind + "." for kind in QUESTION_TYPES.split()]),
 }
 
 
@@ -77,14 +84,9 @@ PUBLIC = {
 
 
 MAX_CHARS = 300  # of a prompt: keeps the default run on a CPU; about 70 tokens
-
-
 MAX_ANSWER_CHARS = 60
-
-
-MIN_WORDS = (
-    4  # of a client's text: one-word sentences ("No.") stand in every corpus and say nothing about a copy
-)
+# of a client's text: one-word sentences ("No.") stand in every corpus and say nothing about a copy
+MIN_WORDS = 4
 
 
 def normalise(text):
@@ -93,18 +95,16 @@ def normalise(text):
 
 
 def client_texts(record):
-    """What must not stand in the public set: the record's input and each of its fields (a question without
-    its answer).
-    """
+    """Texts that must not stand in the public set: the record's input and each field, a question without
+    its answer."""
     whole = normalise(record["input"])
     fields = [normalise(field.split(": ", 1)[-1]) for field in re.split(r"\n| \(Answer: ", record["input"])]
     return [text for text in [whole, *fields] if len(text.split()) >= MIN_WORDS]
 
 
 def containment_filter(texts):
-    """A function that says whether a text contains (as whole words) one of `texts`, normalised; near-linear
-    in its length.
-    """
+    """A function that says whether a text contains one of `texts` (normalised) as whole words; near-linear
+    in its length."""
     by_start = {}
     for words in {tuple(text.split()) for text in texts if text}:
         by_start.setdefault(words[: min(4, len(words))], []).append(words)
@@ -123,16 +123,15 @@ def containment_filter(texts):
 
 def to_record(example, source, template, choices=None):
     """A BIG-bench example as a record, or None where it has no single best answer or is too long for the
-    default.
-    """
+    default."""
     if choices and example["target"] not in ([choice] for choice in choices):
         return None
-    if "target_scores" in example:
-        choices = list(example["target_scores"])
-    prompt = template.format(input=example["input"].strip())
+    text = example["input"].strip()
+    prompt = template.format(input=text)
     if "target_scores" in example:
         scores = example["target_scores"]
-        best = [choice for choice, score in scores.items() if score == max(scores.values())]
+        choices = list(scores)
+        best = [choice for choice in choices if scores[choice] == max(scores.values())]
         answer = best[0] if len(best) == 1 else ""
     else:
         target = example["target"]
@@ -140,69 +139,52 @@ def to_record(example, source, template, choices=None):
     answer = answer.strip()
     if not answer or len(prompt) > MAX_CHARS or len(answer) > MAX_ANSWER_CHARS:
         return None
-    record = {"source": source, "input": example["input"].strip(), "prompt": prompt, "answer": " " + answer}
+    record = {"source": source, "input": text, "prompt": prompt, "answer": " " + answer}
     if choices:
         record["choices"] = [" " + choice.strip() for choice in choices]
     return record
 
 
-def load_bigbench(clients, sizes, n_public, seed):
-    """Read the archive once; return (public records, {client: {"train" | "validation" | "test": records}}).
+class Archive(NamedTuple):
+    """What the clients' and the public records are made of."""
 
-    The public set depends on `n_public` and the client tasks alone, never on the seed. A client's parts are
-    disjoint and fixed by the seed; no two of its records share a field (the same question with two
-    answers), so nothing of the test part is seen in training. `sizes`: {"train": n, "validation": n,
-    "test": n}.
-    """
-    wanted = {task for task, _, _ in CLIENTS.values()} | set(PUBLIC)
-    raw = {}
-    archive = fetch(**BIGBENCH)
-    prefix = "bigbench-1.0.0/bigbench/benchmark_tasks/"
+    examples: dict  # of each task, as the archive has them
+    private: list  # the tasks of all clients, whichever take part in this run
+
+
+def read_archive(sources, clients):
+    """The Archive for these clients ({name: Task}) and the public set, read once for all."""
+    private = [client.task for client in clients.values()]
+    examples = {}
 
     def is_wanted(member):
-        task = member.removeprefix(prefix).removesuffix("/task.json")
-        return member.endswith("/task.json") and (
-            task in wanted or task.startswith("natural_instructions/subtask")
-        )
+        task = member.removeprefix(TASKS).removesuffix("/task.json")
+        wanted = task in private or task in PUBLIC or task.startswith("natural_instructions/subtask")
+        return wanted and member.endswith("/task.json")
 
-    for member, content in read_members(archive, is_wanted):
-        raw[member.removeprefix(prefix).removesuffix("/task.json")] = content["examples"]
-
-    parts, private_texts = {}, []
-    for (
-        name
-    ) in CLIENTS:  # every embedded client's texts leave the public set, whichever take part in this run
-        task, template, choices = CLIENTS[name]
-        private_texts += [text for example in raw[task] for text in client_texts(example)]
-        if name in clients:
-            parts[name] = split_client(
-                name, [to_record(e, task, template, choices) for e in raw[task]], sizes, seed
-            )
-    return public_records(raw, containment_filter(private_texts), n_public), parts
+    for member, content in read_members(fetch(**BIGBENCH), is_wanted):
+        examples[member.removeprefix(TASKS).removesuffix("/task.json")] = content["examples"]
+    return Archive(examples, private)
 
 
 def split_client(name, records, sizes, seed):
-    """Shuffle by seed, drop records that share a field with an earlier one, and cut into the parts of
-    `sizes`.
-    """
-    order = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(len(records))
-    kept, seen = [], set()
-    need = sum(sizes.values())
-    for i in order:
-        record = records[i]
-        if record is None:
+    """Shuffle by random seed, drop records that share a field with an earlier one, and cut into the parts
+    of `sizes`."""
+    rng = rng_of(seed, name)
+    kept, seen, need = [], set(), sum(sizes.values())
+    for i in rng.permutation(len(records)):
+        texts = client_texts(records[i]) if records[i] else []
+        if not texts or not seen.isdisjoint(texts):
             continue
-        texts = client_texts(record)
-        if texts and seen.isdisjoint(texts):
-            seen.update(texts)
-            kept.append(record)
-            if len(kept) == need:
-                break
+        seen.update(texts)
+        kept.append(records[i])
+        if len(kept) == need:
+            break
     if len(kept) < need:
+        flags = " + ".join(f"--{part}-size {size}" for part, size in sizes.items())
         raise UserError(
-            f"client {name}: {len(kept)} distinct usable records, {need} asked for (--train-size "
-            f"{sizes['train']} + "
-            f"--validation-size {sizes['validation']} + --test-size {sizes['test']}): lower one of them"
+            f"client {name}: {len(kept)} distinct usable records, {need} asked for ({flags}): lower one of "
+            "them"
         )
     parts, start = {}, 0
     for part, size in sizes.items():
@@ -211,37 +193,40 @@ def split_client(name, records, sizes, seed):
     return parts
 
 
-def public_records(raw, contains_private, n_public):
-    """D_0: `n_public` records, every source in proportion to its quota in PUBLIC, without any client's
-    text.
+def public_records(size, archive, skip_bad=False):
+    """D_0: `size` records, every source in proportion to its quota in PUBLIC, without any client's text.
+
+    The set depends on its size and the client tasks alone, never on the run's random seed.
     """
-    private = {task for task, _, _ in CLIENTS.values()}
-    rng = np.random.default_rng(0)  # the public set is one set for everybody: not a matter of the run's seed
+    rng = np.random.default_rng(0)  # one public set for everybody
+    private = [text for task in archive.private for e in archive.examples[task] for text in client_texts(e)]
+    contains_private = containment_filter(private)
     total = sum(quota for quota, _ in PUBLIC.values())
     records, spare, seen = [], [], set()
     for task, (quota, template) in PUBLIC.items():
-        sources = (
-            [t for t in sorted(raw) if t.startswith(task[:-1]) and t not in private]
-            if task.endswith("*")
-            else [task]
-        )
+        sources = sources_of(task, archive)
         for source in sources:
+            made = [to_record(example, source, template) for example in archive.examples[source]]
             usable = []
-            for example in raw[source]:
-                record = to_record(example, source, template)
-                if (
-                    record is not None
-                    and normalise(record["prompt"]) not in seen
-                    and not contains_private(record["prompt"] + record["answer"])
-                ):
-                    seen.add(normalise(record["prompt"]))
+            for record in filter(None, made):
+                text = normalise(record["prompt"])
+                if text not in seen and not contains_private(record["prompt"] + record["answer"]):
+                    seen.add(text)
                     usable.append(record)
             usable = [usable[i] for i in rng.permutation(len(usable))]
-            take = round(n_public * quota / total / len(sources))
+            take = round(size * quota / total / len(sources))
             records += usable[:take]
             spare += usable[take : 8 * take]
-    if len(records) < n_public:  # short sources: the rest from what is left of the others
-        records += [spare[i] for i in rng.permutation(len(spare))[: n_public - len(records)]]
-    if len(records) < n_public:
-        raise UserError(f"--public-size {n_public}: only {len(records)} usable public records here: lower it")
-    return [records[i] for i in sorted(rng.permutation(len(records))[:n_public])]
+    if len(records) < size:  # short sources: the rest from what is left of the others
+        records += [spare[i] for i in rng.permutation(len(spare))[: size - len(records)]]
+    if len(records) < size:
+        raise UserError(f"--public-size {size}: only {len(records)} usable public records here: lower it")
+    return [records[i] for i in sorted(rng.permutation(len(records))[:size])]
+
+
+def sources_of(task, archive):
+    """The tasks that an entry of PUBLIC stands for: several where it ends with *."""
+    if not task.endswith("*"):
+        return [task]
+    found = (source for source in sorted(archive.examples) if source.startswith(task[:-1]))
+    return [source for source in found if source not in archive.private]

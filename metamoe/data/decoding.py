@@ -37,7 +37,7 @@ def open_image(image, seen=None):
             if dataset is None or image["column"] not in dataset.features:
                 raise UserError(
                     f"{name}: no such split or no column {image['column']} there any more: take the "
-                    f"dataset that the run was made with"
+                    "dataset that the run was made with"
                 )
             seen[key] = dataset.select_columns([image["column"]]).cast_column(
                 image["column"], datasets.Image(decode=False)

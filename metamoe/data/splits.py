@@ -1,22 +1,26 @@
 """Splits of a client's data: random, by class, and without a text in two parts."""
 
 import hashlib
+import zlib
 from collections import Counter
 
 import numpy as np
 
 
+def rng_of(seed, name):
+    """The random generator of what is called `name` (a client, a part of its data) under a random seed."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
 def digest(text):
     """A 64-bit number that stands for a text."""
-    return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
-    )
+    data = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 def grouped(keys, rng):
     """(rows in a random order in which those of equal keys stand together (n,), a number for each row's key
-    (n,)).
-    """
+    (n,))."""
     number = np.unique(np.asarray(keys, np.uint64), return_inverse=True)[1]
     number = rng.permutation(len(number))[number]
     return np.argsort(number, kind="stable"), number
@@ -30,8 +34,7 @@ def hold_out(order, keys, size):
 
 def balanced(labels, n, rng):
     """Sorted indices of `n` random items, as many of each label as possible; a smaller `n` gives a subset
-    of a larger one's.
-    """
+    of a larger one's."""
     order, seen, turn = rng.permutation(len(labels)), Counter(), []
     for i in order:  # the first of every class, then the second of every class, ...
         turn.append(seen[labels[i]])

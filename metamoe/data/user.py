@@ -2,7 +2,6 @@
 
 import json
 import os
-import zlib
 from array import array
 from functools import partial
 
@@ -10,8 +9,8 @@ import numpy as np
 
 from metamoe.data.decoding import bad_images, check_images
 from metamoe.data.image_folder import read_image_folder
-from metamoe.data.images import check_names, class_name
-from metamoe.data.splits import digest, grouped, hold_out
+from metamoe.data.images import class_names
+from metamoe.data.splits import digest, grouped, hold_out, rng_of
 from metamoe.errors import UserError
 from metamoe.progress import progress
 from metamoe.records import Records
@@ -32,53 +31,73 @@ def own_record(raw, source):
     response begins with (a space at the prompt's end moves to the answer, where tokenizers want it). Raises
     BadRecord.
     """
+    prompt, texts, several = own_texts(raw)
+    gap = "" if prompt[-1].isspace() and prompt[-1] != " " else " "
+    record = {"source": source, "input": prompt.strip(), "prompt": prompt.rstrip(" ")}
+    if several:
+        texts = [text.strip() for text in texts]
+        answer = chosen(raw["answer"], texts)
+        return record | {"answer": gap + answer, "choices": [gap + text for text in texts]}
+    response = texts[0].rstrip()
+    return record | {"answer": response if response[0].isspace() else gap + response}
+
+
+def own_texts(raw):
+    """(prompt, choices or [response], whether it has choices) of a line, checked. Raises BadRecord."""
     if not isinstance(raw, dict):
         raise BadRecord(f"not a JSON object ({type(raw).__name__})")
     several = raw.get("choices") is not None
     for key in ("prompt", "choices", "answer") if several else ("prompt", "response"):
         if raw.get(key) is None:
-            raise BadRecord(
-                f"no key {key!r}" + ("" if several or key == "prompt" else " (nor 'choices' and 'answer')")
-            )
+            hint = " (nor 'choices' and 'answer')" if key == "response" else ""
+            raise BadRecord(f"no key {key!r}{hint}")
     prompt, texts = raw["prompt"], raw["choices"] if several else [raw["response"]]
     if not isinstance(prompt, str):
         raise BadRecord(f"'prompt' is not a string ({type(prompt).__name__})")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise BadRecord(
-            "'choices' is not a list of strings"
-            if several
-            else f"'response' is not a string ({type(texts[0]).__name__})"
-        )
-    if not prompt.strip() or not all(text.strip() for text in texts):
-        raise BadRecord(
-            "empty prompt" if not prompt.strip() else "empty choice" if several else "empty response"
-        )
+        if several:
+            raise BadRecord("'choices' is not a list of strings")
+        raise BadRecord(f"'response' is not a string ({type(texts[0]).__name__})")
+    if not prompt.strip():
+        raise BadRecord("empty prompt")
+    if not all(text.strip() for text in texts):
+        raise BadRecord("empty choice" if several else "empty response")
     try:
         "".join([prompt, *texts]).encode()
     except UnicodeEncodeError:
         raise BadRecord("half of a surrogate pair, which is no character") from None
-    gap = "" if prompt[-1].isspace() and prompt[-1] != " " else " "
-    record = {"source": source, "input": prompt.strip(), "prompt": prompt.rstrip(" ")}
-    if not several:
-        return record | {"answer": texts[0].rstrip() if texts[0][0].isspace() else gap + texts[0].rstrip()}
-    texts = [text.strip() for text in texts]
-    answer = _chosen(raw["answer"], texts)
-    return record | {"answer": gap + answer, "choices": [gap + text for text in texts]}
+    return prompt, texts, several
 
 
-def _chosen(answer, texts):
+def chosen(answer, texts):
     """The text of the choice that `answer` names, by its text or its index. Raises BadRecord."""
-    if len(texts) < 2 or len(set(texts)) < len(texts):
-        raise BadRecord("fewer than 2 choices" if len(texts) < 2 else "two equal choices")
+    if len(texts) < 2:
+        raise BadRecord("fewer than 2 choices")
+    if len(set(texts)) < len(texts):
+        raise BadRecord("two equal choices")
     if isinstance(answer, int) and not isinstance(answer, bool):
         if not 0 <= answer < len(texts):
             raise BadRecord(f"'answer' {answer} is no index into the {len(texts)} choices (the first is 0)")
-        answer = texts[answer]
-    elif not isinstance(answer, str):
+        return texts[answer]
+    if not isinstance(answer, str):
         raise BadRecord(f"'answer' is neither a choice's text nor its index ({type(answer).__name__})")
-    elif answer.strip() not in texts:
+    if answer.strip() not in texts:
         raise BadRecord(f"'answer' {answer.strip()[:40]!r} is not among the choices")
     return answer.strip()
+
+
+def parse(line, source, several):
+    """A line as a record. Raises BadRecord, also where it has choices and the lines before had none (or the
+    other way round); `several`: whether they had, None where both may stand in one file."""
+    try:
+        raw = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"not JSON ({error})") from None
+    record = own_record(raw, source)
+    if several not in (None, "choices" in record):
+        which = "no" if several else "has"
+        raise BadRecord(f"{which} 'choices', unlike the records before it: a client is one or the other")
+    return record
 
 
 def own_file(path, flag, source, skip_bad, mixed=False):
@@ -89,36 +108,26 @@ def own_file(path, flag, source, skip_bad, mixed=False):
     file. The first bad record raises UserError with file, line number and reason; with `skip_bad` they are
     left out and counted.
     """
-    starts, keys, bad, first, several, position = array("q"), array("Q"), 0, "", None, 0
-    with (
-        open(path, "rb") as lines,
-        progress(total=os.path.getsize(path), desc=f"checking {source}", unit="B", unit_scale=True) as bar,
-    ):
+    starts, keys, bad, first, several, position = array("q"), array("Q"), 0, None, None, 0
+    size = os.path.getsize(path)
+    bar = progress(total=size, desc=f"checking {source}", unit="B", unit_scale=True)
+    with open(path, "rb") as lines, bar:
         for number, line in enumerate(lines, 1):
             start, position = position, position + len(line)
             bar.update(len(line))
             if not line.strip():
                 continue
             try:
-                try:
-                    raw = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise BadRecord(f"not JSON ({error})") from None
-                record = own_record(raw, source)
-                if several not in (None, "choices" in record) and not mixed:
-                    raise BadRecord(
-                        f"{'has' if 'choices' in record else 'no'} 'choices', unlike the records before "
-                        f"it: a client is one or the other"
-                    )
+                record = parse(line, source, several)
             except BadRecord as error:
                 if not skip_bad:
                     raise UserError(
                         f"{path}, line {number}: {error}: repair it, or leave such records out with "
-                        f"--skip-bad-records"
+                        "--skip-bad-records"
                     ) from None
                 bad, first = bad + 1, first or f"line {number}: {error}"
                 continue
-            several = "choices" in record
+            several = None if mixed else "choices" in record
             starts.append(start)
             keys.append(digest(record["input"]))
     if bad:
@@ -131,77 +140,73 @@ def own_file(path, flag, source, skip_bad, mixed=False):
 
 def own_text(name, path, sizes, seed, skip_bad=False):
     """{"train" | "validation" | "test": Records} of an own client: 80/10/10 of the file or, where not 0, of
-    `sizes`; no prompt is in two parts.
-    """
+    `sizes`; no prompt is in two parts."""
     flag = f"--client {name}={path}"
     if not os.path.isfile(path):
         raise UserError(
             f"{flag}: no such file; name one of JSON lines, with `prompt`, `choices`, `answer` or "
-            f"`prompt`, `response` in each"
+            "`prompt`, `response` in each"
         )
     records, starts, keys = own_file(path, flag, name, skip_bad)
-    order, keys = grouped(keys, np.random.default_rng([seed, zlib.crc32(name.encode())]))
-    return {
-        part: Records(path, starts[rows], records.convert)
-        for part, rows in own_parts(order, keys, sizes, flag).items()
-    }
+    order, keys = grouped(keys, rng_of(seed, name))
+    parts = own_parts(order, keys, sizes, flag)
+    return {part: Records(path, starts[rows], records.convert) for part, rows in parts.items()}
 
 
 def own_images(name, path, sizes, seed, skip_bad=False):
     """{"train" | "validation" | "test": records} of an own client's folder CLASS/IMAGE, split as own_text,
-    of every class alike.
-    """
-    flag = f"--client {name}={path}"
+    of every class alike."""
+    flag, what = f"--client {name}={path}", "a folder of images for each class"
     if not os.path.isdir(path):
-        raise UserError(f"{flag}: no such folder; name one that holds a folder of images for each class")
-    names, labels, image_of = read_image_folder(
-        path, flag, ["."], "name the folder that holds a folder of images for each class"
-    )
-    names = [class_name(n) for n in names]
-    check_names(names, flag)
+        raise UserError(f"{flag}: no such folder; name one that holds {what}")
+    names, labels, image_of = read_image_folder(path, flag, ["."], f"name the folder that holds {what}")
+    names = class_names(names, flag)
     if len(set(names)) < max(2, len(names)):
         raise UserError(
             f"{flag}: {len(names)} classes, {len(set(names))} different names: two or more are needed, "
-            f"each with a name of its own"
+            "each with a name of its own"
         )
     records = [
         {"image": image_of(i), "answer": names[label], "source": name, "choices": names}
         for i, label in enumerate(labels)
     ]
     if skip_bad:
-        bad = list(bad_images(records, name))
+        bad = dict(bad_images(records, name))
         if bad:
-            print(f"select_proxies: {path}: {len(bad)} bad images left out (the first: {bad[0][1]})")
-        kept = np.setdiff1d(np.arange(len(records)), [i for i, _ in bad])
+            first = next(iter(bad.values()))
+            print(f"select_proxies: {path}: {len(bad)} bad images left out (the first: {first})")
+        kept = [i for i in range(len(records)) if i not in bad]
         records, labels = [records[i] for i in kept], labels[kept]
     else:
         check_images(records, name)
     if len(records) < LEAST:
         raise UserError(f"{flag}: {len(records)} usable images, at least {LEAST} are needed")
-    # a class's items at equal distances on [0, 1], in random order: any stretch of it has the same share of
-    # every class
-    rng, place = np.random.default_rng([seed, zlib.crc32(name.encode())]), np.zeros(len(labels))
+    order = spread(labels, rng_of(seed, name))
+    parts = own_parts(order, np.arange(len(labels)), sizes, flag)
+    return {part: [records[i] for i in rows] for part, rows in parts.items()}
+
+
+def spread(labels, rng):
+    """A random order in which any stretch has about the same share of every class (n,)."""
+    place = np.zeros(len(labels))  # a class's items at equal distances on [0, 1]
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
         place[members] = (np.arange(len(members)) + rng.random()) / len(members)
-    parts = own_parts(np.argsort(place, kind="stable"), np.arange(len(labels)), sizes, flag)
-    return {part: [records[i] for i in rows] for part, rows in parts.items()}
+    return np.argsort(place, kind="stable")
 
 
 def own_parts(order, keys, sizes, flag):
     """{part: sorted rows} of an own client: in `order`, the test part, then validation, the rest is for
-    training.
-    """
+    training."""
     tenth, left, parts = max(1, round(len(order) / 10)), order, {"train": None}
     for part in ("validation", "test"):
         parts[part], left = hold_out(left, keys, sizes[part] or tenth)
     parts["train"] = left[: sizes["train"] or len(left)]
-    wanted = {part: sizes[part] or (tenth if part != "train" else 2) for part in parts}
-    if any(len(rows) < wanted[part] for part, rows in parts.items()):
+    least = {"train": 2, "validation": tenth, "test": tenth}
+    if any(len(rows) < (sizes[part] or least[part]) for part, rows in parts.items()):
         raise UserError(
             f"{flag}: {len(order)} records with {len(np.unique(keys[order]))} different prompts or images "
-            f"are too few for --train-size "
-            f"{sizes['train']}, --validation-size {sizes['validation']} and --test-size {sizes['test']} "
-            f"(0: 80/10/10): lower one of them"
+            f"are too few for --train-size {sizes['train']}, --validation-size {sizes['validation']} and "
+            f"--test-size {sizes['test']} (0: 80/10/10): lower one of them"
         )
     return {part: np.sort(rows) for part, rows in parts.items()}

@@ -108,10 +108,10 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=25, help="timed training steps (default: %(default)s)")
     args = parser.parse_args()
     name = "smollm2-135m"
-    public, parts = bigbench.load_bigbench(
-        list(bigbench.CLIENTS), {"train": 400, "validation": 0, "test": 1}, args.public, 0
-    )
-    private = [part["train"] for part in parts.values()]
+    archive = bigbench.read_archive({}, bigbench.CLIENTS)
+    public = bigbench.public_records(args.public, archive)
+    sizes = {"train": 400, "validation": 0, "test": 1}
+    private = [task.load(client, sizes, 0, archive)["train"] for client, task in bigbench.CLIENTS.items()]
     fresh = lambda: load_backbone(name)  # noqa: E731 - PEFT and the MoE change a model in place
     backbone = fresh()
     print(

@@ -22,28 +22,35 @@ def import_transformers():
     return transformers
 
 
+def machine(args):
+    """(device, dtype) of --device and --dtype."""
+    device = pick_device(args.device)
+    return device, pick_dtype(args.dtype, device)
+
+
 def pick_device(name="auto"):
+    """The torch device of a name; under `accelerate launch` this process's own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; use --device cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name}: unknown, choose auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here; use --device cpu")
     state = processes(device.type)
     return device if state is ALONE else state.device
 
 
 def pick_dtype(name, device):
-    """bfloat16 where the hardware computes in it, else float32."""
+    """The torch dtype of a name. auto: bfloat16 where the hardware computes in it, else float32."""
     if name == "auto":
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported()
         else:
             fast = torch.cpu._is_avx512_bf16_supported()
         name = "bfloat16" if fast else "float32"
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(name, name)
 
 
 class Backbone:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
 
 from metamoe.backbones.base import Backbone, unwrap
 from metamoe.backbones.distributed import processes
@@ -96,12 +97,10 @@ class ClipBackbone(Backbone):
         """
         self.unreadable, self.seconds = [], 0.0
         keys = [[(index, step) for index in batch] for step, batch in enumerate(batches)]
-        images = Images(records, self.transform, seed)
-        loader = torch.utils.data.DataLoader(
-            images, batch_sampler=keys, num_workers=self.workers, collate_fn=list
-        )
-        bar = progress(total=len(records), initial=start, desc=label, unit="image", show=bool(label))
-        with bar:
+        data = Images(records, self.transform, seed)
+        loader = DataLoader(data, batch_sampler=keys, num_workers=self.workers, collate_fn=list)
+        show = label is not None
+        with progress(total=len(records), initial=start, desc=label, unit="image", show=show) as bar:
             waiting = time.perf_counter()
             for items in loader:
                 self.seconds += time.perf_counter() - waiting
@@ -193,11 +192,8 @@ class ClipBackbone(Backbone):
         return result
 
 
-class Images(torch.utils.data.Dataset):
-    """Decoded and transformed images of records. A key is (index, step).
-
-    With a random seed the transform is random, and fixed by all three.
-    """
+class Images(Dataset):
+    """Decoded and transformed images; a key is (index, step). With a random seed the transform is random."""
 
     def __init__(self, records, transform, seed):
         self.records, self.transform, self.seed = records, transform, seed

@@ -26,15 +26,7 @@ def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=No
     if preset["kind"] == "clip":
         return ClipBackbone(preset, seed_model or preset["pretrained"], device, dtype, workers)
     source = seed_model or preset.get("seed_model") or default_seed(name)
-    return TextBackbone(
-        source,
-        device,
-        dtype,
-        preset["max_length"],
-        preset["embed"],
-        answers or preset["answers"],
-        loss or preset["loss"],
-    )
+    return TextBackbone(preset, source, device, dtype, answers or preset["answers"], loss or preset["loss"])
 
 
 def run_backbone(run, args):

@@ -8,12 +8,11 @@ coverage it shows. Given several evaluated run directories, it prints their tabl
 deviation over the runs, differences with intervals over all their samples.
 """
 
-import argparse
 from pathlib import Path
 
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
-from metamoe.cli import add_machine_flags
+from metamoe.cli import add_machine_flags, announce, save_settings, stage_parser
 from metamoe.errors import UserError, run_main
 from metamoe.presets import PRESETS
 from metamoe.records import read_records
@@ -28,47 +27,25 @@ from metamoe.rundir import atomic, open_run, write_json
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    several = "folder of the run; several: print the table over runs of different random seeds"
+    parser = stage_parser(__doc__, nargs="+", help=several)
+    flag = parser.add_argument
+    split = "part of the clients' data to score on; settings are chosen on validation (default: %(default)s)"
+    flag("--split", choices=["test", "validation"], default="test", help=split)
+    scoring = (
+        "language models, multiple choice: logits of the choices' letters from one forward pass; the first "
+        "stand-alone letter in 16 generated tokens; likelihood of the choices' texts (default: the preset's)"
     )
-    parser.add_argument(
-        "--run-dir",
-        required=True,
-        nargs="+",
-        help="folder of the run; several: print the table over runs of different random seeds",
+    flag("--scoring", choices=["letters", "generate", "likelihood"], help=scoring)
+    rows = "score these rows alone (zeroshot, expert-NAME, or a folder of RUN/moe/; default: all there are)"
+    flag("--models", nargs="+", metavar="ROW", help=rows)
+    figure = (
+        "also draw Figure 2 (t-SNE, a PNG a client) and measure how the proxies of each selection cover the "
+        "private test data"
     )
-    parser.add_argument(
-        "--split",
-        choices=["test", "validation"],
-        default="test",
-        help="part of the clients' data to score on; settings are chosen on validation (default: "
-        "%(default)s)",
-    )
-    parser.add_argument(
-        "--scoring",
-        choices=["letters", "generate", "likelihood"],
-        help="language models, multiple choice: logits of the choices' letters from one forward pass; the "
-        "first stand-alone letter in 16 generated tokens; likelihood of the choices' texts (default: "
-        "the backbone's preset)",
-    )
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        help="score these rows alone (zeroshot, expert-NAME, or a folder of RUN/moe/; default: all there "
-        "are)",
-    )
-    parser.add_argument(
-        "--figure",
-        action="store_true",
-        help="also draw Figure 2 (t-SNE, a PNG a client) and measure how the proxies of each selection "
-        "cover the private test data",
-    )
-    parser.add_argument(
-        "--opt-out",
-        nargs="*",
-        metavar="MODEL",
-        help="also score these MoEs (default: metamoe) with each client's expert left out in turn",
-    )
+    flag("--figure", action="store_true", help=figure)
+    opt_out = "also score these MoEs (default: metamoe) with each client's expert left out in turn"
+    flag("--opt-out", nargs="*", metavar="MODEL", help=opt_out)
     add_machine_flags(parser)
     return parser.parse_args()
 
@@ -85,9 +62,12 @@ def main():
     if len(args.run_dir) > 1:
         pool(args.run_dir, f"{stem}.json")
         return
+    settings = {"split": args.split, "scoring": scoring or "class prompts", "figure": args.figure}
+    settings = announce(args, "evaluate", settings | {"models": args.models, "opt_out": args.opt_out})
     evaluation = open_evaluation(args, run_dir, run, scoring)
     folders = list_models(run_dir, run, args.models)
     left_out = evaluation.check_opt_out(opt_out_models(args))
+    save_settings(run_dir, "evaluate", stem, settings)
     scores = evaluation.score_all(folders)
     results = tabulate(evaluation, scores, args.figure, left_out)
     write_json(run_dir / f"{stem}.json", results)

@@ -94,7 +94,7 @@ def announce(args, stage, settings):
     words = []
     for key, value in settings.items():
         text = " ".join(map(str, value)) if isinstance(value, list | tuple | dict) else str(value)
-        if text:
+        if text and value is not None:
             words.append(f"{key} {text}")
     print(textwrap.fill(f"{stage}: {', '.join(words)}", 110, subsequent_indent="    "), flush=True)
     return settings

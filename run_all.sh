@@ -17,7 +17,7 @@ BACKBONE            smollm2-135m  a real LLaMA and BIG-bench, fetched with pip; 
 Options, each also an environment variable:
 --run-dir DIR       RUN_DIR          everything is written here (default: runs/BACKBONE-seedSEED)
 --seed N            SEED             of splits, initialisation, batches (default: 0)
---clients "A B C"   CLIENTS          clients (default: all of the backbone's)
+--clients A B C     CLIENTS          clients (default: all of the backbone's)
 --client NAME=PATH                   a client with data of your own, once for each (no variable): JSON lines with prompt, choices,
                                      answer or with prompt, response; for CLIP a folder CLASS/IMAGE
 --public PATH       PUBLIC           public set: the same formats, or Alpaca (llama-*), ImageNet (vit-b-*) as a folder or a
@@ -25,8 +25,8 @@ Options, each also an environment variable:
 --skip-bad-records  SKIP_BAD=1       leave out and count the bad records of your own data, instead of ending at the first
 --data-root DIR     DATA_ROOT        folder with oxford_pets/, oxford_flowers/, eurosat/ (CoOp's layout), or with commonsenseqa/,
                                      cosmosqa/, socialiqa/, alpaca/
---data "A=X B=Y"    DATA             vit-b-*, llama-*: a client's copy of its dataset: a folder, or a hub id
---methods "A B"     METHODS          of soup btm btx flexolmo metamoe unrestricted (default: all of them)
+--dataset A=X B=Y   DATASET          vit-b-*, llama-*: a client's copy of its dataset: a folder, or a hub id
+--methods A B       METHODS          rows to make, of metamoe/methods.py (default: all of the main table)
 --train-size N      TRAIN_SIZE       private training samples a client      } defaults of these six:
 --validation-size N VALIDATION_SIZE  private validation samples a client    } the backbone's preset
 --test-size N       TEST_SIZE        test samples a client                  } in metamoe/presets.py
@@ -40,7 +40,7 @@ Options, each also an environment variable:
 --workers N         WORKERS          processes that decode images (default: one a core with CUDA, else none)
 --device NAME       DEVICE           auto, cpu or cuda (default: auto)
 --dtype NAME        DTYPE            auto, float32 or bfloat16 (default: auto)
---ablations         ABLATIONS=1      also the paper's ablations and Figure 2 (Tables 5-9, 13, 14)
+--ablations         ABLATIONS=1      also the ablations of these methods and Figure 2 (Tables 5-9, 13, 14)
 --quick             QUICK=1          the same stages on a few dozen samples, for a first look (default run dir: .../quick)
 --help
 
@@ -64,7 +64,12 @@ while [ $# -gt 0 ]; do
         --client)
             [[ "${2:-}" == ?*=?* ]] || fail "--client needs NAME=PATH (bash run_all.sh --help)"
             own+=(--client "$2"); shift 2 ;;
-        --run-dir | --seed | --clients | --methods | --train-size | --validation-size | --test-size | --public-size | --candidates | --proxies | --data-root | --data | --public | --workers | --seed-model | --answers | --loss | --scoring | --device | --dtype)
+        --clients | --methods | --dataset)  # one word or several
+            name=${1#--}; shift; words=
+            while [ $# -gt 0 ] && [[ $1 != -* ]]; do words+="$1 "; shift; done
+            [ -n "$words" ] || fail "--$name needs a value (bash run_all.sh --help)"
+            printf -v "${name^^}" %s "${words% }" ;;
+        --run-dir | --seed | --train-size | --validation-size | --test-size | --public-size | --candidates | --proxies | --data-root | --public | --workers | --seed-model | --answers | --loss | --scoring | --device | --dtype)
             [ $# -ge 2 ] || fail "$1 needs a value (bash run_all.sh --help)"
             name=${1#--}; name=${name//-/_}
             printf -v "${name^^}" %s "$2"; shift 2 ;;
@@ -73,14 +78,6 @@ while [ $# -gt 0 ]; do
     esac
 done
 
-all_methods="soup btm btx flexolmo metamoe unrestricted"
-METHODS=${METHODS:-$all_methods}
-for method in $METHODS; do
-    case " $all_methods " in *" $method "*) ;; *) fail "--methods $method: unknown, choose from $all_methods" ;; esac
-done
-if [ "${ABLATIONS:-0}" = 1 ] && [[ " $METHODS " != *" flexolmo "* || " $METHODS " != *" metamoe "* ]]; then
-    fail "--ablations compares variants of flexolmo and metamoe: --methods must hold both"
-fi
 if [ -z "$BACKBONE" ] && [ ${#own[@]} != 0 ]; then
     BACKBONE=smollm2-135m
     echo "run_all: no backbone named: taking $BACKBONE (--client: data of your own; for images name a CLIP)"
@@ -105,6 +102,9 @@ if [ "${QUICK:-0}" = 1 ]; then RUN_DIR=${RUN_DIR:-runs/$BACKBONE-quick-seed$SEED
 
 . metamoe/environment.sh
 began=$SECONDS
+ablations=()
+[ "${ABLATIONS:-0}" != 1 ] || ablations=(--ablations)
+plan=$("$PYTHON" -m metamoe.methods ${ablations[@]+"${ablations[@]}"} -- ${METHODS:-}) || exit 2
 common=(--run-dir "$RUN_DIR" --device "${DEVICE:-auto}" --dtype "${DTYPE:-auto}")
 run=(--backbone "$BACKBONE" --seed "$SEED")
 [ -z "${SEED_MODEL:-}" ] || run+=(--seed-model "$SEED_MODEL")
@@ -115,7 +115,7 @@ scoring=()
 [ -z "${WORKERS:-}" ] || common+=(--workers "$WORKERS")
 [ -z "${CLIENTS:-}" ] || run+=(--clients $CLIENTS)
 [ -z "${DATA_ROOT:-}" ] || run+=(--data-root "$DATA_ROOT")
-[ -z "${DATA:-}" ] || run+=(--data $DATA)
+[ -z "${DATASET:-}" ] || run+=(--dataset $DATASET)
 [ -z "${PUBLIC:-}" ] || run+=(--public "$PUBLIC")
 [ "${SKIP_BAD:-0}" != 1 ] || run+=(--skip-bad-records)
 [ ${#own[@]} = 0 ] || run+=("${own[@]}")
@@ -124,41 +124,15 @@ for size in train_size validation_size test_size public_size candidates proxies;
     [ -z "${!value:-}" ] || run+=("--${size//_/-}" "${!value}")
 done
 
-# Clients: proxies, experts, uploads. The private-only experts are rows of the table and the rivals' experts.
-"$PYTHON" select_proxies.py "${common[@]}" "${run[@]}" --selection similarity
-"$PYTHON" train_expert.py "${common[@]}" --data private --selection similarity
-if [[ " $METHODS " == *" metamoe "* ]]; then
-    "$PYTHON" select_proxies.py "${common[@]}" "${run[@]}" --selection dpp
-    "$PYTHON" train_expert.py "${common[@]}" --data aligned --selection dpp
-fi
-# Server.
-for method in $METHODS; do
-    "$PYTHON" unify_moe.py "${common[@]}" --method "$method"
+# Clients: proxies, experts, uploads. Server: models. metamoe/methods.py says which.
+mapfile -t commands <<< "$plan"
+for command in "${commands[@]}"; do
+    case $command in
+        select_proxies.py*) "$PYTHON" $command "${common[@]}" "${run[@]}" ;;
+        *) "$PYTHON" $command "${common[@]}" ;;
+    esac
 done
-if [ "${ABLATIONS:-0}" = 1 ]; then
-    # What the methods above did not need: the other selections' uploads, experts of proxies alone.
-    "$PYTHON" select_proxies.py "${common[@]}" "${run[@]}" --selection random
-    "$PYTHON" select_proxies.py "${common[@]}" "${run[@]}" --selection dpp-all
-    for upload in "private random" "private dpp" "aligned random" "aligned similarity" "aligned dpp-all" "proxies dpp"; do
-        "$PYTHON" train_expert.py "${common[@]}" --data ${upload% *} --selection ${upload#* }
-    done
-    for selection in random dpp; do
-        "$PYTHON" unify_moe.py "${common[@]}" --method flexolmo --selection $selection --name flexolmo-$selection
-    done
-    for selection in random similarity dpp-all; do
-        "$PYTHON" unify_moe.py "${common[@]}" --method metamoe --selection $selection --name metamoe-$selection
-    done
-    "$PYTHON" unify_moe.py "${common[@]}" --method flexolmo --data aligned --selection dpp --name flexolmo-aligned
-    ablate() { "$PYTHON" unify_moe.py "${common[@]}" --method metamoe --name "metamoe-$1" "${@:2}"; }
-    ablate no-context --context off
-    ablate private-experts --data private
-    ablate proxy-experts --data proxies
-    ablate untrained --train none
-    ablate random-init --init random
-    ablate literal --weighting literal
-    ablate renormalized --weighting renormalized
-    "$PYTHON" evaluate.py "${common[@]}" ${scoring[@]+"${scoring[@]}"} --figure
-else
-    "$PYTHON" evaluate.py "${common[@]}" ${scoring[@]+"${scoring[@]}"}
-fi
-echo "run_all: $BACKBONE, seed $SEED, done in $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s: tables in $RUN_DIR/"
+figure=()
+[ "${ABLATIONS:-0}" != 1 ] || figure=(--figure)
+"$PYTHON" evaluate.py "${common[@]}" ${scoring[@]+"${scoring[@]}"} ${figure[@]+"${figure[@]}"}
+echo "run_all: $BACKBONE, random seed $SEED, done in $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s: tables in $RUN_DIR/"

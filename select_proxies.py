@@ -7,7 +7,6 @@ relevance alone (FlexOlmo's rule), or at random. Clients are the paper's, the em
 user's own files. Writes RUN/public/, RUN/clients/NAME/private/ and RUN/clients/NAME/selection/RULE/.
 """
 
-import argparse
 import io
 import time
 from pathlib import Path
@@ -18,125 +17,123 @@ import dpp
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.embedding import public_features
-from metamoe.cli import add_machine_flags
-from metamoe.data.bigbench import CLIENTS
-from metamoe.data.glyphs import world
-from metamoe.data.questions import CLIENTS as TEXT_CLIENTS
+from metamoe.cli import add_machine_flags, announce, save_settings, stage_parser
 from metamoe.errors import UserError, run_main
-from metamoe.federation import check_sizes, read_data, start_run, write_data
+from metamoe.federation import check_sizes, known_clients, read_data, start_run, write_data
 from metamoe.presets import PRESETS
 from metamoe.records import read_records, usable_public
 from metamoe.rundir import atomic, finished, write_json
 
-RULES = ("dpp", "similarity", "random", "dpp-all")
 MOST_PRIVATE = 20_000  # private samples that a relevance head is fitted on
 
 
+def most_relevant(features, relevance, usable, m, n, rng):
+    """FlexOlmo's rule: the m most relevant."""
+    return np.argsort(-relevance, kind="stable")[:m]
+
+
+def at_random(features, relevance, usable, m, n, rng):
+    return rng.choice(usable, m, replace=False)
+
+
+def dpp_of_candidates(features, relevance, usable, m, n, rng):
+    """MetaMoE's rule: the relevance-weighted DPP on the n most relevant; n = 0: on all."""
+    if not n:
+        return dpp_of_all(features, relevance, usable, m, n, rng)
+    candidates = np.argsort(-relevance, kind="stable")[:n]  # C_p, Algorithm 1 line 5
+    return candidates[dpp.relevance_weighted_dpp(features[candidates], relevance[candidates], m)]
+
+
+def dpp_of_all(features, relevance, usable, m, n, rng):
+    """The DPP without the pre-filter."""
+    if len(usable) == len(relevance):
+        return dpp.relevance_weighted_dpp(features, relevance, m)  # from the disk, without a copy of all
+    usable = np.asarray(usable)
+    return usable[dpp.relevance_weighted_dpp(features[usable], relevance[usable], m)]
+
+
+# A rule(features, relevance, usable, m, n, rng) gives m indices into D_0, in the order they are chosen.
+# features: (|D_0|, d). relevance: (|D_0|,), g of Eq. 7. usable: indices of the readable samples. rng: a
+# random generator of the client's own.
+RULES = {
+    "dpp": dpp_of_candidates,  # MetaMoE
+    "similarity": most_relevant,  # FlexOlmo
+    "random": at_random,
+    "dpp-all": dpp_of_all,
+}
+
+
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--run-dir", required=True, help="folder of this run; made here, read by every later stage"
-    )
-    parser.add_argument(
-        "--backbone",
-        help=f"seed model and its presets: {', '.join(PRESETS)} (default: the run's, for a new run "
-        "smollm2-135m)",
-    )
-    parser.add_argument(
-        "--seed-model",
-        "--pretrained",
-        help="load the seed from this hub id, local folder or (CLIP) checkpoint instead of the backbone's "
-        "own",
-    )
-    parser.add_argument(
-        "--clients",
-        nargs="+",
-        help="clients of the run (default: those of --client NAME=PATH, else all of the backbone's: "
-        f"{', '.join(CLIENTS)}; "
-        f"{', '.join(TEXT_CLIENTS)}; pets, flowers, eurosat; {', '.join(world.CLIENTS)})",
-    )
-    parser.add_argument(
-        "--client",
-        action="append",
-        metavar="NAME[=PATH]",
-        help="NAME=PATH, once for each: a client of the run with data of your own, JSON lines with `prompt`, "
-        "`choices`, `answer` (a choice's text, or its index from 0) or with `prompt`, `response`; for CLIP "
-        "a folder CLASS/IMAGE. NAME: select for this one alone",
-    )
-    parser.add_argument(
-        "--join",
-        metavar="NAME[=PATH]",
-        help="add this client to a run that is there, prepare its data (PATH: as for --client) and select "
-        "its proxies; the others' work stays",
-    )
-    parser.add_argument(
-        "--skip-bad-records",
-        action="store_true",
-        help="leave out and count what is wrong in own data, instead of ending at the first of it",
-    )
-    parser.add_argument(
-        "--data-root",
-        help="folder of the paper's datasets: oxford_pets/, oxford_flowers/, eurosat/ in CoOp's layout; "
-        "commonsenseqa/, cosmosqa/, socialiqa/, alpaca/",
-    )
-    parser.add_argument(
-        "--dataset",
-        nargs="+",
-        metavar="NAME=SOURCE",
-        help="this client's copy of the paper's dataset: a folder, or a Hugging Face dataset (hub id or "
-        "local copy)",
-    )
-    parser.add_argument(
-        "--public",
-        metavar="PATH",
-        help="public set. Text: JSON lines as for --client, or Alpaca (hub id, local copy, "
-        "alpaca_data.json; default: the backbone's own). "
-        "CLIP: ImageNet, a folder CLASS/IMAGE or a Hugging Face dataset (hub id or local copy)",
-    )
-    parser.add_argument("--seed", type=int, help="of the splits and of every random choice (default 0)")
-    parser.add_argument(
-        "--train-size",
-        type=int,
-        help="private training samples a client (default: the backbone's preset, like all below; 0, also "
-        "below: all; own data: default and 0 are 80/10/10 of it)",
-    )
-    parser.add_argument("--validation-size", type=int, help="private validation samples a client")
-    parser.add_argument("--test-size", type=int, help="test samples a client")
-    parser.add_argument("--public-size", type=int, help="public samples, |D_0|")
-    parser.add_argument(
-        "--candidates",
-        "--pool",
-        type=int,
-        help="n: most relevant public samples that the DPP chooses from (0: all of them, no pre-filter)",
-    )
-    parser.add_argument("--proxies", type=int, help="m: proxies a client")
-    parser.add_argument(
-        "--answers",
-        choices=["text", "letters"],
-        help="language models, multiple choice: train on the answer's text, or list the choices in the "
-        "prompt and train on the answer's letter (default: the backbone's preset, also below)",
-    )
-    parser.add_argument(
-        "--loss",
-        choices=["answer", "text"],
-        help="language models: loss on the answer (router context: the prompt's mean) or on the whole text "
-        "(context: the mean so far)",
-    )
-    parser.add_argument(
-        "--selection",
-        choices=RULES,
-        default="dpp",
-        help="rule that chooses the proxies; dpp-all: the DPP without the pre-filter (default: %(default)s)",
-    )
+    parser = stage_parser(__doc__, help="folder of this run; made here, read by every later stage")
+    add_client_flags(parser)
+    add_setting_flags(parser)
     add_machine_flags(parser)
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="redo everything from the embeddings on, where this selection was made with other settings",
-    )
+    again = "redo all from the embeddings on, where this selection was made with other settings"
+    parser.add_argument("--force", action="store_true", help=again)
     return parser.parse_args()
+
+
+def add_client_flags(parser):
+    """Who takes part, and where the data are."""
+    flag = parser.add_argument
+    known = "; ".join(f"{name}: {' '.join(known_clients(name))}" for name in PRESETS)
+    default = "default: those of --client NAME=PATH, else all of the backbone's"
+    flag("--clients", nargs="+", metavar="NAME", help=f"clients of the run ({default}; {known})")
+    own = (
+        "NAME=PATH, once for each: a client of the run with data of your own, JSON lines with `prompt`, "
+        "`choices`, `answer` (a choice's text, or its index from 0) or with `prompt`, `response`; for CLIP a "
+        "folder CLASS/IMAGE. NAME: select for this one alone"
+    )
+    flag("--client", action="append", metavar="NAME[=PATH]", help=own)
+    join = "add this client to a run that is there and select its proxies; the others' work stays"
+    flag("--join", metavar="NAME[=PATH]", help=join)
+    skip = "leave out and count what is wrong in own data, instead of ending at the first of it"
+    flag("--skip-bad-records", action="store_true", help=skip)
+    root = (
+        "folder of the paper's datasets: oxford_pets/, oxford_flowers/, eurosat/ in CoOp's layout; "
+        "commonsenseqa/, cosmosqa/, socialiqa/, alpaca/"
+    )
+    flag("--data-root", metavar="DIR", help=root)
+    copy = "a client's copy of its dataset: a folder, or a Hugging Face dataset (hub id or local copy)"
+    flag("--dataset", nargs="+", metavar="NAME=SOURCE", help=copy)
+    public = (
+        "public set. Text: JSON lines as for --client, or Alpaca (hub id, local copy, alpaca_data.json); "
+        "CLIP: ImageNet, a folder CLASS/IMAGE or a Hugging Face dataset (default: the backbone's own)"
+    )
+    flag("--public", metavar="PATH", help=public)
+
+
+def add_setting_flags(parser):
+    """Seed model, sizes and losses: kept in run.json, the same in every stage."""
+    flag = parser.add_argument
+    presets = f"seed model and its presets: {', '.join(PRESETS)} (default: the run's, else smollm2-135m)"
+    flag("--backbone", help=presets)
+    model = "hub id, local folder or (CLIP) checkpoint of another seed model than the backbone's own"
+    flag("--seed-model", "--pretrained", help=model)
+    flag("--seed", type=int, help="the random seed of splits and of every random choice (default: 0)")
+    train = (
+        "private training samples a client (default: the preset's, like all below; 0, also below: all; own "
+        "data: default and 0 are 80/10/10 of it)"
+    )
+    flag("--train-size", type=int, help=train)
+    flag("--validation-size", type=int, help="private validation samples a client")
+    flag("--test-size", type=int, help="test samples a client")
+    flag("--public-size", type=int, help="public samples, |D_0|")
+    pool = "n: most relevant public samples that the DPP chooses from (0: all of them, no pre-filter)"
+    flag("--candidates", "--pool", type=int, help=pool)
+    flag("--proxies", type=int, help="m: proxies a client")
+    answers = (
+        "language models, multiple choice: train on the answer's text, or list the choices in the prompt and "
+        "train on the answer's letter"
+    )
+    flag("--answers", choices=["text", "letters"], help=answers)
+    loss = (
+        "language models: loss on the answer (router context: the prompt's mean) or on the whole text "
+        "(context: the mean so far)"
+    )
+    flag("--loss", choices=["answer", "text"], help=loss)
+    rule = "rule that chooses the proxies; dpp-all: the DPP without the pre-filter (default: %(default)s)"
+    flag("--selection", choices=RULES, default="dpp", help=rule)
 
 
 def relevance(public, private, seed, usable=None):
@@ -172,25 +169,27 @@ def relevance(public, private, seed, usable=None):
     return scores
 
 
-def choose(rule, features, scores, run, client, usable):
-    """Indices into D_0 of the client's proxies, in the order they were chosen."""
-    m, n = run["proxies"], run["candidates"]
-    if rule == "random":
-        rng = np.random.default_rng([run["seed"], 11, run["clients"].index(client)])
-        return rng.choice(usable, m, replace=False)
-    ranked = np.argsort(-scores, kind="stable")
-    if rule == "similarity":
-        return ranked[:m]
-    if rule == "dpp" and n:
-        candidates = ranked[:n]  # C_p, Algorithm 1 line 5
-    elif len(usable) < len(scores):
-        candidates = np.asarray(usable)
-    else:
-        return dpp.relevance_weighted_dpp(features, scores, m)  # from the disk, without a copy of all
-    return candidates[dpp.relevance_weighted_dpp(features[candidates], scores[candidates], m)]
+def client_relevance(run_dir, run, backbone, features, usable, name):
+    """The client's g over D_0, computed once for all rules; None in processes that are not the main one."""
+    folder = run_dir / "clients" / name
+    cached, start, private = folder / "selection" / "relevance.npy", time.perf_counter(), None
+    if not cached.exists():
+        private = read_records(folder / "private" / "train.jsonl")
+        if len(private) > MOST_PRIVATE:
+            sample = np.random.default_rng([run["seed"], 5]).permutation(len(private))[:MOST_PRIVATE]
+            private = [private[i] for i in np.sort(sample)]
+        private = backbone.features(private, label=f"embedding {name}")
+    if not processes().is_main_process:
+        return None
+    if private is not None:
+        np.save(buffer := io.BytesIO(), relevance(features, private, run["seed"], usable))
+        with atomic(cached) as temporary:  # NumPy's own write to a full disk raises an OSError without errno
+            temporary.write_bytes(buffer.getvalue())
+        write_json(cached.with_name("timing.json"), {"relevance_seconds": time.perf_counter() - start})
+    return np.load(cached)
 
 
-def describe(rule, features, scores, proxies, m):
+def describe(features, scores, proxies, m):
     """Both terms of Eq. 4 for the chosen set, and its overlap with the m most relevant."""
     unit = features[proxies].astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
@@ -203,80 +202,74 @@ def describe(rule, features, scores, proxies, m):
     }
 
 
+def select(folder, run, name, settings, features, scores, usable, public):
+    """Choose the client's m proxies by the rule and write them."""
+    rule, m, start = settings["selection"], run["proxies"], time.perf_counter()
+    rng = np.random.default_rng([run["seed"], 11, run["clients"].index(name)])
+    proxies = RULES[rule](features, scores, usable, m, run["candidates"], rng)
+    seconds, terms = time.perf_counter() - start, describe(features, scores, proxies, m)
+    with atomic(folder) as part:
+        part.mkdir(parents=True)
+        write_json(part / "selection.json", {"proxies": proxies.tolist(), **terms})
+        write_json(part / "timing.json", {"selection_seconds": seconds})
+        write_json(part / "done.json", settings)
+    print(
+        f"select_proxies: {name}: {len(proxies)} of {len(public)} by {rule}: 2 sum log r = "
+        f"{terms['relevance_term']:.1f}, log det L_S = {terms['diversity_term']:.1f}, Jaccard with the most "
+        f"relevant = {terms['jaccard_similarity']:.2f}"
+    )
+    for index in proxies[:3]:
+        what = public[index].get("prompt", public[index].get("image"))
+        print(f"    r = {scores[index]:.3f}  {what!r} -> {public[index]['answer']!r}")
+
+
+def unfinished(folders, settings, force):
+    """The clients of {name: folder of its selection} that are to do; `force` removes what they had."""
+    with processes().main_process_first():
+        todo = [name for name, folder in folders.items() if not finished(folder, settings, force)]
+    if force and todo and processes().is_main_process:
+        public = folders[todo[0]].parents[3] / "public"
+        stale = [public / "features.npy", public / ".features.npy"]
+        for path in stale + [folders[name].parent / "relevance.npy" for name in todo]:
+            path.unlink(missing_ok=True)
+    for name in folders:
+        if name not in todo:
+            print(f"select_proxies: {name}: {settings['selection']} selection is there already, skipped")
+    return todo
+
+
 def main():
     args = parse_args()
     run_dir = Path(args.run_dir)
     run, names = start_run(args)
+    resolved = announce(args, "select_proxies", run | {"selection": args.selection})
     main_first = processes(args.device).main_process_first  # of several processes, under `accelerate launch`
-    settings = {key: run[key] for key in ("seed", "candidates", "proxies")} | {
-        "selection": args.selection,
-        "dtype": args.dtype,
-    }
-    settings |= {"candidates": 0} if args.selection == "dpp-all" else {}
+    candidates = 0 if args.selection == "dpp-all" else run["candidates"]
+    settings = {"seed": run["seed"], "candidates": candidates, "proxies": run["proxies"]}
+    settings |= {"selection": args.selection, "dtype": args.dtype}
     folders = {name: run_dir / "clients" / name / "selection" / args.selection for name in names}
-    with main_first():
-        todo = [name for name in names if not finished(folders[name], settings, args.force)]
-    if args.force and todo and processes().is_main_process:
-        for stale in [run_dir / "public" / name for name in ("features.npy", ".features.npy")] + [
-            folders[name].parent / "relevance.npy" for name in todo
-        ]:
-            stale.unlink(missing_ok=True)
-    for name in names:
-        if name not in todo:
-            print(f"select_proxies: {name}: {args.selection} selection is there already, skipped")
+    todo = unfinished(folders, settings, args.force)
     if not todo:
         if processes().is_main_process:
             write_data(run_dir, run, None, {})  # a client whose work is there joins (again)
         return
-    # what is wrong in it shows before the seed is loaded
+    # what is wrong in the data shows before the seed model is loaded
     data = read_data(run_dir, run, args.skip_bad_records) if processes().is_main_process else None
     backbone = run_backbone(run, args)
+    save_settings(run_dir, "select_proxies", args.selection, resolved)
     with main_first():
         if data:
             write_data(run_dir, run, *data)
     public = read_records(run_dir / "public" / "records.jsonl")
-    features = public_features(run_dir, backbone, public, args.dtype)
+    features = public_features(run_dir, backbone, public, args.dtype)  # once for all clients
     usable = usable_public(run_dir, public)
     check_sizes(run, len(usable), "readable public samples")
     with main_first():
         backbone.public_classes(run_dir / "public")  # their text features, once for all stages
     for name in todo:
-        cached = run_dir / "clients" / name / "selection" / "relevance.npy"
-        start, private = time.perf_counter(), None
-        if not cached.exists():  # the same for every rule
-            private = read_records(run_dir / "clients" / name / "private" / "train.jsonl")
-            if len(private) > MOST_PRIVATE:
-                sample = np.random.default_rng([run["seed"], 5]).permutation(len(private))[:MOST_PRIVATE]
-                private = [private[i] for i in np.sort(sample)]
-            private = backbone.features(private, label=f"embedding {name}")
-        if not processes().is_main_process:
-            continue
-        if private is not None:
-            np.save(buffer := io.BytesIO(), relevance(features, private, run["seed"], usable))
-            with atomic(
-                cached
-            ) as temporary:  # NumPy's own write to a full disk raises an OSError without errno
-                temporary.write_bytes(buffer.getvalue())
-            write_json(cached.with_name("timing.json"), {"relevance_seconds": time.perf_counter() - start})
-        scores = np.load(cached)
-        start = time.perf_counter()
-        proxies = choose(args.selection, features, scores, run, name, usable)
-        seconds = time.perf_counter() - start
-        terms = describe(args.selection, features, scores, proxies, run["proxies"])
-        with atomic(folders[name]) as folder:
-            folder.mkdir(parents=True)
-            write_json(folder / "selection.json", {"proxies": proxies.tolist(), **terms})
-            write_json(folder / "timing.json", {"selection_seconds": seconds})
-            write_json(folder / "done.json", settings)
-        print(
-            f"select_proxies: {name}: {len(proxies)} of {len(public)} by {args.selection}: 2 sum log r = "
-            f"{terms['relevance_term']:.1f}, "
-            f"log det L_S = {terms['diversity_term']:.1f}, Jaccard with the most relevant = "
-            f"{terms['jaccard_similarity']:.2f}"
-        )
-        for index in proxies[:3]:
-            what = public[index].get("prompt", public[index].get("image"))
-            print(f"    r = {scores[index]:.3f}  {what!r} -> {public[index]['answer']!r}")
+        scores = client_relevance(run_dir, run, backbone, features, usable, name)  # Eq. 7
+        if scores is not None:
+            select(folders[name], run, name, settings, features, scores, usable, public)  # Eq. 2-4
     processes().wait_for_everyone()
 
 

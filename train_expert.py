@@ -14,7 +14,6 @@ DATA: aligned = private + proxies (MetaMoE), private = private alone (FlexOlmo, 
 = proxies alone.
 """
 
-import argparse
 import gc
 import math
 from pathlib import Path
@@ -24,7 +23,16 @@ from safetensors.torch import save_file
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import train, use_checkpointing
-from metamoe.cli import add_machine_flags
+from metamoe.cli import (
+    add_machine_flags,
+    add_training_flags,
+    add_upload_flags,
+    announce,
+    check_at_least,
+    from_preset,
+    save_settings,
+    stage_parser,
+)
 from metamoe.errors import UserError, run_main
 from metamoe.presets import PRESETS
 from metamoe.records import read_records
@@ -40,84 +48,87 @@ from metamoe.rundir import (
 )
 from metamoe.uploads import save_expert, upload_variant, write_manifest
 
-DATA = ("aligned", "private", "proxies")
+# flag -> key of the preset that is its default
+DEFAULTS = {
+    "rank": "lora_rank",
+    "alpha": "lora_alpha",
+    "epochs": "expert_epochs",
+    "lr": "expert_lr",
+    "batch_size": "expert_batch",
+    "warmup_steps": "warmup_steps",
+    "optimizer": "optimizer",
+    "weight_decay": "weight_decay",
+}
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run-dir", required=True, help="folder of the run, made by select_proxies.py")
-    parser.add_argument("--client", help="train this one alone (default: every client of the run)")
-    parser.add_argument(
-        "--data",
-        choices=DATA,
-        default="aligned",
-        help="train on private + proxies, private only, proxies only (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--selection",
-        default="dpp",
-        choices=["dpp", "similarity", "random", "dpp-all"],
-        help="whose proxies to train on and upload (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--full-ffn",
-        action="store_true",
-        help="train and upload the FFN weights themselves instead of LoRA factors",
-    )
-    parser.add_argument("--rank", type=int, help="LoRA rank (default: the backbone's preset, like all below)")
-    parser.add_argument("--alpha", type=int, help="LoRA alpha; the update is scaled by alpha / rank")
-    parser.add_argument("--epochs", type=int, help="passes over the training data")
-    parser.add_argument("--lr", type=float, help="learning rate, constant after the warm-up")
-    parser.add_argument("--batch-size", type=int, help="samples a step")
-    parser.add_argument("--warmup-steps", type=int, help="steps of linear warm-up")
-    parser.add_argument("--optimizer", choices=["adamw", "sgd"], help="sgd: with Nesterov momentum 0.9")
-    parser.add_argument("--weight-decay", type=float, help="of the optimiser")
-    parser.add_argument(
-        "--gradient-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        help="language models: recompute activations in the backward instead of keeping them (default: the "
-        "backbone's preset)",
-    )
+    parser = stage_parser(__doc__, help="folder of the run, made by select_proxies.py")
+    flag = parser.add_argument
+    flag("--client", metavar="NAME", help="train this one alone (default: every client of the run)")
+    add_upload_flags(parser, data="aligned", selection="dpp")
+    flag("--rank", type=int, help="LoRA rank (default: the backbone's preset, like all below)")
+    flag("--alpha", type=int, help="LoRA alpha; the update is scaled by alpha / rank")
+    flag("--warmup-steps", type=int, help="steps of linear warm-up; then the rate is constant")
+    add_training_flags(parser)
     add_machine_flags(parser)
-    parser.add_argument(
-        "--force", action="store_true", help="redo an expert that was made with other settings"
-    )
+    flag("--force", action="store_true", help="redo an expert that was made with other settings")
     return parser.parse_args()
 
 
-def variant(args):
+def resolve(args, run):
+    """The settings of the experts: the backbone's preset, overridden by flags."""
+    settings = from_preset(args, PRESETS[run["backbone"]], DEFAULTS)
+    positive = dict.fromkeys(("rank", "alpha", "epochs", "lr", "batch_size"), 1e-12)
+    check_at_least(settings, positive | {"warmup_steps": 0, "weight_decay": 0})
+    return settings | {"data": args.data, "full_ffn": args.full_ffn, "seed": run["seed"], "dtype": args.dtype}
+
+
+def expert_variant(args):
     """The expert's folder name. A private-only expert knows no proxies: one serves the uploads of every
     selection."""
-    return args.data + f"-{args.selection}" * (args.data != "private") + "-full" * args.full_ffn
+    selection = "" if args.data == "private" else f"-{args.selection}"
+    return args.data + selection + ("-full" if args.full_ffn else "")
+
+
+def selected(client, rule):
+    """The file that select_proxies.py wrote for the client under this rule; UserError if it did not."""
+    path = client / "selection" / rule / "selection.json"
+    if not (path.parent / "done.json").exists():
+        raise UserError(f"{path} is missing: run select_proxies.py --selection {rule} first")
+    return path
+
+
+def training_data(run_dir, client, args):
+    """(private records, proxies) that the expert is trained on."""
+    private, proxies = [], []
+    if args.data != "proxies":
+        private = read_records(client / "private" / "train.jsonl")
+    if args.data != "private":
+        public = read_records(run_dir / "public" / "records.jsonl")
+        proxies = [public[i] for i in read_json(selected(client, args.selection))["proxies"]]
+    return private, proxies
+
+
+def label_set(backbone, run_dir, client):
+    """The classes that an image model's expert tells apart: the client's own, then the public set's."""
+    classes = backbone.public_classes(run_dir / "public")
+    if classes:
+        own = read_records(client / "private" / "train.jsonl")[0]["choices"]
+        classes = list(dict.fromkeys(own + classes))
+    return classes
 
 
 def train_client(run_dir, run, name, args, settings):
-    """Train one client's expert and take its routing vectors; returns a line about it, or None where it is
-    there already."""
+    """Train one client's expert, take its routing vectors and write both; returns a line about it."""
     client = run_dir / "clients" / name
-    folder = client / "experts" / variant(args)
-    with processes(args.device).main_process_first():  # of several processes, under `accelerate launch`
-        if finished(folder, settings, args.force):
-            return None
-    private = read_records(client / "private" / "train.jsonl") if args.data != "proxies" else []
-    proxies = []
-    if args.data != "private":
-        public = read_records(run_dir / "public" / "records.jsonl")
-        proxies = [public[i] for i in read_json(selection_file(client, args.selection))["proxies"]]
+    private, proxies = training_data(run_dir, client, args)
     records = private + proxies
     backbone = run_backbone(run, args)
-    classes = backbone.public_classes(run_dir / "public")
-    if classes:  # the client's own first, one that both have once
-        classes = list(
-            dict.fromkeys(read_records(client / "private" / "train.jsonl")[0]["choices"] + classes)
-        )
-    model = (
-        backbone.train_full_ffn()
-        if args.full_ffn
-        else backbone.add_lora(settings["rank"], settings["alpha"], run["seed"])
-    )
+    classes = label_set(backbone, run_dir, client)
+    if args.full_ffn:
+        model = backbone.train_full_ffn()
+    else:
+        model = backbone.add_lora(settings["rank"], settings["alpha"], run["seed"])
     steps = settings["epochs"] * math.ceil(len(records) / settings["batch_size"])
     losses = train(
         backbone,
@@ -135,35 +146,25 @@ def train_client(run_dir, run, name, args, settings):
         checkpointing=use_checkpointing(args.gradient_checkpointing, run, backbone),
     )
     vectors = backbone.routing_vectors(model, records, label=f"routing vectors {name}")
-    if not processes().is_main_process:
-        return None
-    with atomic(folder) as part:
-        part.mkdir(parents=True)
-        save_expert(model, backbone, part, args.full_ffn)
-        save_file({"vectors": vectors}, part / "router.safetensors")
-        write_json(part / "losses.json", losses)
-        write_json(part / "done.json", settings)
-    return (
-        f"{len(private)} private + {len(proxies)} proxies, {steps} steps, loss "
-        f"{sum(losses[:5]) / len(losses[:5]):.3f} -> {sum(losses[-5:]) / len(losses[-5:]):.3f}"
-    )
-
-
-def selection_file(client, rule):
-    """What select_proxies.py wrote for the client under this rule; UserError if it did not."""
-    path = client / "selection" / rule / "selection.json"
-    if not (path.parent / "done.json").exists():
-        raise UserError(f"{path} is missing: run select_proxies.py --selection {rule} first")
-    return path
+    if processes().is_main_process:
+        with atomic(client / "experts" / expert_variant(args)) as part:
+            part.mkdir(parents=True)
+            save_expert(model, backbone, part, args.full_ffn)
+            save_file({"vectors": vectors}, part / "router.safetensors")
+            write_json(part / "losses.json", losses)
+            write_json(part / "done.json", settings)
+    first, last = (sum(part) / len(part) for part in (losses[:5], losses[-5:]))
+    counts = f"{len(private)} private + {len(proxies)} proxies"
+    return f"{counts}, {steps} steps, loss {first:.3f} -> {last:.3f}"
 
 
 def pack_upload(run_dir, name, args):
     """RUN/clients/NAME/upload/DATA-SELECTION/: copies of the expert's files, the proxy indices, the manifest.
     Returns its bytes."""
     client = run_dir / "clients" / name
-    expert = client / "experts" / variant(args)
+    expert = client / "experts" / expert_variant(args)
     upload = client / "upload" / upload_variant(args.data, args.selection, args.full_ffn)
-    proxies = sorted(read_json(selection_file(client, args.selection))["proxies"])
+    proxies = sorted(read_json(selected(client, args.selection))["proxies"])
     with atomic(upload) as part:
         part.mkdir(parents=True)
         write_json(part / "proxies.json", proxies)
@@ -180,40 +181,23 @@ def main():
     args = parse_args()
     run_dir = Path(args.run_dir)
     run = open_run(run_dir, backbone=None)
-    preset = PRESETS[run["backbone"]]
-    names = [args.client] if args.client else run["clients"]
-    defaults = {
-        "rank": "lora_rank",
-        "alpha": "lora_alpha",
-        "epochs": "expert_epochs",
-        "lr": "expert_lr",
-        "batch_size": "expert_batch",
-        "warmup_steps": "warmup_steps",
-    }
-    defaults |= {"optimizer": "optimizer", "weight_decay": "weight_decay"}
-    settings = {
-        key: preset[default] if getattr(args, key) is None else getattr(args, key)
-        for key, default in defaults.items()
-    }
-    for key, value in settings.items():
-        # nan too
-        if key != "optimizer" and not value >= (0 if key in ("warmup_steps", "weight_decay") else 1e-12):
-            raise UserError(f"--{key.replace('_', '-')} {value}: must be positive")
-    settings |= {"data": args.data, "full_ffn": args.full_ffn, "seed": run["seed"], "dtype": args.dtype}
-    for name in names:
+    settings = resolve(args, run)
+    resolved = announce(args, "train_expert", settings | {"selection": args.selection})
+    for name in [args.client] if args.client else run["clients"]:
         check_client(run, name)
-        selection = selection_file(run_dir / "clients" / name, args.selection)
+        selection = selected(run_dir / "clients" / name, args.selection)
         if args.data != "private":  # other proxies, another expert
             settings |= {"selection": args.selection, "proxies": sha256(selection)}
-        done = train_client(run_dir, run, name, args, settings)
-        gc.collect()  # a PEFT model is a reference cycle: without this two of them are in memory at once
-        if not processes().is_main_process:
-            continue
-        size = pack_upload(run_dir, name, args)
-        print(
-            f"train_expert: {name}: {args.data}-{args.selection}: "
-            f"{done or 'expert is there already, skipped'}; upload {size / 1e6:.1f} MB"
-        )
+        variant, done = expert_variant(args), "expert is there already, skipped"
+        with processes(args.device).main_process_first():  # of several processes, under `accelerate launch`
+            there = finished(run_dir / "clients" / name / "experts" / variant, settings, args.force)
+        if not there:
+            save_settings(run_dir, "train_expert", variant, resolved)
+            done = train_client(run_dir, run, name, args, settings)  # lines 9-10
+            gc.collect()  # a PEFT model is a reference cycle: without this two of them are in memory at once
+        if processes().is_main_process:
+            size = pack_upload(run_dir, name, args) / 1e6  # line 11
+            print(f"train_expert: {name}: {args.data}-{args.selection}: {done}; upload {size:.1f} MB")
     processes().wait_for_everyone()
 
 

@@ -1,15 +1,106 @@
-"""The flags that several stages have, each defined once."""
+"""What the stages' command lines share: their flags, and their settings (the preset, overridden by flags)."""
+
+import argparse
+import json
+import re
+import sys
+import textwrap
+
+from metamoe.backbones.base import machine
+from metamoe.backbones.distributed import processes
+from metamoe.errors import UserError
+from metamoe.rundir import write_json
+
+DATA = ("aligned", "private", "proxies")
+
+
+def stage_parser(doc, **run_dir):
+    """A parser with the stage's docstring above its flags, and --run-dir."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = {"help": "folder of the run", **run_dir}
+    parser.add_argument("--run-dir", required=True, **options)
+    return parser
 
 
 def add_machine_flags(parser):
-    """Where and how a stage computes: --workers, --device, --dtype."""
-    parser.add_argument(
+    """Where and how a stage computes, and --print-config."""
+    flag = parser.add_argument
+    flag(
         "--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)"
     )
-    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16"],
-        help="auto: bfloat16 where the hardware computes in it",
-    )
+    flag("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
+    dtypes = ["auto", "float32", "bfloat16"]
+    flag("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 where the hardware computes in it")
+    flag("--print-config", action="store_true", help="print all settings as JSON and end; nothing is written")
+
+
+def add_upload_flags(parser, data, selection):
+    """Which of a client's uploads; data, selection: the defaults (None: the method's)."""
+    default = "(default: %(default)s)" if data else "(default: the method's)"
+    flag = parser.add_argument
+    experts = f"experts trained on private data and proxies, on private data, or on proxies {default}"
+    flag("--data", choices=DATA, default=data, help=experts)
+    rule = f"rule that chose the proxies, any of select_proxies.py's {default}"
+    flag("--selection", type=folder_name, default=selection, metavar="RULE", help=rule)
+    flag("--full-ffn", action="store_true", help="experts are the FFN weights themselves, not LoRA factors")
+
+
+def add_training_flags(parser):
+    """The optimiser's settings; the defaults are the backbone's preset."""
+    flag = parser.add_argument
+    flag("--epochs", type=int, help="passes over the training data (default: the preset's, like all below)")
+    flag("--lr", type=float, help="learning rate")
+    flag("--batch-size", type=int, help="samples a step")
+    flag("--optimizer", choices=["adamw", "sgd"], help="sgd: with Nesterov momentum 0.9")
+    flag("--weight-decay", type=float, help="of the optimiser, never of lambda")
+    recompute = "language models: recompute activations in the backward instead of keeping them"
+    flag("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help=recompute)
+
+
+def folder_name(text):
+    """A flag's value that names a folder."""
+    if not re.fullmatch(r"\w[\w.-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name: letters, digits, '-', '_' and '.'")
+    return text
+
+
+def from_preset(args, preset, keys):
+    """{flag: its value, else the preset's}; keys: {flag: key of the preset}."""
+    settings = {}
+    for flag, key in keys.items():
+        value = getattr(args, flag)
+        settings[flag] = preset[key] if value is None else value
+    return settings
+
+
+def check_at_least(settings, least):
+    """UserError naming the flag where a setting is not at least {flag: number}, or is NaN."""
+    for flag, number in least.items():
+        if not settings[flag] >= number:
+            wanted = "positive" if number > 0 else "at least 0"
+            raise UserError(f"--{flag.replace('_', '-')} {settings[flag]}: must be {wanted}")
+
+
+def announce(args, stage, settings):
+    """Print the stage's settings with the device and dtype that it computes on; returns them all.
+
+    With --print-config they are printed as JSON, and the program ends.
+    """
+    device, dtype = machine(args)
+    settings = settings | {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    if args.print_config:
+        print(json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False))
+        sys.exit()
+    words = []
+    for key, value in settings.items():
+        text = " ".join(map(str, value)) if isinstance(value, list | tuple | dict) else str(value)
+        if text and value is not None:
+            words.append(f"{key} {text}")
+    print(textwrap.fill(f"{stage}: {', '.join(words)}", 110, subsequent_indent="    "), flush=True)
+    return settings
+
+
+def save_settings(run_dir, stage, what, settings):
+    """Write RUN/settings/STAGE/WHAT/settings.json, before the work begins."""
+    if processes().is_main_process:
+        write_json(run_dir / "settings" / stage / what / "settings.json", settings)

@@ -17,41 +17,30 @@ class UserError(Exception):
 SEVERAL = int(os.environ.get("WORLD_SIZE", 1)) > 1
 FOLLOWER = SEVERAL and os.environ.get("RANK", "0") != "0"
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
+
 
 def run_main(main):
     """Run a script's `main()`; what the user can put right ends in one line on stderr and exit code 2."""
-    if FOLLOWER:  # what there is to say is said once, by the main process; libraries draw no bars either
+    if FOLLOWER:  # the main process says everything once; libraries draw no bars either
         sys.stdout = open(os.devnull, "w")
         sys.stderr.isatty = lambda: False
     try:
         main()
     except UserError as error:
-        sys.exit(_complain(str(error)))
+        _complain(str(error))
     except OSError as error:
-        if error.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-            errno.EACCES,
-            errno.EROFS,
-            errno.EEXIST,
-            errno.ENOTDIR,
-        ):
+        if error.errno not in DISK:
             raise
-        sys.exit(
-            _complain(
-                f"cannot write or read {error.filename or 'a file'}: {error.strerror}; "
-                "nothing half-written was left"
-            )
-        )
-    except SafetensorError as error:  # its way to say that the disk is full
+        _complain_of_disk(f"{error.filename or 'a file'}: {error.strerror}")
+    except SafetensorError as error:  # how it says that the disk is full
         if "(os error " not in str(error):
             raise
-        sys.exit(_complain(f"cannot write or read a file: {error}; nothing half-written was left"))
+        _complain_of_disk(f"a file: {error}")
     except RuntimeError as error:
         if not (SEVERAL and "by peer" in str(error)):
             raise
-        # a connection broke: another process has ended and says why, and the launcher ends this one
+        # A connection broke: another process has ended and says why, and the launcher ends this one.
         time.sleep(60)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -60,11 +49,15 @@ def run_main(main):
         sys.exit(130)
 
 
+def _complain_of_disk(what):
+    _complain(f"cannot write or read {what}; nothing half-written was left")
+
+
 def _complain(message):
-    # the same is wrong in the main process, as a rule: it says so, and the launcher ends this one
+    # As a rule the same is wrong in the main process: it says so, and the launcher ends this one.
     if FOLLOWER:
         time.sleep(10)
     if os.environ.get("METAMOE_DEBUG", "") not in ("", "0"):
         traceback.print_exc()
     print("error: " + " ".join(message.split()), file=sys.stderr)
-    return 2
+    sys.exit(2)

@@ -17,11 +17,11 @@ def write_records(path, records):
 
 
 class Records(Sequence):
-    """Records (dicts) of a JSON-lines file, each read when it is asked for: memory holds 8 bytes a record.
+    """Records (dicts) of a JSON-lines file, each read when it is asked for.
 
     starts: byte offsets of the records' lines, any array (default: every line of the file).
     convert: a function applied to each record as it is read.
-    Used as a list is: length, indices, slices (lists), iteration, `+ [records]` (kept in memory), pickling.
+    more: records after those of the file, kept in memory; also those added with `+`.
     """
 
     def __init__(self, path, starts=None, convert=None, more=()):
@@ -32,8 +32,11 @@ class Records(Sequence):
         return len(self.starts) + len(self.more)
 
     def __getitem__(self, index):
-        chosen = range(len(self))[index]  # one, or those of a slice; IndexError as a list's
-        return list(self._read(chosen)) if isinstance(index, slice) else list(self._read([chosen]))[0]
+        chosen = range(len(self))[index]  # a number, or a range for a slice; IndexError as a list's
+        if isinstance(index, slice):
+            return list(self._read(chosen))
+        (record,) = self._read([chosen])
+        return record
 
     def __iter__(self):
         return self._read(range(len(self)))
@@ -42,9 +45,8 @@ class Records(Sequence):
         return Records(self.path, self.starts, self.convert, [*self.more, *records])
 
     def _read(self, indices):
-        with open(
-            self.path, "rb"
-        ) as file:  # no handle is kept: processes that share one would move each other's position
+        # Opened anew each time: processes that share a handle would move each other's position.
+        with open(self.path, "rb") as file:
             for i in indices:
                 if i >= len(self.starts):
                     yield self.more[i - len(self.starts)]
@@ -75,4 +77,6 @@ def usable_public(run_dir, public):
     """Indices of the readable public samples: all but RUN/public/unreadable.json; a range where all are."""
     path = Path(run_dir) / "public" / "unreadable.json"
     unreadable = set(read_json(path)) if path.exists() else set()
-    return [i for i in range(len(public)) if i not in unreadable] if unreadable else range(len(public))
+    if not unreadable:
+        return range(len(public))
+    return [i for i in range(len(public)) if i not in unreadable]

@@ -54,6 +54,7 @@ def test_every_expected_file_is_written(finished):
     assert {folder.name: sorted(drive.snapshot(folder)) for folder in (run_dir / "moe").iterdir()} == expected
     assert {p.name for p in run_dir.iterdir()} == {
         "run.json",
+        "settings",
         "public",
         "clients",
         "moe",

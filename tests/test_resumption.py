@@ -75,6 +75,7 @@ def test_other_settings_are_refused_and_redone_with_force(run, name, needed, fol
         r"clients/\w+/upload",
         r"clients/\w+/selection/(relevance.npy|timing.json)",
         "public/(features.npy|timing.json)",
+        "settings/",
     )
     assert all(re.match("|".join(roots), path) for path in changed), changed
     assert stage(name, run, *flags).out.count("skipped") >= 1

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,9 +67,9 @@ def test_what_is_unknown_ends_in_one_line(tmp_path):
     for args, message in (
         (["--nope"], "unknown option --nope"),
         (["a", "b"], "one backbone at a time"),
-        (["--methods", "moa"], "--methods moa: unknown"),
-        (["--ablations", "--methods", "metamoe"], "must hold both"),
+        (["smollm2-135m", "--methods", "metamoe", "nope"], "--methods nope: unknown"),
+        (["--clients", "--quick"], "--clients needs a value"),
         (["--seed"], "needs a value"),
     ):
-        out, code = run_all(tmp_path, *args)
+        out, code = run_all(tmp_path, *args, PYTHON=sys.executable)
         assert code == 2 and out.startswith("error: ") and message in out and out.count("\n") == 1

@@ -10,7 +10,7 @@ import pytest
 from metamoe import methods
 from metamoe.data import bigbench, fetch
 from metamoe.errors import UserError
-from metamoe.report import paper, statistics, tables
+from metamoe.report import costs, paper, pooled, statistics, tables
 from metamoe.rivals import btm
 
 # --- containment
@@ -368,15 +368,15 @@ def test_pool_prints_means_deviations_and_paired_differences(tmp_path, capsys):
         return tmp_path / str(seed)
 
     runs = [write(0, "1111", "0000"), write(1, "1110", "1000")]
-    tables.pool(runs, "results.json")
+    pooled.pool(runs, "results.json")
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| zeroshot | 12.50 ± 17.68 | 12.50 ± 17.68 | +75.00 (")
     assert lines[3] == "| metamoe | 87.50 ± 17.68 | 87.50 ± 17.68 |  |"
     with pytest.raises(UserError, match="evaluate it alone first"):
-        tables.pool([runs[0], tmp_path], "results.json")
+        pooled.pool([runs[0], tmp_path], "results.json")
     (runs[1] / "results.json").write_text(json.dumps({"run": {"seed": 1, "clients": ["b"]}, "rows": []}))
-    with pytest.raises(UserError, match="only the seed may differ"):
-        tables.pool(runs, "results.json")
+    with pytest.raises(UserError, match="only the random seed may differ"):
+        pooled.pool(runs, "results.json")
 
 
 RUN = {
@@ -440,7 +440,7 @@ def test_cost_tables_are_means_over_the_runs():
         for s in (1.0, 3.0)
     ]
     rows = [{"model": model, "title": model} for model in ("zeroshot", "metamoe")]
-    text = tables.cost_tables({"backbone": "vit-b-32", "clients": ["pets"]}, rows, timings)
+    text = costs.cost_tables({"backbone": "vit-b-32", "clients": ["pets"]}, rows, timings)
     for line in (
         "| embedding D_0, once for all clients | 120.00 |",
         "| private features and relevance head | 2.000 |",
@@ -452,4 +452,4 @@ def test_cost_tables_are_means_over_the_runs():
     ):
         assert line in text
     assert "random" not in text
-    assert "paper:" not in tables.cost_tables({"backbone": "glyph-clip", "clients": ["pets"]}, rows, timings)
+    assert "paper:" not in costs.cost_tables({"backbone": "glyph-clip", "clients": ["pets"]}, rows, timings)

@@ -2,7 +2,7 @@
 
 import torch
 
-from metamoe.backbones.base import import_transformers, pick_device, pick_dtype
+from metamoe.backbones.base import import_transformers, machine, pick_device, pick_dtype
 from metamoe.backbones.clip import ClipBackbone
 from metamoe.backbones.text import TextBackbone
 from metamoe.data.fetch import SMOLLM2, cache_dir, fetch, open_gguf
@@ -15,6 +15,7 @@ def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=No
     """The backbone `name` of PRESETS.
 
     seed_model: hub id, local folder or checkpoint of the seed model (None: the preset's).
+    device, dtype: names, or what `machine` returns.
     answers, loss: those of run.json, for a language model (None: the preset's).
     """
     if name not in PRESETS:
@@ -25,28 +26,14 @@ def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=No
     if preset["kind"] == "clip":
         return ClipBackbone(preset, seed_model or preset["pretrained"], device, dtype, workers)
     source = seed_model or preset.get("seed_model") or default_seed(name)
-    return TextBackbone(
-        source,
-        device,
-        dtype,
-        preset["max_length"],
-        preset["embed"],
-        answers or preset["answers"],
-        loss or preset["loss"],
-    )
+    return TextBackbone(preset, source, device, dtype, answers or preset["answers"], loss or preset["loss"])
 
 
 def run_backbone(run, args):
     """The backbone of run.json, with a stage's --device, --dtype and --workers."""
-    return load_backbone(
-        run["backbone"],
-        run["seed_model"],
-        args.device,
-        args.dtype,
-        args.workers,
-        run.get("answers"),
-        run.get("loss"),
-    )
+    device, dtype = machine(args)
+    answers, loss = run.get("answers"), run.get("loss")
+    return load_backbone(run["backbone"], run["seed_model"], device, dtype, args.workers, answers, loss)
 
 
 def default_seed(name):

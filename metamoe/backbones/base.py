@@ -1,6 +1,7 @@
 """The interface that the stages use: features, routing vectors, experts; the choice of device and dtype."""
 
 import contextlib
+import functools
 import warnings
 from pathlib import Path
 
@@ -22,28 +23,35 @@ def import_transformers():
     return transformers
 
 
+def machine(args):
+    """(device, dtype) of --device and --dtype."""
+    device = pick_device(args.device)
+    return device, pick_dtype(args.dtype, device)
+
+
 def pick_device(name="auto"):
+    """The torch device of a name; under `accelerate launch` this process's own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; use --device cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name}: unknown, choose auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here; use --device cpu")
     state = processes(device.type)
     return device if state is ALONE else state.device
 
 
 def pick_dtype(name, device):
-    """bfloat16 where the hardware computes in it, else float32."""
+    """The torch dtype of a name. auto: bfloat16 where the hardware computes in it, else float32."""
     if name == "auto":
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported()
         else:
             fast = torch.cpu._is_avx512_bf16_supported()
         name = "bfloat16" if fast else "float32"
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(name, name)
 
 
 class Backbone:
@@ -62,26 +70,19 @@ class Backbone:
     def shared_embed(self, records, label="embedding", skip=0):
         """Yield (indices, features, unreadable so far) batch by batch, as `embed`.
 
-        Under `accelerate launch` the processes share the batches, and every process gets the results of all.
+        Under `accelerate launch` the processes share the batches, and each gets the results of all.
         """
         state = processes()
-        mine = self.embed(records, label, skip=skip + state.process_index, every=state.num_processes)
-        if state is ALONE:
-            yield from ((*batch, list(self.unreadable)) for batch in mine)
-            return
-        from accelerate.utils import gather_object
-
+        gather = list
+        if state is not ALONE:
+            from accelerate.utils import gather_object as gather
+        batches = self.embed(records, label, skip=skip + state.process_index, every=state.num_processes)
+        mine = ((*batch, state.process_index, list(self.unreadable)) for batch in batches)
         unreadable = {}  # process -> its list
-        while True:
-            found = next(mine, None)  # None: this process has no batch left
-            if found:
-                found = (*found, state.process_index, list(self.unreadable))
-            batch = gather_object([found])
-            if not any(batch):
-                return
-            for indices, values, process, bad in filter(None, batch):
+        while found := [batch for batch in gather([next(mine, None)]) if batch]:
+            for indices, values, process, bad in found:
                 unreadable[process] = bad
-                yield indices, values, [item for items in unreadable.values() for item in items]
+                yield indices, values, sum(unreadable.values(), [])
 
     def features(self, records, label="embedding"):
         """Seed-model embeddings (n, d) float32 of a client's records; UserError if one cannot be read."""
@@ -104,29 +105,20 @@ class Backbone:
         state = processes()
         # Sharded weights come together only where all processes run the same layers.
         dealt = state.num_processes > 1 and not sharding()
-        lm = unwrap(model)
-        mask = None
         sums = torch.zeros(len(self.ffn_names), self.width, dtype=torch.float64)
 
-        def add_to(layer):
-            def hook(module, inputs):
-                sums[layer] += masked_mean(inputs[0].float(), mask).sum(0).double().cpu()
+        def add(layer, module, inputs):
+            sums[layer] += masked_mean(inputs[0].float(), mask).sum(0).double().cpu()
 
-            return hook
-
-        hooks = [
-            lm.get_submodule(name).register_forward_pre_hook(add_to(i))
-            for i, name in enumerate(self.ffn_names)
-        ]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for i, name in enumerate(self.ffn_names):
+                ffn = unwrap(model).get_submodule(name)
+                hooks.callback(ffn.register_forward_pre_hook(functools.partial(add, i)).remove)
             for number, (tokens, forward) in enumerate(self.prompt_batches(model, records, label)):
                 mask = tokens  # the hooks read it
                 if not dealt or number % state.num_processes == state.process_index:
                     with self.autocast():
                         forward()
-        finally:
-            for hook in hooks:
-                hook.remove()
         if dealt:
             from accelerate.utils import reduce
 
@@ -141,9 +133,8 @@ class Backbone:
 
         torch.manual_seed(seed)
         targets = [f"{ffn}.{linear}" for ffn in self.ffn_names for linear in self.ffn_linears]
-        return get_peft_model(
-            self.model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type=self.task_type)
-        )
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type=self.task_type)
+        return get_peft_model(self.model, config)
 
     def train_full_ffn(self):
         """The model with trainable FFN weights, in float32."""

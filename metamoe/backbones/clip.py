@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
 
 from metamoe.backbones.base import Backbone, unwrap
 from metamoe.backbones.distributed import processes
@@ -33,36 +34,43 @@ class ClipBackbone(Backbone):
 
         self.source, self.device, self.dtype = str(source), device, dtype
         self.template, self.resize, self.flip = preset["template"], preset["resize"], preset["flip"]
-        self.workers = (os.cpu_count() if device.type == "cuda" else 0) if workers is None else workers
+        if workers is None:
+            workers = os.cpu_count() if device.type == "cuda" else 0
+        self.workers = workers
+        model, self.tokenizer = self._load(preset)
+        self.model = model.to(device).eval().requires_grad_(False)
+        visual = model.visual
+        # Without its projection the tower returns the post-LN CLS feature, which relevance and DPP work on.
+        self.projection, visual.proj = visual.proj.detach().float(), None  # (d, e)
+        visual.to(dtype)
+        self.scale = model.logit_scale.exp().item()
+        self.size, self.width = visual.image_size[0], self.projection.shape[0]
+        self.mean = getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+        self.std = getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+        blocks = range(len(visual.transformer.resblocks))
+        self.ffn_names = [f"visual.transformer.resblocks.{i}.mlp" for i in blocks]
+        self.class_features, self.unreadable = {}, []
+
+    def _load(self, preset):
+        """(model, tokenizer) of the seed model's checkpoint."""
+        import open_clip
+
+        architecture = preset["architecture"]
         try:
             if preset["data"] == "glyphs":
                 from metamoe.data.glyphs.model import WEIGHTS, create
 
-                model, self.tokenizer = create(self.source or WEIGHTS)
-            else:
-                model = open_clip.create_model(preset["architecture"], pretrained=self.source)
-                self.tokenizer = open_clip.get_tokenizer(preset["architecture"])
+                return create(self.source or WEIGHTS)
+            model = open_clip.create_model(architecture, pretrained=self.source)
+            return model, open_clip.get_tokenizer(architecture)
         except UserError:
             raise
         except Exception as error:  # open_clip passes on what the hub, pickle, safetensors and torch raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"seed model {self.source}: open_clip cannot load it as {preset['architecture']} "
-                f"({(str(error).splitlines() or [type(error).__name__])[0]}); "
+                f"seed model {self.source}: open_clip cannot load it as {architecture} ({reason}); "
                 "give a local checkpoint with --seed-model"
             ) from None
-        self.model = model.to(device).eval().requires_grad_(False)
-        visual = self.model.visual
-        # Without its projection the tower returns the post-LN CLS feature, which relevance and DPP work on.
-        self.projection, visual.proj = visual.proj.detach().float(), None  # (d, e)
-        visual.to(dtype)
-        self.scale = self.model.logit_scale.exp().item()
-        self.size, self.width = visual.image_size[0], self.projection.shape[0]
-        self.mean = getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
-        self.std = getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
-        self.ffn_names = [
-            f"visual.transformer.resblocks.{i}.mlp" for i in range(len(visual.transformer.resblocks))
-        ]
-        self.class_features, self.unreadable = {}, []
 
     # --- images
 
@@ -80,29 +88,32 @@ class ClipBackbone(Backbone):
                 image = functional.hflip(image)
         return functional.normalize(functional.to_tensor(image), self.mean, self.std)
 
-    def load(self, records, batches, seed=None):
+    def load(self, records, batches, label=None, start=0, seed=None, strict=True):
         """Yield (indices, images (b, 3, size, size) on the device) batch by batch, decoded by the workers.
 
-        An image that cannot be decoded is left out and goes to self.unreadable as (index, message).
-        self.seconds is the time this loop waited for images, which is the decoding's where there are no
-        workers.
+        An image that cannot be decoded raises UserError, or without `strict` is left out and goes to
+        self.unreadable as (index, message). self.seconds is the time spent waiting for decoded images.
+        label, start: of the progress bar.
         """
-        dataset = Images(records, self.transform, seed)
-        keys = [[(index, step) for index in batch] for step, batch in enumerate(batches)]
-        loader = torch.utils.data.DataLoader(
-            dataset, batch_sampler=keys, num_workers=self.workers, collate_fn=list
-        )
         self.unreadable, self.seconds = [], 0.0
-        waiting = time.perf_counter()
-        for items in loader:
-            self.seconds += time.perf_counter() - waiting
-            self.unreadable += [(index, error) for index, _, error in items if error]
-            good = [(index, image) for index, image, error in items if not error]
-            images = (
-                torch.stack([image for _, image in good]) if good else torch.empty(0, 3, self.size, self.size)
-            )
-            yield [index for index, _ in good], images.to(self.device)
+        keys = [[(index, step) for index in batch] for step, batch in enumerate(batches)]
+        data = Images(records, self.transform, seed)
+        loader = DataLoader(data, batch_sampler=keys, num_workers=self.workers, collate_fn=list)
+        show = label is not None
+        with progress(total=len(records), initial=start, desc=label, unit="image", show=show) as bar:
             waiting = time.perf_counter()
+            for items in loader:
+                self.seconds += time.perf_counter() - waiting
+                self.unreadable += [(index, error) for index, _, error in items if error]
+                if strict and self.unreadable:
+                    raise UserError(f"{self.unreadable[0][1]}: repair it or take it out of the data")
+                good = [(index, image) for index, image, error in items if not error]
+                images = torch.empty(0, 3, self.size, self.size)
+                if good:
+                    images = torch.stack([image for _, image in good])
+                yield [index for index, _ in good], images.to(self.device)
+                bar.update(len(good))
+                waiting = time.perf_counter()
 
     def pool(self, model, images):
         """Post-LN CLS features (b, d) float32 of images (b, 3, size, size)."""
@@ -119,10 +130,10 @@ class ClipBackbone(Backbone):
     def text_features(self, classes):
         """Unit text features (C, e) of the class prompts; each class is encoded once."""
         new = [name for name in classes if name not in self.class_features]
-        for start in progress(range(0, len(new), 64), desc="class prompts", show=len(new) > 64):
-            names = new[start : start + 64]
+        for names in progress(chunks(new, 64), desc="class prompts", show=len(new) > 64):
             tokens = self.tokenizer([self.template.format(name) for name in names]).to(self.device)
-            self.class_features |= zip(names, self.model.encode_text(tokens, normalize=True), strict=False)
+            features = self.model.encode_text(tokens, normalize=True)
+            self.class_features |= zip(names, features, strict=True)
         return torch.stack([self.class_features[name] for name in classes])
 
     def public_classes(self, folder):
@@ -131,105 +142,84 @@ class ClipBackbone(Backbone):
         if not cache.exists():
             with atomic(cache) as temporary:
                 save_file({"features": self.text_features(classes).cpu()}, temporary)
-        self.class_features |= zip(classes, load_file(cache)["features"].to(self.device), strict=False)
+        self.class_features |= zip(classes, load_file(cache)["features"].to(self.device), strict=True)
         return classes
 
-    # --- what the stages ask
+    # --- the interface that the stages use
 
     @torch.no_grad()
     def embed(self, records, label="embedding", skip=0, every=1, batch=256):
         """Yield (indices, features (b, d) float32): the post-LN CLS feature of each readable image;
         after the first `skip` batches each `every`-th."""
-        batches = chunks(len(records), batch)
-        with progress(total=len(records), initial=skip * batch, desc=label, unit="image") as bar:
-            for indices, images in self.load(records, batches[skip::every]):
-                yield indices, self.pool(self.model, images).cpu().numpy()
-                bar.update(len(indices))
+        batches = chunks(range(len(records)), batch)[skip::every]
+        for indices, images in self.load(records, batches, label, skip * batch, strict=False):
+            yield indices, self.pool(self.model, images).cpu().numpy()
 
     def prompt_batches(self, model, records, label):
         """Yield (token mask (B, T), a function that runs the images through the model) batch by batch."""
         width = self.model.visual.positional_embedding.shape[0]
-        with progress(total=len(records), desc=label, unit="image") as bar:
-            for indices, images in self.load(records, chunks(len(records), 128)):
-                tokens = torch.ones(len(indices), width, dtype=torch.bool, device=self.device)
-                yield tokens, partial(self.pool, model, images)
-                bar.update(len(indices))
-        self.refuse_unreadable()
+        for indices, images in self.load(records, chunks(range(len(records)), 128), label):
+            tokens = torch.ones(len(indices), width, dtype=torch.bool, device=self.device)
+            yield tokens, partial(self.pool, model, images)
 
     def losses(self, model, records, classes, batch_size, steps, seed):
-        """Yield each step's loss (with its graph): cross-entropy over `classes`; under accelerate this
-        process's part of the batch, so that the sum over processes is the mean over the whole batch."""
-        texts, label = self.text_features(classes), {name: i for i, name in enumerate(classes)}
-        targets = torch.tensor([label[record["answer"]] for record in records], device=self.device)
-        state, batches = processes(), list(epoch_batches([1] * len(records), batch_size, steps, seed))
+        """Yield each step's loss (with its graph): cross-entropy over `classes`.
+
+        Under `accelerate launch` it is this process's part: the sum over processes is the batch's mean.
+        """
+        texts = self.text_features(classes)
+        numbers = {name: i for i, name in enumerate(classes)}
+        targets = torch.tensor([numbers[record["answer"]] for record in records], device=self.device)
+        state = processes()
+        batches = list(epoch_batches([1] * len(records), batch_size, steps, seed))
         mine = [batch[state.process_index :: state.num_processes] for batch in batches]
-        for whole, part, (indices, images) in zip(
-            batches,
-            mine,
-            self.load(records, [part or whole[:1] for whole, part in zip(batches, mine, strict=False)], seed),
-            strict=False,
-        ):
-            self.refuse_unreadable()
-            # On the CPU the fused attention's backward is slower on so few tokens: a fifth of a step.
-            with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext():
-                logits = self.classify(model, images, texts)
-            yield F.cross_entropy(logits, targets[indices]) * (len(part) / len(whole))
+        # A process that a short batch leaves nothing loads one image, which then counts nothing.
+        loaded = self.load(records, [p or b[:1] for p, b in zip(mine, batches, strict=True)], seed=seed)
+        # On the CPU the fused attention's backward is slower on so few tokens: a fifth of a step.
+        attention = sdpa_kernel if self.device.type == "cpu" else contextlib.nullcontext
+        for part, batch, (indices, images) in zip(mine, batches, loaded, strict=True):
+            with attention(SDPBackend.MATH):
+                logits = self.classify(model, images, texts)  # (b, C)
+            yield F.cross_entropy(logits, targets[indices]) * (len(part) / len(batch))
 
     @torch.no_grad()
     def scores(self, model, records, label="scoring", scoring=None):
         """Logits of each record's choices: a list of float64 arrays, one per record."""
-        result, texts = [None] * len(records), self.text_features(records[0]["choices"])
-        with progress(total=len(records), desc=label, unit="image") as bar:
-            for indices, images in self.load(records, chunks(len(records), 128)):
-                for i, values in zip(
-                    indices, self.classify(model, images, texts).double().cpu().numpy(), strict=False
-                ):
-                    result[i] = values
-                bar.update(len(indices))
-        self.refuse_unreadable()
+        texts = self.text_features(records[0]["choices"])
+        result = []
+        for _, images in self.load(records, chunks(range(len(records)), 128), label):
+            result += [*self.classify(model, images, texts).double().cpu().numpy()]
         return result
 
-    def refuse_unreadable(self):
-        if self.unreadable:
-            raise UserError(f"{self.unreadable[0][1]}: repair it or take it out of the data")
 
-
-class Images(torch.utils.data.Dataset):
-    """Decoded and transformed images of records. A key is (index, step).
-
-    With a random seed the transform is random, and fixed by all three.
-    """
+class Images(Dataset):
+    """Decoded and transformed images; a key is (index, step). With a random seed the transform is random."""
 
     def __init__(self, records, transform, seed):
         self.records, self.transform, self.seed = records, transform, seed
-
-    def __len__(self):
-        return len(self.records)
 
     def __getitem__(self, key):
         """(index, image (3, H, W), "") or (index, None, what is wrong with it)."""
         index, step = key
         try:
-            image = self.records[index]["image"]
-            if isinstance(image, dict) and "char" in image:
-                from metamoe.data.glyphs import (
-                    world,  # here: it imports matplotlib, which nothing else in training needs
-                )
-
-                image = world.draw(image)
-            else:
-                image = open_image(image)
+            image = drawn_or_read(self.records[index]["image"])
         except BadImage as error:
             return index, None, str(error)
-        return (
-            index,
-            self.transform(
-                image, None if self.seed is None else np.random.default_rng([self.seed, step, index])
-            ),
-            "",
-        )
+        rng = None
+        if self.seed is not None:
+            rng = np.random.default_rng([self.seed, step, index])
+        return index, self.transform(image, rng), ""
 
 
-def chunks(count, size):
-    """Ranges over 0 ... count - 1 of `size` each, the last of what is left."""
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+def drawn_or_read(image):
+    """The PIL image of a record: a letter to draw, or a file."""
+    if isinstance(image, dict) and "char" in image:
+        from metamoe.data.glyphs import world  # here: it imports matplotlib, which nothing else needs
+
+        return world.draw(image)
+    return open_image(image)
+
+
+def chunks(items, size):
+    """Slices of `size` items each, the last of what is left."""
+    return [items[start : start + size] for start in range(0, len(items), size)]

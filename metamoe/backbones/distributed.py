@@ -17,10 +17,10 @@ ALONE = SimpleNamespace(
 
 
 def processes(device="auto"):
-    """The processes of this run: accelerate's PartialState under `accelerate launch` (torchrun), else ALONE.
+    """accelerate's PartialState under `accelerate launch` (torchrun), else ALONE.
 
-    All of them run the same lines of a stage. They share the samples of a batch (training) or the batches
-    (embedding), and only the main process writes files. The first call decides whether they use the CPU.
+    All processes run the same lines of a stage. They share the samples of a batch (training) or the batches
+    (embedding); only the main process writes files. The first call decides whether they use the CPU.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return ALONE

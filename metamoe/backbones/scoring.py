@@ -25,10 +25,9 @@ class ScoringMixin:
         Records without choices: the log-probability of each token of the answer.
         """
         score, encoded = self._scored_form(records, scoring)
-        lengths = [length(pair) for pair in encoded]
         result = [None] * len(records)
         with progress(total=len(records), desc=label, unit="text") as bar:
-            for batch in self.batches(lengths):
+            for batch in self.batches([length(pair) for pair in encoded]):
                 found = score(model, [encoded[i] for i in batch])
                 for i, values in zip(batch, found, strict=True):
                     result[i] = values
@@ -52,14 +51,12 @@ class ScoringMixin:
     def _score_choices(self, model, encoded):
         # The router's context is the prompt for every choice's tokens, even in a model whose router otherwise
         # takes the prefix: a choice must not route itself.
-        found = self._token_log_probs(model, encoded, lambda part: part == 0)
+        found = self._token_log_probs(model, encoded, whole=False)
         return [np.array([np.cumsum([0.0, *tokens])[-1] for tokens in choices]) for choices in found]
 
     def _score_answers(self, model, encoded):
-        def context(part):  # as in training
-            return part >= 0 if self.whole_text else part == 0
-
-        return [np.array(tokens) for (tokens,) in self._token_log_probs(model, encoded, context)]
+        found = self._token_log_probs(model, encoded, self.whole_text)  # the context as in training
+        return [np.array(tokens) for (tokens,) in found]
 
     def _score_letters(self, model, encoded):
         shared, letters = self.letter_ids()
@@ -74,7 +71,6 @@ class ScoringMixin:
         return [row[: len(choices)] for row, (_, choices) in zip(rows, encoded, strict=True)]
 
     def _generate(self, model, encoded):
-        """1 for the choice whose letter the model generates first, else 0; empty without such a letter."""
         texts = self._generate_texts(model, [prompt for prompt, _ in encoded])
         values = []
         for text, (_, choices) in zip(texts, encoded, strict=True):
@@ -88,52 +84,46 @@ class ScoringMixin:
         from transformers import GenerationConfig
 
         lm = unwrap(model)
-        width = max(len(prompt) for prompt in prompts)
+        width = max(map(len, prompts))
         padding = [width - len(prompt) for prompt in prompts]  # on the left
-        pairs = list(zip(prompts, padding, strict=True))
-        ids = torch.tensor([[self.pad] * n + prompt for prompt, n in pairs], device=self.device)
-        real = torch.tensor([[0] * n + [1] * len(prompt) for prompt, n in pairs], device=self.device)
+        ids = [[self.pad] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]
+        ids = torch.tensor(ids, device=self.device)  # (B, width)
+        real = torch.arange(width, device=self.device) >= torch.tensor(padding, device=self.device)[:, None]
         # Not the seed model's own configuration, which may sample or punish repetition.
-        config = GenerationConfig(
-            max_new_tokens=16,
-            do_sample=False,
-            pad_token_id=self.pad,
-            eos_token_id=self.tokenizer.eos_token_id,
-            use_cache=lm.config.use_cache,
-        )
+        config = GenerationConfig(max_new_tokens=16, do_sample=False, use_cache=lm.config.use_cache)
+        config.pad_token_id = self.pad
+        config.eos_token_id = self.tokenizer.eos_token_id
         if hasattr(lm, "routing"):
-            lm.routing.context_mask = None
-            lm.routing.token_mask = None
+            lm.routing.context_mask = lm.routing.token_mask = None
         with self.autocast():
-            out = lm.generate(input_ids=ids, attention_mask=real, generation_config=config)
+            out = lm.generate(input_ids=ids, attention_mask=real.long(), generation_config=config)
         return self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
-    def _token_log_probs(self, model, encoded, context):
+    def _token_log_probs(self, model, encoded, whole):
         """Log-probability of each token of each choice: [[[float, ...] a choice] a record].
 
         Prompt and choices make one sequence. A choice sees the prompt and itself, and its positions follow
         the prompt's. So the prompt is computed once, and the result is that of one sequence for every choice.
-        context: a function from the (B, T) parts (see `pack`) to the tokens averaged into the router's
-        context.
+        whole: whether the router's context is the mean of all tokens, not of the prompt's.
         """
         ids, part, position = (t.to(self.device) for t in pack(encoded, self.pad))
-        rows, sources, targets, owners = scored_tokens(encoded)
+        prompt = part == 0
+        rows, columns = (part > 0).nonzero(as_tuple=True)  # of the tokens to score
+        owners = part[rows, columns]
+        # A token is predicted at the one before it; a choice's first token at the prompt's last.
+        first = part[rows, columns - 1] != owners
+        before = torch.where(first, prompt.sum(1)[rows] - 1, columns - 1)
+        extra = {"attention_mask": tree_mask(part, self.dtype), "position_ids": position}
         with self.autocast():
             # Only the prompt's tokens count as routed: wrong choices say nothing about a client's tokens.
-            states = self.hidden(
-                model,
-                ids,
-                part == 0,
-                context(part),
-                attention_mask=tree_mask(part, self.dtype),
-                position_ids=position,
-            )
-            logits = unwrap(model).lm_head(states[rows, sources])  # (scored tokens, V)
-        targets = torch.tensor(targets, device=self.device)
-        log_probs = F.log_softmax(logits.float(), -1).gather(1, targets[:, None])[:, 0]
+            states = self.hidden(model, ids, prompt, part >= 0 if whole else prompt, **extra)
+            logits = unwrap(model).lm_head(states[rows, before])  # (scored tokens, V)
+        log_probs = F.log_softmax(logits.float(), -1).gather(1, ids[rows, columns][:, None])[:, 0]
         values = [[[] for _ in choices] for _, choices in encoded]
-        for row, owner, value in zip(rows, owners, log_probs.double().tolist(), strict=True):
-            values[row][owner].append(value)
+        for row, owner, value in zip(
+            rows.tolist(), owners.tolist(), log_probs.double().tolist(), strict=True
+        ):
+            values[row][owner - 1].append(value)
         return values
 
 
@@ -163,24 +153,8 @@ def pack(encoded, pad):
     return ids, part, position
 
 
-def scored_tokens(encoded):
-    """Of each token of the choices in `pack`: its row, the position that predicts it, its id, its choice."""
-    rows, sources, targets, owners = [], [], [], []
-    for row, (prompt, choices) in enumerate(encoded):
-        end = len(prompt)
-        for number, choice in enumerate(choices):
-            rows += [row] * len(choice)
-            sources += [len(prompt) - 1, *range(end, end + len(choice) - 1)]
-            targets += choice
-            owners += [number] * len(choice)
-            end += len(choice)
-    return rows, sources, targets, owners
-
-
 def tree_mask(part, dtype):
     """Additive attention mask (B, 1, T, T): a token sees the prompt and its own choice, up to itself."""
-    width = part.shape[1]
     sees = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])  # (B, T, T)
-    sees &= torch.ones(width, width, dtype=torch.bool, device=part.device).tril()
     mask = torch.zeros(sees.shape, dtype=dtype, device=part.device)
-    return mask.masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+    return mask.masked_fill(~sees.tril(), torch.finfo(dtype).min)[:, None]

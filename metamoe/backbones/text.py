@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from metamoe.backbones.base import Backbone, import_transformers, masked_mean, unwrap
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.letters import lettered
-from metamoe.backbones.scoring import ScoringMixin
+from metamoe.backbones.scoring import ScoringMixin, pack
 from metamoe.backbones.training import epoch_batches
 from metamoe.errors import UserError
 from metamoe.progress import progress
@@ -28,27 +28,21 @@ class TextBackbone(ScoringMixin, Backbone):
     unreadable = ()
     seconds = 0.0
 
-    def __init__(
-        self, source, device, dtype, max_length=256, embedded="prompt", answers="text", loss="answer"
-    ):
-        self.source = str(source)
-        self.device = device
-        self.dtype = dtype
-        self.max_length = max_length
-        self.embedded = embedded
+    def __init__(self, preset, source, device, dtype, answers, loss):
+        self.source, self.device, self.dtype = str(source), device, dtype
+        self.max_length, self.embedded = preset["max_length"], preset["embed"]
         self.letters = answers == "letters"
         self.whole_text = loss == "text"
         self.tokenizer, model = self._load()
         self.ffn_names = [name for name, _ in model.named_modules() if name.endswith(".mlp")]
-        if not self.ffn_names or not all(
-            hasattr(model.get_submodule(ffn), linear) for ffn in self.ffn_names for linear in self.ffn_linears
-        ):
+        ffns = [model.get_submodule(name) for name in self.ffn_names]
+        if not ffns or not all(hasattr(ffn, linear) for ffn in ffns for linear in self.ffn_linears):
             raise UserError(
                 f"seed model {self.source}: a {type(model).__name__} has no FFNs of gate_proj, up_proj and "
                 "down_proj in every layer; LLaMA, Mistral, Qwen, SmolLM and their like do"
             )
         self.model = model.to(device).eval().requires_grad_(False)
-        self.width = self.model.config.hidden_size
+        self.width = model.config.hidden_size
         self.pad = self.tokenizer.pad_token_id
         if self.pad is None:
             self.pad = self.tokenizer.eos_token_id
@@ -111,12 +105,9 @@ class TextBackbone(ScoringMixin, Backbone):
         """(ids that the answers " A", " B", ... all begin with; the 26 ids that differ).
 
         In many vocabularies " A" is one token, and the first list is empty; in others it is two tokens.
-        Raises UserError where two letters have the same id.
         """
-        letters = [
-            self.tokenizer(f" {letter}", add_special_tokens=False)["input_ids"]
-            for letter in string.ascii_uppercase
-        ]
+        texts = [f" {letter}" for letter in string.ascii_uppercase]
+        letters = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         shared = os.path.commonprefix(letters)
         ids = [letter[len(shared)] for letter in letters if len(letter) > len(shared)]
         if len(set(ids)) < len(letters):
@@ -128,18 +119,9 @@ class TextBackbone(ScoringMixin, Backbone):
 
     def collate(self, encoded):
         """Pad (prompt, answer) pairs on the right: ids, token mask, prompt mask, labels; each (B, T)."""
-        width = max(len(prompt) + len(answer) for prompt, answer in encoded)
-        ids = torch.full((len(encoded), width), self.pad)
-        real = torch.zeros_like(ids, dtype=torch.bool)
-        prompts = torch.zeros_like(ids, dtype=torch.bool)
-        labels = torch.full_like(ids, -100)
-        for row, (prompt, answer) in enumerate(encoded):
-            end = len(prompt) + len(answer)
-            ids[row, :end] = torch.tensor(prompt + answer)
-            real[row, :end] = True
-            prompts[row, : len(prompt)] = True
-            labels[row, len(prompt) : end] = ids[row, len(prompt) : end]
-        return [t.to(self.device) for t in (ids, real, prompts, labels)]
+        ids, part, _ = pack([(prompt, [answer]) for prompt, answer in encoded], self.pad)
+        labels = ids.masked_fill(part != 1, -100)
+        return [t.to(self.device) for t in (ids, part >= 0, part == 0, labels)]
 
     def batches(self, lengths, tokens=2048):
         """Yield batches of indices of like length, each of at most about `tokens` padded tokens."""
@@ -158,8 +140,7 @@ class TextBackbone(ScoringMixin, Backbone):
         """Last hidden states (B, T, d).
 
         real: (B, T), the tokens that count as routed; also the attention mask where kwargs have none.
-        context: (B, T), the tokens averaged into the router's context: the prompt's, or all (README,
-        Differences).
+        context: (B, T), the tokens averaged into the router's context: the prompt's, or all.
         """
         lm = unwrap(model)
         if hasattr(lm, "routing"):
@@ -173,39 +154,37 @@ class TextBackbone(ScoringMixin, Backbone):
         """Yield (indices, features (b, d) float32) batch by batch.
 
         A feature is the mean of the seed model's last hidden states over the tokens of the prompt, or of
-        the input (the preset's `embed`). The batches are always the same; the first `skip` are left out, and
-        each `every`-th of the rest is embedded.
+        the input (the preset's `embed`). The batches are always the same; after the first `skip` each
+        `every`-th is embedded.
         """
 
         def form(record):
             return {"prompt": record[self.embedded]}
 
-        with progress(total=len(records), desc=label, unit="text") as bar:
-            for number, (indices, encoded) in enumerate(self.windows(records, form)):
-                if number >= skip and (number - skip) % every == 0:
-                    ids, real, prompts, _ = self.collate(encoded)
-                    with self.autocast():
-                        states = self.hidden(self.model, ids, real, prompts)  # (b, T, d)
-                    yield indices, masked_mean(states.float(), real).cpu().numpy()
-                bar.update(len(indices))
+        for number, (indices, encoded) in enumerate(self.windows(records, form, label)):
+            if number >= skip and (number - skip) % every == 0:
+                ids, real, prompts, _ = self.collate(encoded)
+                with self.autocast():
+                    states = self.hidden(self.model, ids, real, prompts)  # (b, T, d)
+                yield indices, masked_mean(states.float(), real).cpu().numpy()
 
     def prompt_batches(self, model, records, label):
         """Yield (token mask (B, T), a function that runs the prompts through the model) batch by batch."""
-        with progress(total=len(records), desc=label, unit="text") as bar:
-            for indices, encoded in self.windows(records, self.form):
-                ids, mask, prompts, _ = self.collate(encoded)
-                yield mask, functools.partial(self.hidden, model, ids, mask, prompts)
-                bar.update(len(indices))
+        for _, encoded in self.windows(records, self.form, label):
+            ids, real, prompts, _ = self.collate(encoded)
+            yield real, functools.partial(self.hidden, model, ids, real, prompts)
 
-    def windows(self, records, form):
+    def windows(self, records, form, label):
         """Yield (indices, encoded prompts of form(record)) batch by batch.
 
         Texts are batched by length within a window of WINDOW records, so memory holds only a window's tokens.
         """
-        for start in range(0, len(records), WINDOW):
-            encoded = [self.encode(form(record)) for record in records[start : start + WINDOW]]
-            for batch in self.batches([len(prompt) for prompt, _ in encoded]):
-                yield [start + i for i in batch], [encoded[i] for i in batch]
+        with progress(total=len(records), desc=label, unit="text") as bar:
+            for start in range(0, len(records), WINDOW):
+                encoded = [self.encode(form(record)) for record in records[start : start + WINDOW]]
+                for batch in self.batches([len(prompt) for prompt, _ in encoded]):
+                    yield [start + i for i in batch], [encoded[i] for i in batch]
+                    bar.update(len(batch))
 
     def losses(self, model, records, classes, batch_size, steps, seed):
         """Yield each step's loss (with its graph) over a batch of texts of like length.

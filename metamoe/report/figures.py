@@ -1,95 +1,123 @@
 """Figure 2, and how the proxies of each selection cover a client's data."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from metamoe.records import usable_public
-from metamoe.rundir import atomic, read_json, sha256
+from metamoe.rundir import atomic, read_json, sha256, write_json
 
 
-def coverage_identity(run_dir, run):
-    """What the coverage was measured on: {client: {rule: hash of its selection}}."""
-    paths = {
-        name: (run_dir / "clients" / name / "selection").glob("*/selection.json") for name in run["clients"]
-    }
-    return {name: {path.parent.name: sha256(path) for path in sorted(found)} for name, found in paths.items()}
+class Label(NamedTuple):
+    short: str  # in the cost tables
+    long: str  # above a panel of Figure 2
 
 
-def coverage(run_dir, run, backbone, records, split):
-    """{client: {rule: {"distance", "log_det"}}} of the selections there are, and Figure 2:
-    RUN/figure2-NAME.png (of another split than test, figure2-NAME.SPLIT.png).
+# The selection rules in the order of the figure. Another rule is called by its folder and comes after these.
+RULES = {
+    "random": Label("random", "random"),
+    "similarity": Label("similarity", "most relevant"),
+    "dpp": Label("DPP", "relevance-weighted DPP"),
+    "dpp-all": Label("DPP, whole public set", "DPP, whole public set"),
+}
 
-    distance: mean over private test samples of 1 - cosine to the nearest proxy, on the seed's features.
-    log_det: log det L_S of the proxies, Eq. 4's diversity. The figure is one t-SNE of private test data, up
-    to 2,000 of D_0 and all proxies, so that its panels share their axes.
+
+def known_first(rules):
+    """The rules of RULES in its order, then the others by name."""
+    return [rule for rule in RULES if rule in rules] + sorted(set(rules) - RULES.keys())
+
+
+def selections(run_dir, client):
+    """{rule: the selection.json of this client}."""
+    folder = run_dir / "clients" / client / "selection"
+    rules = [path.parent.name for path in folder.glob("[!.]*/selection.json")]
+    return {rule: folder / rule / "selection.json" for rule in known_first(rules)}
+
+
+def coverage(evaluation, draw):
+    """{client: {rule: {"distance", "log_det"}}}, kept in RUN/scores/; None where it was not measured yet.
+
+    draw: measure it now, and draw Figure 2.
+    """
+    run_dir, clients = evaluation.run_dir, evaluation.run["clients"]
+    path = run_dir / "scores" / f"coverage.{evaluation.split}.json"
+    identity = {}
+    for name in clients:
+        identity[name] = {rule: sha256(file) for rule, file in selections(run_dir, name).items()}
+    if draw:
+        backbone = evaluation.load_backbone()
+        found = {name: cover_client(evaluation, backbone, name) for name in clients}
+        write_json(path, {"identity": identity, "coverage": found})
+    if not path.exists():
+        return None
+    kept = read_json(path)
+    return kept["coverage"] if kept["identity"] == identity else None
+
+
+def cover_client(evaluation, backbone, client):
+    """{rule: {"distance", "log_det"}} of the client's selections; draws its Figure 2.
+
+    distance: mean over private test samples of 1 - cosine to the nearest proxy, on the seed model's features.
+    log_det: log det L_S of the proxies, Eq. 4's diversity.
+    """
+    public = np.load(evaluation.run_dir / "public" / "features.npy", mmap_mode="r")
+    private = unit(backbone.features(evaluation.records[client], label=f"embedding {client}"))
+    proxies, found = {}, {}
+    for rule, path in selections(evaluation.run_dir, client).items():
+        proxies[rule] = np.array(read_json(path)["proxies"])
+        z = unit(public[np.sort(proxies[rule])])
+        found[rule] = {
+            "distance": float((1 - (private @ z.T).max(1)).mean()),
+            "log_det": float(np.linalg.slogdet(z @ z.T)[1]),
+        }
+    figure2(evaluation, client, private, public, proxies, found)
+    return found
+
+
+def figure2(evaluation, client, private, public, proxies, found):
+    """RUN/figure2-CLIENT.png (of another split than test, figure2-CLIENT.SPLIT.png), a panel a rule.
+
+    One t-SNE of private test data, up to 2,000 of D_0 and all proxies, so that the panels share their axes.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    run_dir, run = evaluation.run_dir, evaluation.run
+    order = np.random.default_rng(run["seed"]).permutation(usable_public(run_dir, public))
+    shown = np.union1d(order[:2000], np.concatenate(list(proxies.values())))
+    plane = project(np.concatenate([private, unit(public[shown])]), run["seed"])
+    own, others = plane[: len(private)], plane[len(private) :]
+    size = (5 * len(proxies), 5.4)
+    figure, axes = plt.subplots(1, len(proxies), figsize=size, sharex=True, sharey=True, squeeze=False)
+    for axis, (rule, chosen) in zip(axes[0], proxies.items(), strict=True):
+        red = others[np.searchsorted(shown, chosen)]
+        axis.scatter(*others.T, s=4, c="#c8c8c8", linewidths=0, label="public set")
+        axis.scatter(*own.T, s=9, c="#1f77b4", linewidths=0, label=f"{client}, private test data")
+        axis.scatter(*red.T, s=18, c="#d62728", edgecolors="white", linewidths=0.4, label="proxies")
+        label = RULES[rule].long if rule in RULES else rule
+        axis.set_title(label + "\ndistance {distance:.3f}, log det {log_det:.0f}".format(**found[rule]))
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.suptitle(
+        f"{run['backbone']}: proxies for {client} (m = {run['proxies']}), t-SNE of the seed model's features"
+    )
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    legend = axes[0][0].get_legend_handles_labels()
+    figure.legend(*legend, loc="lower center", ncols=3, markerscale=2, frameon=False)
+    suffix = "" if evaluation.split == "test" else f".{evaluation.split}"
+    with atomic(run_dir / f"figure2-{client}{suffix}.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def project(points, seed):
+    """t-SNE of unit vectors on the plane, (N, d) -> (N, 2)."""
     from sklearn.manifold import TSNE
 
-    public = np.load(run_dir / "public" / "features.npy", mmap_mode="r")
-    found = {}
-    for name in run["clients"]:
-        paths = {
-            rule: run_dir / "clients" / name / "selection" / rule / "selection.json"
-            for rule in ("random", "similarity", "dpp", "dpp-all")
-        }
-        proxies = {
-            rule: np.array(read_json(path)["proxies"]) for rule, path in paths.items() if path.exists()
-        }
-        private = unit(backbone.features(records[name], label=f"embedding {name}"))
-        found[name] = {}
-        for rule, chosen in proxies.items():
-            z = unit(public[np.sort(chosen)])
-            found[name][rule] = {
-                "distance": float((1 - (private @ z.T).max(1)).mean()),
-                "log_det": float(np.linalg.slogdet(z @ z.T)[1]),
-            }
-        rng = np.random.default_rng(run["seed"])
-        shown = np.union1d(
-            rng.permutation(usable_public(run_dir, public))[:2000], np.concatenate(list(proxies.values()))
-        )
-        points = np.concatenate([private, unit(public[shown])])
-        plane = TSNE(
-            metric="cosine", init="pca", perplexity=min(30, (len(points) - 1) / 3), random_state=run["seed"]
-        ).fit_transform(points)
-        own, others = plane[: len(private)], plane[len(private) :]
-        figure, axes = plt.subplots(
-            1, len(proxies), figsize=(5 * len(proxies), 5.4), sharex=True, sharey=True, squeeze=False
-        )
-        for axis, (rule, chosen) in zip(axes[0], proxies.items(), strict=True):
-            axis.scatter(*others.T, s=4, c="#c8c8c8", linewidths=0, label="public set")
-            axis.scatter(*own.T, s=9, c="#1f77b4", linewidths=0, label=f"{name}, private test data")
-            axis.scatter(
-                *others[np.searchsorted(shown, chosen)].T,
-                s=18,
-                c="#d62728",
-                edgecolors="white",
-                linewidths=0.4,
-                label="proxies",
-            )
-            label = {
-                "random": "random",
-                "similarity": "most relevant",
-                "dpp": "relevance-weighted DPP",
-                "dpp-all": "DPP, whole public set",
-            }[rule]
-            axis.set_title(
-                label + "\ndistance {distance:.3f}, log det {log_det:.0f}".format(**found[name][rule])
-            )
-            axis.set_xticks([]), axis.set_yticks([])
-        figure.suptitle(
-            f"{run['backbone']}: proxies for {name} (m = {run['proxies']}), t-SNE of the seed's features"
-        )
-        figure.tight_layout(rect=(0, 0.05, 1, 1))
-        figure.legend(
-            *axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=3, markerscale=2, frameon=False
-        )
-        with atomic(run_dir / f"figure2-{name}{'' if split == 'test' else '.' + split}.png") as temporary:
-            figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
-        plt.close(figure)
-    return found
+    perplexity = min(30, (len(points) - 1) / 3)
+    return TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed).fit_transform(points)
 
 
 def unit(features):

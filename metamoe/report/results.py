@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from metamoe.report.models import title
 from metamoe.report.statistics import is_choice, is_right, paired_bootstrap, perplexity, shares, wilson
-from metamoe.report.tables import title
 from metamoe.rundir import folder_bytes, read_json
 
 
@@ -76,21 +76,22 @@ def collect_timings(run_dir, run, folders, found):
     """What timings.json holds: each model's costs, and those of the selection."""
     timings = {row: {"samples_per_second": found[row]["samples_per_second"]} for row in folders}
     for row, folder in folders.items():
-        if folder is not None and (folder / "timing.json").exists():
-            timings[row] |= read_json(folder / "timing.json")
-    selections = {name: run_dir / "clients" / name / "selection" for name in run["clients"]}
-    timings["selection_seconds"] = {
-        name: {
+        if folder is not None:
+            timings[row] |= read_timing(folder)
+    timings["selection_seconds"], timings["relevance_seconds"] = {}, {}
+    for name in run["clients"]:
+        folder = run_dir / "clients" / name / "selection"
+        timings["selection_seconds"][name] = {
             path.parent.name: read_json(path)["selection_seconds"]
-            for path in sorted(folder.glob("*/timing.json"))
+            for path in folder.glob("[!.]*/timing.json")
         }
-        for name, folder in selections.items()
-    }
-    timings["relevance_seconds"] = {
-        name: read_json(folder / "timing.json")["relevance_seconds"]
-        for name, folder in selections.items()
-        if (folder / "timing.json").exists()
-    }
-    if (run_dir / "public" / "timing.json").exists():
-        timings |= read_json(run_dir / "public" / "timing.json")
-    return timings
+        relevance = read_timing(folder)
+        if relevance:
+            timings["relevance_seconds"][name] = relevance["relevance_seconds"]
+    return timings | read_timing(run_dir / "public")
+
+
+def read_timing(folder):
+    """The timing.json of a folder; empty where there is none."""
+    path = folder / "timing.json"
+    return read_json(path) if path.exists() else {}

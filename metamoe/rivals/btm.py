@@ -5,6 +5,10 @@ import math
 import numpy as np
 
 
+def merge(uploads, folder):
+    """BTM keeps the uploads as they are: there is no model to write."""
+
+
 def probabilities(scores):
     """Softmax over the choices of each record."""
     return [np.exp(values - np.logaddexp.reduce(values)) for values in map(np.asarray, scores)]

@@ -6,6 +6,12 @@ import torch
 from safetensors.torch import save_file
 
 from metamoe.rundir import write_json
+from metamoe.uploads import read_expert
+
+
+def merge(uploads, folder):
+    """Write the soup of the uploads into `folder`, in the form of a client's upload."""
+    save_soup(average([read_expert(upload) for upload in uploads]), uploads[0], folder)
 
 
 def average(experts):

@@ -1,0 +1,142 @@
+"""Scoring the models of a run. The scores are kept in RUN/scores/, so each model is scored once."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import moe
+from metamoe.errors import UserError
+from metamoe.presets import PRESETS
+from metamoe.report.models import expert_upload
+from metamoe.report.results import opt_out_row
+from metamoe.report.statistics import is_choice
+from metamoe.rivals.btm import ensemble
+from metamoe.rundir import read_json, sha256, write_json
+
+
+def scoring_suffix(run, scoring):
+    """What distinguishes the files of a scoring that is not the backbone's own."""
+    return "" if scoring == PRESETS[run["backbone"]].get("scoring") else f".{scoring}"
+
+
+@dataclass
+class Evaluation:
+    """One split of a run's data, and one way to score it.
+
+    scoring: of multiple choice by language models (evaluate.py --scoring); None for an image model.
+    records: {client: its records of the split}.
+    load_backbone: makes a new backbone; called only for a model without scores, since PEFT and the MoE
+        change a model in place.
+    """
+
+    run_dir: Path
+    run: dict
+    split: str
+    scoring: str | None
+    dtype: str
+    records: dict
+    load_backbone: Callable
+
+    def score_all(self, folders):
+        """{row: its scores} of the models in `folders`."""
+        found = {}
+        for row, folder in folders.items():
+            found[row] = self.score_btm() if row == "btm" else self.score(row, folder)
+        return found
+
+    def score(self, row, folder, without=""):
+        """The scores of one model, from RUN/scores/ where they are there.
+
+        folder: the model's, None for the seed model. without: an expert to leave out.
+        Returns {"scores": {client: [[...], ...]}, "routing": {client: (L, K) counts}, "samples_per_second"}.
+        """
+        name = f"{row}.without.{without}" if without else row
+        suffix = scoring_suffix(self.run, self.scoring)
+        path = self.run_dir / "scores" / f"{name}.{self.split}{suffix}.json"
+        identity = self.identity(row, folder)
+        if path.exists():
+            kept = read_json(path)
+            # a client that has joined since has no scores yet
+            if kept["identity"] == identity and kept["scores"].keys() >= set(self.run["clients"]):
+                return kept
+        backbone, model = self.load(folder)
+        if without:
+            moe.disable_expert(model, without)
+        found = {"identity": identity} | self.measure(row, backbone, model)
+        write_json(path, found)
+        return found
+
+    def identity(self, row, folder):
+        """What scores depend on: kept ones are of use only where this is the same."""
+        identity = {"dtype": self.dtype, "model": "seed"}
+        if self.scoring not in (None, "likelihood"):
+            identity["scoring"] = self.scoring
+        if folder is not None:
+            made = "manifest.json" if row.startswith("expert-") else "done.json"
+            identity["model"] = sha256(folder / made)
+        return identity
+
+    def load(self, folder):
+        """A new backbone, and the model of `folder` on it."""
+        backbone = self.load_backbone()
+        if folder is None:
+            return backbone, backbone.model
+        if (folder / "moe_config.json").exists():
+            return backbone, moe.load(folder, backbone.model)
+        return backbone, backbone.with_adapter(folder)
+
+    def measure(self, row, backbone, model):
+        """Scores of every client's records; of a MoE also its routing."""
+        # generation sends a prompt's tokens through the model again with every generated token
+        routed = hasattr(model, "routing") and self.scoring != "generate"
+        found, seconds = {"scores": {}, "routing": {}}, 0.0
+        for name in self.run["clients"]:
+            if routed:
+                model.routing.record = True
+                moe.reset_counts(model)
+            start = time.perf_counter()
+            scores = backbone.scores(
+                model, self.records[name], label=f"{row} on {name}", scoring=self.scoring
+            )
+            found["scores"][name] = [values.tolist() for values in scores]
+            seconds += time.perf_counter() - start
+            if routed:
+                found["routing"][name] = moe.counts(model).tolist()
+        found["samples_per_second"] = sum(map(len, self.records.values())) / seconds
+        if routed:
+            found["experts"] = model.moe_config["names"]
+            found["lambda"] = [lam.item() for lam in moe.lambda_parameters(model)]
+        return found
+
+    def score_btm(self):
+        """BTM's scores, out of those of the private-only experts."""
+        clients = self.run["clients"]
+        # it combines probabilities, and a generated letter has none
+        combined = replace(self, scoring="letters") if self.scoring == "generate" else self
+        experts = [combined.score(f"expert-{name}", expert_upload(self.run_dir, name)) for name in clients]
+        instruction = [name for name in clients if not is_choice(self.records[name])]
+        seconds = sum(1 / expert["samples_per_second"] for expert in experts)
+        return {"scores": ensemble(experts, instruction), "samples_per_second": 1 / seconds}
+
+    def check_opt_out(self, rows):
+        """{MoE: its experts that can be left out}; UserError for a model without such."""
+        found = {}
+        for row in rows:
+            config = self.run_dir / "moe" / row / "moe_config.json"
+            if not config.exists():
+                raise UserError(f"--opt-out {row}: there is no such MoE in {self.run_dir / 'moe'}")
+            names = read_json(config)["names"]
+            if len(names) == 1:
+                raise UserError(f"--opt-out {row}: it has one expert alone, which cannot be left out")
+            found[row] = [name for name in names if name in self.run["clients"]]
+        return found
+
+    def score_opt_out(self, left_out):
+        """{MoE: {expert left out: {client: accuracy or perplexity}}}; "": none is left out."""
+        tables = {}
+        for row, names in left_out.items():
+            folder = self.run_dir / "moe" / row
+            scores = {name: self.score(row, folder, name)["scores"] for name in ["", *names]}
+            tables[row] = opt_out_row(self.run, scores, self.records)
+        return tables

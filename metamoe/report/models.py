@@ -1,0 +1,64 @@
+"""The models of a run that evaluate.py scores: their order in the tables, their folders and their titles."""
+
+from metamoe.errors import UserError
+from metamoe.methods import METHODS, main_rows
+from metamoe.methods import title as method_title
+from metamoe.rundir import read_json
+from metamoe.uploads import read_manifest, upload_variant
+
+ROMAN = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X"]
+
+
+def title(row, run):
+    """A row's name in the tables."""
+    if row == "zeroshot":
+        return "ZeroShot"
+    if not row.startswith("expert-"):
+        return method_title(row)
+    name = row.removeprefix("expert-")
+    number = run["clients"].index(name)
+    roman = ROMAN[number] if number < len(ROMAN) else number + 1
+    return f"Expert {roman} ({name})"
+
+
+def list_models(run_dir, run, only=None):
+    """{row: its model's folder, None for the seed model} in the paper's order.
+
+    only: the rows to keep; UserError where there is no such model.
+    """
+    rows = table_order(run_dir, run)
+    for row in only or []:
+        if row not in rows:
+            raise UserError(
+                f"--models {row}: there is no such model in {run_dir}; there are {', '.join(rows)}"
+            )
+    folders = {}
+    for row in rows:
+        if only and row not in only:
+            continue
+        if row == "zeroshot":
+            folders[row] = None
+        elif row.startswith("expert-"):
+            folders[row] = expert_upload(run_dir, row.removeprefix("expert-"))
+            read_manifest(folders[row])
+        else:
+            folders[row] = run_dir / "moe" / row
+    return folders
+
+
+def table_order(run_dir, run):
+    """The upper bound, ZeroShot, the clients' experts, the other methods, then all else that was made."""
+    made = [path.name for path in sorted((run_dir / "moe").glob("[!.]*")) if (path / "done.json").exists()]
+    methods = [row for row in main_rows() if row in made]
+    bounds = [row for row in methods if METHODS[row].samples == "private"]
+    rows = [*bounds, "zeroshot", *(f"expert-{name}" for name in run["clients"]), *methods, *made]
+    return list(dict.fromkeys(rows))
+
+
+def expert_upload(run_dir, client):
+    """A client's private-only expert: the upload that BTM combines."""
+    variant = upload_variant(METHODS["btm"].data, METHODS["btm"].selection)
+    btm = run_dir / "moe" / "btm" / "done.json"
+    if btm.exists():
+        variant = read_json(btm)["variant"]
+    return run_dir / "clients" / client / "upload" / variant

@@ -1,0 +1,106 @@
+"""The tables over runs that differ in their random seed: means and standard deviations."""
+
+from pathlib import Path
+
+import numpy as np
+
+from metamoe.errors import UserError
+from metamoe.report.costs import cost_tables
+from metamoe.report.statistics import paired_bootstrap
+from metamoe.report.tables import client_heads, coverage_rules, gap_cell, grid, measures, sections
+from metamoe.rundir import read_json
+
+
+def pool(run_dirs, file):
+    """Print the tables over these runs, from the results in `file` of each."""
+    runs = read_runs(run_dirs, file)
+    run, rows = runs[0]["run"], runs[0]["rows"]
+    measured = measures(run, rows)
+    gaps = paired_gaps(runs, [name for name, measure in measured.items() if measure == "accuracy"])
+    blocks = []
+    # the same table of each run
+    for tables in zip(*(sections(found["rows"]) for found in runs), strict=True):
+        heading = tables[0][0]
+        if heading:
+            blocks.append(heading)
+        blocks.append(accuracy_table([labelled for _, labelled in tables], measured, gaps))
+    if all("coverage" in found for found in runs):
+        blocks.append("Distance of a private test sample to its nearest proxy; log det L_S")
+        blocks.append(coverage_table([found["coverage"] for found in runs], run["clients"]))
+    paths = [Path(run_dir) / "timings.json" for run_dir in run_dirs]
+    timings = [read_json(path) for path in paths if path.exists()]
+    timed = all(row["model"] in found for row in rows for found in timings)
+    if len(timings) == len(runs) and timed:
+        blocks.append(cost_tables(run, rows, timings).rstrip("\n"))
+    print("\n\n".join(blocks))
+
+
+def read_runs(run_dirs, file):
+    """The results of each run; UserError unless they differ in their random seed alone."""
+    for run_dir in run_dirs:
+        if not (Path(run_dir) / file).exists():
+            raise UserError(f"--run-dir {run_dir}: holds no {file}: evaluate it alone first")
+    runs = [read_json(Path(run_dir) / file) for run_dir in run_dirs]
+    first = comparable(runs[0])
+    for run_dir, found in zip(run_dirs, runs, strict=True):
+        if comparable(found) != first:
+            raise UserError(
+                f"--run-dir {run_dir}: made with other settings or models than {run_dirs[0]}; only the "
+                "random seed may differ"
+            )
+    return runs
+
+
+def comparable(results):
+    """What results must have in common to be pooled."""
+    return results["run"] | {"seed": 0}, [row["model"] for row in results["rows"]]
+
+
+def paired_gaps(runs, clients):
+    """{row: MetaMoE's difference to it} over the samples of all runs, as in statistics.paired_bootstrap."""
+    right = {}  # row -> {(client, random seed): 0.0 or 1.0 a sample}
+    for found in runs:
+        for row in found["rows"]:
+            for name in clients:
+                digits = row["clients"][name]["right"]
+                values = np.array([int(digit) for digit in digits], float)
+                right.setdefault(row["model"], {})[name, found["run"]["seed"]] = values
+    if "metamoe" not in right:
+        return {}
+    ours = right.pop("metamoe")
+    return {row: paired_bootstrap(ours, theirs, 0) for row, theirs in right.items()}
+
+
+def accuracy_table(runs, measured, gaps):
+    """runs: [(label, row)] of each run."""
+    choices = "accuracy" in measured.values()
+    lines = []
+    for labelled in zip(*runs, strict=True):
+        label, rows = labelled[0][0], [row for _, row in labelled]
+        cells = []
+        for name, measure in measured.items():
+            cells.append(spread([row["clients"][name][measure] for row in rows], 2))
+        cells.append(spread([row["average"] for row in rows], 2) if choices else "")
+        lines.append((label, [*cells, gap_cell(gaps.get(rows[0]["model"]))]))
+    return grid([*client_heads(measured), "Average", "MetaMoE minus this"], lines)
+
+
+def coverage_table(runs, clients):
+    """runs: the coverage of each run."""
+    lines = []
+    for rule in coverage_rules(runs[0]):
+        cells = []
+        for name in clients:
+            found = [coverage[name][rule] for coverage in runs if rule in coverage[name]]
+            cell = ""
+            if len(found) == len(runs):
+                distance = spread([each["distance"] for each in found], 4)
+                cell = f"{distance}; {spread([each['log_det'] for each in found], 1)}"
+            cells.append(cell)
+        lines.append((rule, cells))
+    return grid(clients, lines)
+
+
+def spread(values, digits):
+    """Mean and standard deviation over the runs."""
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"

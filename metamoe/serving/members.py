@@ -1,0 +1,76 @@
+"""Clients that leave or join a unified model: unify_moe.py's --without and --extend."""
+
+from safetensors.torch import load_file
+
+import moe
+from metamoe.errors import UserError
+from metamoe.rundir import atomic, finished, read_json, sha256, write_json
+from metamoe.uploads import read_expert
+
+
+def leave_out(args, run_dir):
+    """Write RUN/moe/MODEL-without-NAME, the model without that client's expert; returns its folder."""
+    base = args.name or args.method
+    source, folder = run_dir / "moe" / base, run_dir / "moe" / f"{base}-without-{args.without}"
+    flag = f"--without {args.without}"
+    if not (source / "moe_config.json").exists():
+        where = run_dir / "moe"
+        raise UserError(
+            f"{flag}: there is no MoE {base} in {where}: make it first, or name another with --name"
+        )
+    made = read_json(source / "done.json")
+    if made["method"] != args.method:
+        raise UserError(f"--method {args.method}: {base} was made with {made['method']}")
+    settings = made | {"name": folder.name, "from": sha256(source / "moe.safetensors")}
+    settings["without"] = made.get("without", []) + [args.without]
+    if finished(folder, settings, args.force):
+        print(f"unify_moe: {folder.name}: is there already, skipped")
+        return folder
+    try:
+        config, tensors = moe.remove_expert(*moe.read(source), args.without)
+    except ValueError as error:
+        raise UserError(f"{flag}: {error}") from None
+    with atomic(folder) as part:
+        part.mkdir(parents=True)
+        moe.write(part, config, tensors)
+        write_json(part / "done.json", settings)
+    names = config["names"]
+    print(f"unify_moe: {folder.name}: {len(names)} experts ({', '.join(names)}), no training")
+    return folder
+
+
+def check_extension(args, run_dir, run, settings):
+    """What `done.json` records of the model that --extend names; UserError where it does not go with these
+    settings."""
+    folder, flag = run_dir / "moe" / args.extend, f"--extend {args.extend}"
+    if not (folder / "moe_config.json").exists():
+        raise UserError(f"{flag}: there is no such MoE in {run_dir / 'moe'}")
+    if args.name in (None, args.extend):
+        raise UserError(f"{flag}: give the extended model a --name of its own")
+    made, config = read_json(folder / "done.json"), read_json(folder / "moe_config.json")
+    for key in ("method", "top_k", "weighting", "offset", "context", "seed_expert"):
+        if made[key] != settings[key]:
+            option = f"--{key.replace('_', '-')} {settings[key]}"
+            raise UserError(
+                f"{option}: {args.extend} was made with {made[key]}, and is extended with the same"
+            )
+    if made["variant"] != settings["variant"]:
+        uploads = f"made from the uploads {made['variant']}, now {settings['variant']}"
+        raise UserError(f"{flag}: {uploads}: pass the same --data and --selection")
+    if not set(run["clients"]) - set(config["names"]):
+        raise UserError(f"{flag}: has an expert of every client of this run already")
+    return {"model": args.extend, "moe": sha256(folder / "moe.safetensors")}
+
+
+def extend(seed_model, folder, uploads):
+    """The model in `folder` with the experts of the clients that it lacks, before its final training.
+
+    uploads: {client: its upload's folder} of all clients of the run.
+    """
+    config, tensors = moe.read(folder)
+    joining = []
+    for name, upload in uploads.items():
+        if name not in config["names"]:
+            vectors = load_file(upload / "router.safetensors")["vectors"]
+            joining.append((name, read_expert(upload), vectors))
+    return moe.assemble(seed_model, config, tensors, joining)

@@ -50,6 +50,7 @@ from metamoe.records import read_records, usable_public
 from metamoe.rivals.soup import average, save_soup
 from metamoe.rundir import atomic, finished, open_run, read_json, sha256, write_json
 from metamoe.serving.export import check_export, export
+from metamoe.serving.members import remove_expert
 from metamoe.uploads import read_expert, read_manifest, upload_variant
 
 
@@ -335,7 +336,7 @@ def leave_out(args, run_dir):
         print(f"unify_moe: {folder.name}: is there already, skipped")
         return folder
     try:
-        config, tensors = moe.remove_expert(*moe.read(source), args.without)
+        config, tensors = remove_expert(*moe.read(source), args.without)
     except ValueError as error:
         raise UserError(f"--without {args.without}: {error}") from None
     with atomic(folder) as part:

@@ -1,157 +1,139 @@
-"""evaluate.py through its command line: the scores, the table, the timings."""
+"""evaluate.py through its command line: the scores, the table, the timings, Figure 2's selections."""
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 import tiny
 from tiny import CLIENTS, SIZES, refused, stage
 
+from metamoe.report.figures import RULES, known_first
 from metamoe.rundir import read_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_results_json_adds_up(finished):
-    run_dir, _ = finished
-    results = read_json(run_dir / "results.json")
+@pytest.fixture(scope="module")
+def results(finished):
+    return read_json(finished[0] / "results.json")
+
+
+def test_results_json_adds_up(finished, results):
     assert results["n"] == dict.fromkeys(CLIENTS, SIZES["test_size"])
-    for row in results["rows"]:
-        for name in CLIENTS:
-            cell = row["clients"][name]
-            assert (
-                cell["n"] == SIZES["test_size"]
-                and isinstance(cell["correct"], int)
-                and 0 <= cell["correct"] <= cell["n"]
-            )
-            assert cell["accuracy"] == pytest.approx(100 * cell["correct"] / cell["n"])
-            assert cell["wilson"][0] <= cell["accuracy"] <= cell["wilson"][1]
-        assert row["average"] == pytest.approx(
-            np.mean([row["clients"][name]["accuracy"] for name in CLIENTS])
-        )
     ours = {row["model"]: row["average"] for row in results["rows"]}
     for row in results["rows"]:
+        cells = [row["clients"][name] for name in CLIENTS]
+        for cell in cells:
+            assert cell["n"] == SIZES["test_size"]
+            assert isinstance(cell["correct"], int) and 0 <= cell["correct"] <= cell["n"]
+            assert cell["accuracy"] == pytest.approx(100 * cell["correct"] / cell["n"])
+            assert cell["wilson"][0] <= cell["accuracy"] <= cell["wilson"][1]
+        assert row["average"] == pytest.approx(np.mean([cell["accuracy"] for cell in cells]))
         if row["model"] != "metamoe":
             assert row["metamoe_minus"]["difference"] == pytest.approx(ours["metamoe"] - row["average"])
         for shares in row.get("routing", {}).values():
             assert np.shape(shares) == (2, 3) and np.sum(shares, 1) == pytest.approx([1, 1])
-    assert {row["model"] for row in results["rows"] if "routing" in row} == {
-        "btx",
-        "flexolmo",
-        "metamoe",
-        "unrestricted",
-        "from-proxies",
-    }
+    routed = {row["model"] for row in results["rows"] if "routing" in row}
+    assert routed == {"btx", "flexolmo", "metamoe", "unrestricted", "from-proxies"}
     for name in CLIENTS:
-        upload = run_dir / "clients" / name / "upload" / "aligned-dpp"
-        assert results["uploaded_bytes"][f"{name}/aligned-dpp"] == sum(
-            p.stat().st_size for p in upload.rglob("*") if p.is_file()
-        )
+        files = (finished[0] / "clients" / name / "upload" / "aligned-dpp").rglob("*")
+        size = sum(path.stat().st_size for path in files if path.is_file())
+        assert results["uploaded_bytes"][f"{name}/aligned-dpp"] == size
 
 
-def test_scores_agree_with_the_table(finished):
+def test_scores_agree_with_the_table(finished, results):
     """Accuracy counted anew from RUN/scores and the private test parts."""
-    run_dir, _ = finished
-    rows = {row["model"]: row for row in read_json(run_dir / "results.json")["rows"]}
+    rows = {row["model"]: row for row in results["rows"]}
     for model in ("zeroshot", "soup", "metamoe", "expert-intent"):
+        scores = read_json(finished[0] / "scores" / f"{model}.test.json")["scores"]
         for name in CLIENTS:
-            scores = read_json(run_dir / "scores" / f"{model}.test.json")["scores"][name]
-            records = [
-                json.loads(line)
-                for line in (run_dir / "clients" / name / "private" / "test.jsonl").read_text().splitlines()
-            ]
-            correct = sum(
-                r["choices"][max(range(len(s)), key=s.__getitem__)] == r["answer"]
-                for s, r in zip(scores, records, strict=True)
-            )
-            assert rows[model]["clients"][name]["correct"] == correct
+            test = (finished[0] / "clients" / name / "private" / "test.jsonl").read_text()
+            right = []
+            for line, values in zip(test.splitlines(), scores[name], strict=True):
+                record = json.loads(line)
+                right.append(record["choices"][int(np.argmax(values))] == record["answer"])
+            assert rows[model]["clients"][name]["correct"] == sum(right)
 
 
-def test_the_table_has_the_papers_rows_in_its_order(finished):
+def test_the_table_has_the_papers_rows_in_its_order(finished, results):
     lines = (finished[0] / "results.md").read_text().splitlines()
     start = lines.index("| | intent | hotels | question | Average |") + 2
-    titles = [line.split("|")[1].strip() for line in lines[start : lines.index("", start)]]
-    assert titles == [
-        "UnrestrictedMoE",
-        "ZeroShot",
-        "Expert I (intent)",
-        "Expert II (hotels)",
-        "Expert III (question)",
-        "BTM",
-        "ModelSoup",
-        "BTX",
-        "FlexOlmo",
-        "MetaMoE",
-        "from-proxies",
-    ]
-    rows = read_json(finished[0] / "results.json")["rows"]
-    for line, row in zip(lines[start:], rows, strict=False):
-        cells = [float(cell) for cell in line.split("|")[2:-1]]
-        assert cells == [
-            pytest.approx(v, abs=0.006)
-            for v in [*(row["clients"][name]["accuracy"] for name in CLIENTS), row["average"]]
-        ]
+    table = [line.split("|")[1:-1] for line in lines[start : lines.index("", start)]]
+    experts = ["Expert I (intent)", "Expert II (hotels)", "Expert III (question)"]
+    rivals = ["BTM", "ModelSoup", "BTX", "FlexOlmo"]
+    titles = ["UnrestrictedMoE", "ZeroShot", *experts, *rivals, "MetaMoE", "from-proxies"]
+    assert [cells[0].strip() for cells in table] == titles
+    for cells, row in zip(table, results["rows"], strict=True):
+        want = [*(row["clients"][name]["accuracy"] for name in CLIENTS), row["average"]]
+        assert [float(cell) for cell in cells[1:]] == pytest.approx(want, abs=0.006)
 
 
-def test_clocks_are_read_into_the_timings_alone(finished):
-    run_dir, _ = finished
-    timings = read_json(run_dir / "timings.json")
+def test_clocks_are_read_into_the_timings_alone(finished, results):
+    timings = read_json(finished[0] / "timings.json")
     selection, relevance = timings.pop("selection_seconds"), timings.pop("relevance_seconds")
-    assert (
-        timings.pop("embedding_seconds") > 0
-        and relevance.keys() == set(CLIENTS)
-        and min(relevance.values()) > 0
-    )
-    assert selection.keys() == set(CLIENTS) and all(
-        t.keys() == {"dpp", "random", "similarity"} and min(t.values()) > 0 for t in selection.values()
-    )
-    assert set(timings) == {row["model"] for row in read_json(run_dir / "results.json")["rows"]}
-    assert (
-        all(t["samples_per_second"] > 0 for t in timings.values()) and timings["metamoe"]["unify_seconds"] > 0
-    )
+    assert selection.keys() == relevance.keys() == set(CLIENTS)
+    for seconds in selection.values():
+        assert seconds.keys() == {"dpp", "random", "similarity"}
+        assert min(seconds.values()) > 0
+    assert min(timings.pop("embedding_seconds"), *relevance.values()) > 0
+    assert set(timings) == {row["model"] for row in results["rows"]}
+    assert min(found["samples_per_second"] for found in timings.values()) > 0
+    ours = timings["metamoe"]
+    assert ours["unify_seconds"] > 0
     for name in ("results.json", "results.md"):
-        assert not re.search(r"second|time", (run_dir / name).read_text())
-    table = (run_dir / "timings.md").read_text()
-    assert (
-        f"| MetaMoE | {timings['metamoe']['unify_seconds']:.2f} | {timings['metamoe']['samples_per_second']:.1f} |"
-        in table
-    )
-    assert "| ZeroShot |  |" in table and f"| DPP | {selection[CLIENTS[0]]['dpp']:.3f} |" in table
+        assert not re.search(r"second|time", (finished[0] / name).read_text())
+    table = (finished[0] / "timings.md").read_text()
+    assert f"| MetaMoE | {ours['unify_seconds']:.2f} | {ours['samples_per_second']:.1f} |" in table
+    assert "| ZeroShot |  |" in table
+    assert f"| DPP | {selection[CLIENTS[0]]['dpp']:.3f} |" in table
 
 
-def test_evaluate_scores_each_model_once(run):
-    before = {p: p.stat().st_mtime_ns for p in (run / "scores").iterdir()}
-    results = (run / "results.json").read_bytes(), (run / "results.md").read_bytes()
+def test_a_model_is_scored_once_and_a_remade_one_anew(run):
+    def written():
+        return {path.name: path.stat().st_mtime_ns for path in (run / "scores").iterdir()}
+
+    before = written()
+    results = [(run / name).read_bytes() for name in ("results.json", "results.md")]
     assert stage("evaluate", run).code == 0
-    assert {p: p.stat().st_mtime_ns for p in (run / "scores").iterdir()} == before
-    assert ((run / "results.json").read_bytes(), (run / "results.md").read_bytes()) == results
-
-
-def test_a_remade_model_is_scored_anew(run):
-    before = {p.name: p.stat().st_mtime_ns for p in (run / "scores").iterdir()}
+    assert written() == before
+    assert [(run / name).read_bytes() for name in ("results.json", "results.md")] == results
     assert stage("unify_moe", run, "--method", "metamoe", "--force", "--lr", "0.5").code == 0
     assert stage("evaluate", run).code == 0
-    after = {p.name: p.stat().st_mtime_ns for p in (run / "scores").iterdir()}
+    after = written()
     assert {name for name in before if before[name] != after[name]} == {"metamoe.test.json"}
 
 
 def test_validation_results_stand_beside_the_test_results(run):
     before = (run / "results.json").read_bytes()
     assert stage("evaluate", run, "--split", "validation", "--models", "zeroshot", "metamoe", "btm").code == 0
-    results = read_json(run / "results.validation.json")
-    assert (
-        results["n"] == dict.fromkeys(CLIENTS, SIZES["validation_size"])
-        and (run / "results.json").read_bytes() == before
-    )
-    assert [row["title"] for row in results["rows"]] == ["ZeroShot", "BTM", "MetaMoE"]
+    found = read_json(run / "results.validation.json")
+    assert found["n"] == dict.fromkeys(CLIENTS, SIZES["validation_size"])
+    assert [row["title"] for row in found["rows"]] == ["ZeroShot", "BTM", "MetaMoE"]
+    assert (run / "results.json").read_bytes() == before
 
 
-def test_validation_scoring_needs_validation_samples(tmp_path, seed_model):
-    tiny.make_run(tmp_path / "run", seed_model, validation_size=0)
-    assert "--validation-size" in refused("evaluate", tmp_path / "run", "--split", "validation")
+def test_the_selections_that_are_there_are_covered(run):
+    """A rule without a label has its folder's name; one that a client lacks leaves its cells empty."""
+    own = run / "clients" / "hotels" / "selection"
+    shutil.copytree(own / "random", own / "a-rule")
+    assert stage("evaluate", run, "--models", "zeroshot", "--figure").code == 0
+    found, table = read_json(run / "results.json")["coverage"], (run / "results.md").read_text()
+    rules = {"dpp", "random", "similarity"}
+    assert {name: set(found[name]) for name in CLIENTS} == dict.fromkeys(CLIENTS, rules) | {
+        "hotels": rules | {"a-rule"}
+    }
+    assert found["hotels"]["a-rule"] == found["hotels"]["random"]
+    cells = "{distance:.4f} | {log_det:.1f}".format(**found["hotels"]["a-rule"])
+    assert f"| a-rule |  |  | {cells} |  |  |" in table
+    assert all((run / f"figure2-{name}.png").stat().st_size > 10_000 for name in CLIENTS)
+    assert "a-rule" not in (run / "timings.md").read_text()  # not every client has its seconds
+    assert known_first({"b", "dpp", "a", *RULES}) == ["random", "similarity", "dpp", "dpp-all", "a", "b"]
 
 
-def test_evaluate_without_the_clients_data_says_so(run):
+def test_what_evaluate_needs_is_named(tmp_path, seed_model, run):
+    tiny.make_run(tmp_path / "none", seed_model, validation_size=0)
+    assert "--validation-size" in refused("evaluate", tmp_path / "none", "--split", "validation")
     (run / "clients" / "hotels" / "private" / "test.jsonl").unlink()
     assert "test.jsonl" in refused("evaluate", run)

@@ -15,19 +15,13 @@ def run_all(tmp_path, *args, gpu=False, **environment):
     """Output and exit code; PYTHON is one that does not run, so nothing after the choice does. `gpu`: what nvidia-smi would say."""
     (tmp_path / "bin").mkdir(exist_ok=True)
     smi = tmp_path / "bin" / "nvidia-smi"
-    smi.write_text(
-        "#!/bin/sh\n" + ("echo 'GPU 0: a GPU'\n" if gpu else "echo 'No devices were found'; exit 6\n")
-    )
+    says = "echo 'GPU 0: a GPU'" if gpu else "echo 'No devices were found'; exit 6"
+    smi.write_text(f"#!/bin/sh\n{says}\n")
     smi.chmod(0o755)
     kept = {key: value for key, value in os.environ.items() if key not in ("DATA_ROOT", "PUBLIC", "BACKBONE")}
     environment = kept | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": "false"} | environment
-    done = subprocess.run(
-        ["bash", REPO / "run_all.sh", *map(str, args)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    command = ["bash", REPO / "run_all.sh", *map(str, args)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     return done.stdout + done.stderr, done.returncode
 
 
@@ -46,10 +40,8 @@ def test_without_a_backbone_the_papers_is_taken_where_it_can_run(tmp_path, data)
 
 
 def test_own_data_are_for_the_language_default(tmp_path, data):
-    assert (
-        "taking smollm2-135m (--client"
-        in run_all(tmp_path, "--client", "shop=shop.jsonl", "--data-root", data, gpu=True)[0]
-    )
+    out, _ = run_all(tmp_path, "--client", "shop=shop.jsonl", "--data-root", data, gpu=True)
+    assert "taking smollm2-135m (--client" in out
 
 
 @pytest.mark.parametrize("missing", DATASETS)
@@ -58,9 +50,8 @@ def test_a_missing_dataset_is_the_reason(tmp_path, data, missing):
     out, _ = run_all(tmp_path, "--data-root", data, gpu=True)
     assert "taking smollm2-135m (" in out and missing in out
     if missing == "imagenet":  # it may be elsewhere
-        assert (
-            "taking vit-b-32" in run_all(tmp_path, "--data-root", data, "--public", "/elsewhere", gpu=True)[0]
-        )
+        out, _ = run_all(tmp_path, "--data-root", data, "--public", "/elsewhere", gpu=True)
+        assert "taking vit-b-32" in out
 
 
 def test_what_is_unknown_ends_in_one_line(tmp_path):

@@ -1,5 +1,7 @@
 """select_proxies.py through its command line: the run directory, the rules, the settings that it refuses."""
 
+import re
+
 import drive
 import numpy as np
 import pytest
@@ -12,157 +14,113 @@ from dpp import relevance_weighted_dpp
 from metamoe.rundir import read_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+SIZE_FLAGS = [f"--{key.replace('_', '-')}={value}" for key, value in SIZES.items()]
+
+
+def proxies(run_dir, client, rule):
+    path = run_dir / "clients" / client / "selection" / rule / "selection.json"
+    return read_json(path)["proxies"]
 
 
 def test_the_fixtures_layout_is_that_of_write_data(tmp_path, seed_model, pristine, monkeypatch):
     """The run directory of these tests is what select_proxies.py makes of an archive (here a synthetic one)."""
     synthetic_archive(monkeypatch)
-    sizes = [f"--{key.replace('_', '-')}={value}" for key, value in SIZES.items()]
-    result = stage("select_proxies", tmp_path / "run", "--seed-model", seed_model, *sizes)
-    assert result.code == 0, result.err
-    made = {
-        p
-        for p in drive.snapshot(tmp_path / "run")
-        if "selection" not in p
-        and not p.startswith("settings/")
-        and not p.endswith(("features.npy", "unreadable.json", "timing.json"))
-    }
+    run_dir = tmp_path / "run"
+    assert stage("select_proxies", run_dir, "--seed-model", seed_model, *SIZE_FLAGS).code == 0
+    later = re.compile(r"selection|^settings/|(features.npy|unreadable.json|timing.json)$")
+    made = {path for path in drive.snapshot(run_dir) if not later.search(path)}
     assert made == set(drive.snapshot(pristine))
-    ours, theirs = read_json(pristine / "run.json"), read_json(tmp_path / "run" / "run.json")
-    assert ours == theirs
+    assert read_json(pristine / "run.json") == read_json(run_dir / "run.json")
     for path in made:
         if path.endswith("done.json"):
-            assert read_json(pristine / path).keys() == read_json(tmp_path / "run" / path).keys()
+            assert read_json(pristine / path).keys() == read_json(run_dir / path).keys()
 
 
-def test_without_the_pre_filter_the_dpp_chooses_from_all(fresh, tmp_path, seed_model):
+def test_without_the_pre_filter_the_dpp_chooses_from_all(run, tmp_path, seed_model):
     """The rule dpp-all of a run with candidates, and the rule dpp of a run without (--pool 0)."""
-    assert (
-        stage("select_proxies", fresh).code
-        == stage("select_proxies", fresh, "--selection", "dpp-all").code
-        == 0
-    )
-    tiny.make_run(tmp_path / "whole", seed_model, candidates=0)
-    assert stage("select_proxies", tmp_path / "whole", "--pool", "0").code == 0
-    features, differs = np.load(fresh / "public" / "features.npy"), False
+    whole = tmp_path / "whole"
+    tiny.make_run(whole, seed_model, candidates=0)
+    assert stage("select_proxies", run, "--selection", "dpp-all").code == 0
+    assert stage("select_proxies", whole, "--pool", "0").code == 0
+    features, m, differs = np.load(run / "public" / "features.npy"), SIZES["proxies"], False
+    readable = np.delete(np.arange(len(features)), 7)
     for name in CLIENTS:
-        relevance = np.load(fresh / "clients" / name / "selection" / "relevance.npy")
-        want = relevance_weighted_dpp(features, relevance, SIZES["proxies"]).tolist()
-        found = {
-            folder.name: read_json(folder / "selection.json")["proxies"]
-            for folder in (fresh / "clients" / name / "selection").glob("dpp*")
-        }
-        assert (
-            found["dpp-all"]
-            == want
-            == read_json(tmp_path / "whole" / "clients" / name / "selection" / "dpp" / "selection.json")[
-                "proxies"
-            ]
-        )
-        m, usable = SIZES["proxies"], range(len(features))
-        pre_filtered = select_proxies.RULES["dpp"](features, relevance, usable, m, m, None)
-        differs |= set(pre_filtered.tolist()) != set(want)
+        relevance = np.load(run / "clients" / name / "selection" / "relevance.npy")
+        want = relevance_weighted_dpp(features, relevance, m).tolist()
+        assert proxies(run, name, "dpp-all") == want == proxies(whole, name, "dpp")
+        filtered = select_proxies.RULES["dpp"](features, relevance, range(len(features)), m, m, None)
+        differs |= set(filtered.tolist()) != set(want)
         # an unreadable sample has no features and no relevance
-        features[7], relevance[7] = np.nan, 0
-        usable = [i for i in range(len(features)) if i != 7]
-        chosen = select_proxies.RULES["dpp-all"](features, relevance, usable, m, 0, None).tolist()
-        assert chosen == [
-            usable[i] for i in relevance_weighted_dpp(features[usable], relevance[usable], SIZES["proxies"])
-        ]
-        features = np.load(fresh / "public" / "features.npy")
+        holey, zeroed = features.copy(), relevance.copy()
+        holey[7], zeroed[7] = np.nan, 0
+        chosen = select_proxies.RULES["dpp-all"](holey, zeroed, readable, m, 0, None)
+        want = readable[relevance_weighted_dpp(features[readable], relevance[readable], m)]
+        assert chosen.tolist() == want.tolist()
     assert differs  # a pre-filter would have shown
-    for command in (
-        ["train_expert", "--selection", "dpp-all", "--epochs", "1"],
-        ["unify_moe", "--method", "metamoe", "--selection", "dpp-all", "--name", "metamoe-dpp-all"],
-        ["evaluate", "--models", "metamoe-dpp-all"],
-    ):
-        result = stage(command[0], fresh, *command[1:])
-        assert result.code == 0, result.err
-    assert "| the whole public set |" in (fresh / "results.md").read_text()
+    assert stage("train_expert", run, "--selection", "dpp-all", "--epochs", "1").code == 0
+    name = "metamoe-dpp-all"
+    assert stage("unify_moe", run, "--method=metamoe", "--selection=dpp-all", "--name", name).code == 0
+    assert stage("evaluate", run, "--models", name).code == 0
+    assert "| the whole public set |" in (run / "results.md").read_text()
 
 
 @pytest.mark.parametrize(
     "flags, say",
     [
-        (["--backbone", "gpt-9"], "gpt-9"),
-        (["--clients", "intent", "nobody"], "nobody"),
-        (["--clients", "intent", "intent"], "intent"),
-        (["--client", "nobody"], "nobody"),
-        (["--proxies", "9", "--candidates", "8", "--public-size", "48"], "m must be at most n"),
-        (["--candidates", "99", "--public-size", "48"], "n must be at most |D_0|"),
-        (["--pool", "0", "--proxies", "49", "--public-size", "48"], "m must be at most |D_0|"),
-        (["--pool", "-1"], "--candidates -1"),
-        (["--train-size", "1"], "--train-size"),
-        (["--train-size", "0"], "--train-size"),
-        (["--test-size", "0"], "--test-size"),
-        (["--validation-size", "-1"], "--validation-size"),
-        (["--public-size", "1", "--candidates", "1", "--proxies", "1"], "--public-size"),
-        (["--seed", "-1"], "--seed"),
-        (["--seed-model", "/nowhere/at/all"], "/nowhere/at/all"),
-        (["--device", "abacus"], "abacus"),
-        pytest.param(
-            ["--device", "cuda"],
-            "cuda",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
-        ),
-        (
-            ["--train-size", "40", "--validation-size", "11", "--test-size", "10"],
-            "60 distinct usable records, 61 asked for",
-        ),
-        (["--public-size", "100000"], "usable public records"),
+        ("--backbone gpt-9", "gpt-9"),
+        ("--clients intent nobody", "nobody"),
+        ("--clients intent intent", "intent"),
+        ("--client nobody", "nobody"),
+        ("--proxies 9 --candidates 8 --public-size 48", "m must be at most n"),
+        ("--candidates 99 --public-size 48", "n must be at most |D_0|"),
+        ("--pool 0 --proxies 49 --public-size 48", "m must be at most |D_0|"),
+        ("--pool -1", "--candidates -1"),
+        ("--train-size 1", "--train-size"),
+        ("--train-size 0", "--train-size"),
+        ("--test-size 0", "--test-size"),
+        ("--validation-size -1", "--validation-size"),
+        ("--public-size 1 --candidates 1 --proxies 1", "--public-size"),
+        ("--seed -1", "--seed"),
+        ("--seed-model /nowhere/at/all", "/nowhere/at/all"),
+        ("--device abacus", "abacus"),
+        pytest.param("--device cuda", "cuda", marks=no_cuda),
+        ("--train-size 40 --validation-size 11 --test-size 10", "60 distinct usable records, 61 asked for"),
+        ("--public-size 100000", "usable public records"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_bad_setting_of_a_new_run_leaves_nothing(tmp_path, seed_model, monkeypatch, flags, say):
-    """Not even run.json: the run directory is free for the corrected command, which then works."""
+    """Not even run.json: the run directory is free for the corrected command (next test)."""
     synthetic_archive(monkeypatch)
-    sizes = [f"--{key.replace('_', '-')}={value}" for key, value in SIZES.items()]
-    assert say in refused(
-        "select_proxies", tmp_path / "run", "--seed-model", seed_model, *sizes, *flags, watch=tmp_path
-    )
+    bad = ["--seed-model", seed_model, *SIZE_FLAGS, *flags.split()]
+    assert say in refused("select_proxies", tmp_path / "run", *bad, watch=tmp_path)
 
 
 def test_the_corrected_command_works_in_the_same_folder(tmp_path, seed_model, monkeypatch):
     synthetic_archive(monkeypatch)
-    sizes = [f"--{key.replace('_', '-')}={value}" for key, value in SIZES.items()]
-    refused("select_proxies", tmp_path / "run", *sizes, "--seed-model", "/nowhere", watch=tmp_path)
-    refused(
-        "select_proxies",
-        tmp_path / "run",
-        *sizes,
-        "--seed-model",
-        seed_model,
-        "--test-size",
-        "100",
-        watch=tmp_path,
-    )
-    assert stage("select_proxies", tmp_path / "run", *sizes, "--seed-model", seed_model).code == 0
+    good = ["--seed-model", seed_model, *SIZE_FLAGS]
+    for bad in (["--seed-model", "/nowhere"], ["--test-size", "100"]):
+        refused("select_proxies", tmp_path / "run", *good, *bad, watch=tmp_path)
+    assert stage("select_proxies", tmp_path / "run", *good).code == 0
 
 
-def test_a_foreign_folder_is_left_alone(tmp_path, seed_model):
-    (tmp_path / "thesis.tex").write_text("years of work")
+def test_a_foreign_folder_or_file_is_left_alone(tmp_path, seed_model):
+    file = tmp_path / "thesis.tex"
+    file.write_text("years of work")
     assert "not a run directory" in refused("select_proxies", tmp_path, "--seed-model", seed_model)
-
-
-def test_a_file_as_run_dir_is_refused(tmp_path, seed_model):
-    (tmp_path / "file").write_text("not a folder")
-    assert "name another folder" in refused(
-        "select_proxies", tmp_path / "file", "--seed-model", seed_model, watch=tmp_path
-    )
-
-
-def test_another_seed_for_the_same_run_is_refused(run):
-    message = refused("select_proxies", run, "--selection", "dpp", "--seed", "1")
-    assert "seed 0" in message and "1" in message and "--run-dir" in message
+    message = refused("select_proxies", file, "--seed-model", seed_model, watch=tmp_path)
+    assert "name another folder" in message
 
 
 @pytest.mark.parametrize(
     "flags, say",
     [
-        (["--train-size", "13"], "train_size 12"),
-        (["--clients", "hotels"], "clients"),
-        (["--proxies", "5"], "proxies 6"),
+        ("--selection dpp --seed 1", ["seed 0", "1", "--run-dir"]),
+        ("--train-size 13", ["train_size 12"]),
+        ("--clients hotels", ["clients"]),
+        ("--proxies 5", ["proxies 6"]),
     ],
 )
-def test_other_run_settings_are_refused(run, flags, say):
-    assert say in refused("select_proxies", run, *flags)
+def test_other_run_settings_are_refused(finished, flags, say):
+    message = refused("select_proxies", finished[0], *flags.split())
+    assert all(part in message for part in say)

@@ -9,17 +9,14 @@ The layer of "MetaMoE: Diversity-Aware Proxy Selection for Privacy-Preserving Mi
     disable_expert(model, "hotels")  # opt out without training; enable_expert undoes it
 
 `generate` and key-value caches also need metamoe/serving/generation.py.
-Shapes: B sequences, T tokens, N = B T, d width, h the FFN's hidden width, K experts, k = top_k, r LoRA rank,
-L layers.
+Shapes: B sequences, T tokens, N = B T, d width, h FFN width, K experts, k = top_k, r LoRA rank, L layers.
 """
 
 import importlib
 import json
-import math
 import os
-import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,8 +28,7 @@ from torch import Tensor
 WEIGHTINGS = ("stopgrad", "literal", "renormalized")
 CONTEXTS = ("fixed", "prefix", "none")
 # Up to so many tokens LoRA experts run behind masks, all at once: K - 1 times more low-rank work, but no
-# sorting, no wait on CUDA, no product of a new size in each batch. The number of tokens decides what is
-# faster, not K.
+# sorting, no wait on CUDA, no product of a new size in each batch. The number of tokens decides, not K.
 FEW_TOKENS = {"cpu": 2048, "cuda": 65536}
 # an FFN is known by the names of its linears, the down projection last, and of its activation
 FFNS = (
@@ -71,20 +67,14 @@ class Router(nn.Module):
                 logits = logits - e.square().sum(0) / 2
             if self.disabled:
                 out = torch.tensor(self.disabled, device=logits.device)
-                logits = logits.index_fill(-1, out, -math.inf)
+                logits = logits.index_fill(-1, out, -torch.inf)
             return logits.softmax(-1)  # Eq. 6
-
-    @torch.no_grad()
-    def clamp_(self):
-        """Project lambda onto [0, 1]; call it after every optimiser step."""
-        self.lam.clamp_(0, 1)
 
 
 class MoELayer(nn.Module):
     """The MoE layer in an FFN's place, Eq. 5: y_t = sum over the top-k experts p of weight_p FFN_p(z_t).
 
-    ffn: the seed model's FFN, gated or two-layer (FFNS). With LoRA experts its linears, frozen, become the
-    layer's.
+    ffn: the seed model's FFN, one of FFNS. With LoRA experts its linears, frozen, become the layer's.
     experts: K dicts, all of one kind. LoRA, W + scaling B A: {"up_proj.lora_A": (r, d_in), "up_proj.lora_B":
         (d_out, r), ..., "scaling": float}; ranks may differ, linears may be left out. Full:
         {"up_proj.weight": (d_out, d_in), ...}.
@@ -96,22 +86,20 @@ class MoELayer(nn.Module):
     def __init__(self, ffn, experts, router, state, top_k=1, weighting="stopgrad"):
         super().__init__()
         self.linears, act = _parts(ffn)
-        want = (len(experts), getattr(ffn, self.linears[0]).in_features)
-        if tuple(router.vectors.shape) != want:
-            found = tuple(router.vectors.shape)
+        found, want = tuple(router.vectors.shape), (len(experts), getattr(ffn, self.linears[0]).in_features)
+        if found != want:
             raise ValueError(f"router has vectors {found}, not ({want[0]} experts, {want[1]})")
         if not 1 <= top_k <= len(experts):
             raise ValueError(f"top_k is {top_k}, not in 1..{len(experts)}, the number of experts")
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting is {weighting!r}, not one of {WEIGHTINGS}")
+        self.router, self.state, self.top_k, self.weighting = router, state, top_k, weighting
         self.kind, self.act = _kind(experts), getattr(ffn, act)
         self.experts, self.scaling = _stack(experts, ffn, self.linears, self.kind), None
         if self.kind == "lora":
             self.scaling = [float(e["scaling"]) for e in experts]
             for name in self.linears:
                 setattr(self, name, getattr(ffn, name).requires_grad_(False))
-        self.router, self.state = router, state
-        self.top_k, self.weighting = top_k, weighting
         self.index = 0  # of this layer in the model
         counts = torch.zeros_like(router.vectors[:, 0], dtype=torch.long)
         self.register_buffer("counts", counts, persistent=False)
@@ -122,7 +110,8 @@ class MoELayer(nn.Module):
         pi = self.router(z, self.state.context(z, self.index))  # (B, T, K)
         chosen, weight = self.choose(pi)  # (B, T, k) both
         if self.state.record:
-            self.count(chosen, z)
+            counted = chosen[self.state.mask("token_mask", z)]
+            self.counts += counted.flatten().bincount(minlength=len(self.counts))
         device, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(device):  # cast once; autocast would cast again for every expert
             dtype = torch.get_autocast_dtype(device)
@@ -132,15 +121,12 @@ class MoELayer(nn.Module):
         return y.view(x.shape)
 
     def choose(self, pi: Tensor) -> tuple[Tensor, Tensor]:
-        """The top-k experts of pi (..., K) and their weights, (..., k) both; of equal ones the lowest index
-        first."""
+        """The top-k experts of pi (..., K), of equals the lowest index, and their weights: (..., k) both."""
         k = min(self.top_k, len(self.counts) - len(self.router.disabled))
         pi, chosen = pi.sort(dim=-1, descending=True, stable=True)  # topk promises no order among equals
         pi, chosen = pi[..., :k], chosen[..., :k]
-        if self.weighting == "literal":
-            return chosen, pi
         total = pi.sum(-1, keepdim=True)
-        return chosen, pi / (total.detach() if self.weighting == "stopgrad" else total)
+        return chosen, pi / {"literal": 1, "renormalized": total, "stopgrad": total.detach()}[self.weighting]
 
     def _mix_by_expert(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
         """Eq. 5, one expert after the other: y (N, d) for x (N, d), chosen and weight (N, k)."""
@@ -158,29 +144,31 @@ class MoELayer(nn.Module):
 
         W z runs once a token, ahead of the choices; W_down, linear, runs once behind their weighted sum.
         """
-        *ups, down = self.linears
-        weights, last = weight.split(1, dim=1), chosen.shape[1] - 1  # k of (N, 1)
+        n, k = chosen.shape
         # a tensor of the scalings would be a copy to the device, and a wait, in every layer
-        masks = torch.stack([(chosen == p).to(x.dtype) * s for p, s in enumerate(self.scaling)], dim=-1)
-        masks = masks.unsqueeze(-1).unbind(1)  # k of (N, K, 1)
-        base, hidden = [], []
-        for W, bias, A, B in (self._flat(name, x.dtype) for name in ups):
-            base.append((F.linear(x, W, bias), A, B))  # (N, h), (K r, d), (K r, h)
-        for j, mask in enumerate(masks):
-            add = Tensor.addmm_ if j == last else Tensor.addmm  # in place: a copy costs more than the product
-            u = [y if A is None else add(y, _low_rank(x, A, mask), B) for y, A, B in base]
-            hidden.append(self._activate(u))  # k of (N, h)
-        W, bias, A, B = self._flat(down, x.dtype)
-        if last == 0:  # top-1: weigh the d numbers of y, not the h of hidden
-            y = F.linear(hidden[0], W, bias)
-            return (y if A is None else y.addmm_(_low_rank(hidden[0], A, masks[0]), B)) * weight
-        hidden = [h * w for h, w in zip(hidden, weights, strict=True)]
-        y = F.linear(_sum(hidden), W)
+        masks = [(chosen.t() == p).to(x.dtype) * s for p, s in enumerate(self.scaling)]
+        mask = torch.stack(masks, dim=-1).unsqueeze(-1)  # (k, N, K, 1)
+        *ups, down = (self._tensors(name, x.dtype) for name in self.linears)
+        hidden = [F.linear(x, W, bias) for W, bias, _, _ in ups]  # (N, h)
+        if k > 1:
+            hidden = [u.repeat(k, 1) for u in hidden]  # (k N, h)
+        for u, (_, _, A, B) in zip(hidden, ups, strict=True):
+            if A is not None:  # in place: a copy costs more than the product
+                u.addmm_(_low_rank(x, A, mask).flatten(0, 1), B.mT.flatten(0, 1))
+        hidden = self._activate(hidden)  # (k N, h)
+        W, bias, A, B = down
+        if k == 1:
+            y = F.linear(hidden, W, bias)  # (N, d)
+        else:
+            hidden = hidden * weight.t().reshape(-1, 1)
+            y = F.linear(hidden.view(k, n, -1).sum(0), W)
+            if bias is not None:
+                y = y + weight.sum(1, keepdim=True) * bias
         if A is not None:
-            y.addmm_(_sum([_low_rank(h, A, mask) for h, mask in zip(hidden, masks, strict=True)]), B)
-        return y if bias is None else y + _sum(weights) * bias  # (N, d) Eq. 5
+            y.addmm_(_low_rank(hidden, A, mask).sum(0), B.mT.flatten(0, 1))
+        return y * weight if k == 1 else y  # Eq. 5; top-1 weighs the d numbers of y, not the h of hidden
 
-    def _expert(self, p: int, z: Tensor, weights: dict) -> Tensor:
+    def _expert(self, p, z, weights):
         """FFN_p(z): (n, d) -> (n, d)."""
         *ups, down = self.linears
         hidden = self._activate([self._linear(p, z, *weights[name]) for name in ups])  # (n, h)
@@ -188,89 +176,59 @@ class MoELayer(nn.Module):
 
     def _linear(self, p, z, W, bias, A, B):
         y = F.linear(z, W[p], bias[p])
-        if A[p] is None:
-            return y
-        return y.addmm_(F.linear(z, A[p]), B[p].t(), alpha=self.scaling[p])  # W z + b + scaling B A z
+        return y if A[p] is None else y.addmm_(F.linear(z, A[p]), B[p].t(), alpha=self.scaling[p])
 
     def _activate(self, u):
         return self.act(u[0]) * u[1] if len(u) == 2 else self.act(u[0])
 
     def _tensors(self, name, dtype):
         """W, bias, A, B of a linear in dtype, None where there is none; the experts' own have K in front."""
-        stack = self.experts[name] if name in self.experts else None
-        base = stack if self.kind == "full" else getattr(self, name)
+        own = self.experts[name] if name in self.experts else None
+        base = own if self.kind == "full" else getattr(self, name)
         found = [getattr(base, leaf, None) for leaf in ("weight", "bias")]
-        found += [getattr(stack, leaf, None) for leaf in ("A", "B")]
+        found += [getattr(own, leaf, None) for leaf in ("A", "B")]
         return [None if t is None else t.to(dtype) for t in found]
-
-    def _flat(self, name, dtype):
-        """W, bias and all experts' A (K r, d_in) and B (K r, d_out)."""
-        W, bias, A, B = self._tensors(name, dtype)
-        return (W, bias, None, None) if A is None else (W, bias, A.flatten(0, 1), B.mT.flatten(0, 1))
 
     def _weights(self, dtype):
         """{linear: (W, bias, A, B)}, each a list over the experts."""
-        weights, K = {}, len(self.counts)
+        weights, shared = {}, (self.kind == "lora", self.kind == "lora", False, False)
         for name in self.linears:
-            tensors = self._tensors(name, dtype)
-            shared = self.kind == "lora"  # W and bias are the seed model's
             weights[name] = []
-            for t, common in zip(tensors, (shared, shared, False, False), strict=True):
+            for t, common in zip(self._tensors(name, dtype), shared, strict=True):
                 # unbind: one gradient for a whole stack, not one of its size for every expert
-                weights[name].append([t] * K if t is None or common else t.unbind(0))
+                weights[name].append([t] * len(self.counts) if t is None or common else t.unbind(0))
         return weights
-
-    def count(self, chosen: Tensor, z: Tensor):
-        """Add the choices (B, T, k) of the tokens in token_mask, else of the real ones, to `counts`."""
-        mask = self.state.real if self.state.token_mask is None else self.state.token_mask
-        if mask is not None:
-            chosen = chosen[_mask("token_mask", mask, z)]
-        self.counts += chosen.flatten().bincount(minlength=len(self.counts))
 
 
 def _low_rank(z, A, mask):
-    """(N, K r): A z of all experts, times the mask (N, K, 1) that leaves a token's own."""
-    return (F.linear(z, A).view(len(z), mask.shape[1], -1) * mask).flatten(1)
-
-
-def _sum(tensors):
-    return tensors[0] if len(tensors) == 1 else torch.stack(tuple(tensors)).sum(0)
-
-
-def _mask(name, mask, z):
-    if mask.shape != z.shape[:2]:
-        raise ValueError(f"{name} is {tuple(mask.shape)}, the tokens are {tuple(z.shape[:2])}")
-    return mask.to(z.device, torch.bool)
+    """(k, N, K r): A z of all experts, z (N or k N, d_in), times the mask that leaves each token its own."""
+    _, n, K, _ = mask.shape
+    return (F.linear(z, A.flatten(0, 1)).view(-1, n, K, A.shape[1]) * mask).flatten(2)
 
 
 @dataclass(eq=False)
 class RoutingState:
     """What the router knows of a batch beside its tokens; one object for all layers.
 
-    mode: the context z_x of Eq. 6. "fixed": the mean over the tokens of context_mask, one for the whole
-        sequence; a key-value cache keeps that of the first forward, the prompt's. "prefix": the running mean
-        up to each token, so no token is routed by its future. "none": no context.
-    context_mask: (B, T) bool, None for all tokens, in a language model all of its attention mask. Padding
-    must be False.
-    token_mask: (B, T) bool, the tokens that `record` counts, None as above.
+    mode: the context z_x of Eq. 6. "fixed": the mean over the tokens of context_mask; a key-value cache keeps
+        that of the first forward, the prompt's. "prefix": the running mean up to each token, so no token is
+        routed by its future. "none": no context.
+    context_mask, token_mask: (B, T) bool, the tokens of the mean, and those that are counted. None: all, in a
+        language model those of its attention mask. Padding must be False. They hold until they are changed.
     record: add the number of routed tokens (each of the k choices counts) to every layer's `counts`.
-
-    The masks hold until they are changed or set to None; `generate` does without them.
     """
 
     mode: str = "fixed"
     context_mask: Tensor | None = None
     token_mask: Tensor | None = None
     record: bool = False
-    real: Tensor | None = field(default=None, repr=False)  # (B, T), of the attention mask
-    cached: object | None = field(default=None, repr=False)  # generation.Bookkeeper, for key-value caches
+    real: Tensor | None = None  # (B, T), of the attention mask
+    cached: object | None = None  # generation.Bookkeeper, for key-value caches
 
     def context(self, z: Tensor, layer: int = 0) -> Tensor | None:
-        """z_x of Eq. 6 for z (B, T, d): (B, 1, d) if fixed, (B, T, d) if prefix, float32; None without
-        context.
+        """z_x of Eq. 6 for z (B, T, d), float32: (B, 1, d) if fixed, (B, T, d) if prefix, None without.
 
-        Where no token is in the mask (yet) it is 0. ValueError on an unknown mode, or a mask that is not (B,
-        T).
+        0 where no token is in the mask (yet). ValueError on an unknown mode, or a mask that is not (B, T).
         """
         if self.mode == "none":
             return None
@@ -284,71 +242,21 @@ class RoutingState:
 
     def _sums(self, z):
         """Sums (B, 1 or T, d) and numbers (B, 1 or T, 1) of the tokens in the mask."""
-        z = z.float()  # a bf16 sum over a long sequence loses its last terms
-        mask = self.real if self.context_mask is None else self.context_mask
-        if mask is None:
-            mask = torch.ones(1, z.shape[1], 1, dtype=torch.bool, device=z.device)
-        else:
-            mask = _mask("context_mask", mask, z).unsqueeze(-1)  # (B, T, 1)
-            z = z.masked_fill(~mask, 0)  # not z * mask: padding may hold NaN
+        mask = self.mask("context_mask", z).unsqueeze(-1)  # (B, T, 1)
+        # float: a bf16 sum over a long sequence loses its last terms; not z * mask: padding may hold NaN
+        z = z.float().masked_fill(~mask, 0)
         if self.mode == "fixed":
             return z.sum(1, keepdim=True), mask.sum(1, keepdim=True)
         return z.cumsum(1), mask.cumsum(1)
 
-
-def _before_forward(module, args, kwargs):
-    """Before a language model's forward: which tokens are real, and what the router knows of those in the
-    cache."""
-    state = module.routing
-    names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    ids = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
-    if ids is None:
-        return  # the forward has its own message
-    cache, mask = given.get("past_key_values"), given.get("attention_mask")
-    length = 0 if cache is None else int(cache.get_seq_length())
-    if state.cached is not None:
-        state.cached.begin(module, state.mode, given, length)
-        mask = state.cached.attention_mask(given, state.mode, length)
-    elif length:
-        raise RuntimeError(NEEDS_GENERATION)
-    state.real = None
-    if torch.is_tensor(mask) and mask.dim() == 2:
-        state.real = mask[:, -ids.shape[1] :].bool()  # (B, T)
-    elif mask is not None and state.context_mask is None and state.mode != "none":
-        raise ValueError(
-            "the attention mask is not (B, T), and does not say which tokens are real: "
-            "set routing.context_mask"
-        )
-
-
-def _after_forward(module, args, kwargs, output):
-    state = module.routing
-    if state.cached is not None:
-        state.cached.end(state.mode, kwargs, output)
-    if not torch.is_grad_enabled():  # else a backward that recomputes the forward needs it again
-        state.real = None
-
-
-NEEDS_GENERATION = (
-    "generate, and a forward with a key-value cache that holds tokens, need metamoe/serving/generation.py "
-    "beside moe.py (in a package: generation.py)"
-)
-
-
-def _refuse_generation(*args, **kwargs):
-    raise RuntimeError(NEEDS_GENERATION)
-
-
-def _serving(name):
-    """metamoe/serving/NAME.py, in a package NAME.py beside this file; None where there is none."""
-    target = f"{__package__}.{name}" if __package__ else f"metamoe.serving.{name}"
-    try:
-        return importlib.import_module(target)
-    except ModuleNotFoundError as error:
-        if not f"{target}.".startswith(f"{error.name}."):
-            raise
-        return None
+    def mask(self, name: str, z: Tensor) -> Tensor:
+        """(B, T) bool for z (B, T, d): the mask of that name, else the attention mask's, else all."""
+        mask = self.real if getattr(self, name) is None else getattr(self, name)
+        if mask is None:
+            return torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+        if mask.shape != z.shape[:2]:
+            raise ValueError(f"{name} is {tuple(mask.shape)}, the tokens are {tuple(z.shape[:2])}")
+        return mask.to(z.device, torch.bool)
 
 
 def _parts(ffn):
@@ -371,99 +279,76 @@ def _kind(experts):
     return kinds.pop()
 
 
-def _stack(experts, ffn, linears, kind):
-    """{linear: tensors stacked}: A (K, r, d_in), B (K, d_out, r), or weight (K, d_out, d_in), bias (K,
-    d_out).
+def _shapes(e, ffn, linears, kind):
+    """{entry: shape} that expert e must have; a LoRA may leave linears out."""
+    want = {"scaling": ()} if kind == "lora" else {}
+    for name in linears:
+        linear, A, B = getattr(ffn, name), f"{name}.lora_A", f"{name}.lora_B"
+        if kind == "full":
+            want |= {f"{name}.{leaf}": tuple(t.shape) for leaf, t in linear.named_parameters()}
+        elif A in e or B in e:
+            r = len(e.get(A, ()))
+            want |= {A: (r, linear.in_features), B: (linear.out_features, r)}
+    return want
 
-    r is the largest rank; an expert of a smaller one gets zeros, which stay zero in training. No ranks, no
-    entry.
+
+def _stack(experts, ffn, linears, kind):
+    """{linear: {"A": (K, r, d_in), "B": (K, d_out, r)}, or {"weight": (K, d_out, d_in), "bias": (K, d_out)}}.
+
+    r is the largest rank; zeros fill up smaller ones, and stay zero in training. No ranks, no entry.
     """
-    leaves = ("lora_A", "lora_B") if kind == "lora" else ("weight", "bias")
-    known = {f"{name}.{leaf}" for name in linears for leaf in leaves} | {"scaling"}
     for p, e in enumerate(experts):
-        if set(e) - known:
-            raise ValueError(f"experts[{p}], of kind {kind}, has unknown entries {sorted(set(e) - known)}")
-        if kind == "lora" and "scaling" not in e:
-            raise ValueError(f"experts[{p}] has no scaling")
+        want = _shapes(e, ffn, linears, kind)
+        if e.keys() != want.keys():
+            wrong = sorted(e.keys() ^ want.keys())
+            raise ValueError(f"experts[{p}], of kind {kind}, has unknown or missing entries {wrong}")
+        for key, shape in want.items():
+            if shape and tuple(e[key].shape) != shape:
+                raise ValueError(f"experts[{p}]: {key} is {tuple(e[key].shape)}, not {shape}")
     out = nn.ModuleDict()
     for name in linears:
-        own = [_own(e, name, getattr(ffn, name), kind, p) for p, e in enumerate(experts)]
-        if kind == "lora":
-            rank = max(len(t["lora_A"]) for t in own)
-            # fp32, whatever the seed model is stored in: bf16 parameters would round small updates away
-            stack = {
-                "A": [F.pad(t["lora_A"].float(), (0, 0, 0, rank - len(t["lora_A"]))) for t in own],
-                "B": [F.pad(t["lora_B"].float(), (0, rank - t["lora_B"].shape[1])) for t in own],
-            }
-            if rank == 0:
-                continue
-        else:
-            stack = {leaf: [t[leaf] for t in own] for leaf in own[0]}
-        out[name] = nn.ParameterDict({leaf: nn.Parameter(torch.stack(ts)) for leaf, ts in stack.items()})
+        linear, stack = getattr(ffn, name), {}
+        like = dict(linear.named_parameters())
+        if kind == "lora":  # where a LoRA leaves the linear out
+            d_out, d_in = linear.weight.shape
+            like = {"lora_A": linear.weight.new_zeros(0, d_in), "lora_B": linear.weight.new_zeros(d_out, 0)}
+        for leaf, none in like.items():
+            own = [e.get(f"{name}.{leaf}", none).detach().to(none.device) for e in experts]
+            if kind == "lora":
+                rows, columns = max(len(t) for t in own), max(t.shape[1] for t in own)
+                # fp32, whatever the seed model is stored in: bf16 parameters would round small updates away
+                own = [F.pad(t.float(), (0, columns - t.shape[1], 0, rows - len(t))) for t in own]
+            stack[leaf.removeprefix("lora_")] = nn.Parameter(torch.stack(own))
+        if any(t.numel() for t in stack.values()):
+            out[name] = nn.ParameterDict(stack)
     return out
 
 
-def _own(e, name, linear, kind, p):
-    """{leaf: tensor}, expert p's own of one linear, in the right shapes."""
-    device = linear.weight.device
-    own = {key: t for key, t in e.items() if key.startswith(f"{name}.")}
-    tensors = {key.split(".")[1]: t.detach().to(device) for key, t in own.items()}
-    want = {leaf: tuple(t.shape) for leaf, t in linear.named_parameters()}
-    if kind == "lora":
-        d_out, d_in = linear.weight.shape
-        if not tensors:  # no update of this linear
-            tensors = {
-                "lora_A": linear.weight.new_zeros(0, d_in),
-                "lora_B": linear.weight.new_zeros(d_out, 0),
-            }
-        r = len(tensors.get("lora_A", ()))
-        want = {"lora_A": (r, d_in), "lora_B": (d_out, r)}
-    shapes = {leaf: tuple(t.shape) for leaf, t in tensors.items()}
-    if shapes != want:
-        raise ValueError(f"experts[{p}]: {name} has the shapes {shapes}, not {want}")
-    return tensors
-
-
 def seed_expert(ffn: nn.Module, like: dict) -> dict:
-    """e_0 of Eq. 6: the seed model's own FFN as an expert of the kind of `like`, one of the other experts.
-
-    For LoRA, A and B are both zero, so neither gets a gradient: training leaves it as it is.
-    """
+    """e_0 of Eq. 6: the seed model's own FFN as an expert like another; LoRA zeros stay zero."""
     if _kind([like]) == "lora":
         return {key: v if key == "scaling" else torch.zeros_like(v) for key, v in like.items()}
     return {key: v.detach().clone() for key, v in ffn.named_parameters()}
 
 
 def unify(
-    model,
-    ffn_names,
-    experts,
-    vectors,
-    *,
-    names=None,
-    lam=0.3,
-    top_k=1,
-    weighting="stopgrad",
-    context="fixed",
-    offset=False,
+    model, ffn_names, experts, vectors, *, names=None, lam=0.3, offset=False, context="fixed", **options
 ):
     """Replace the L FFNs of a seed model by MoE layers (Sec. 3.4), in place; returns the model.
 
-    ffn_names: the FFNs' module paths, such as "model.layers.0.mlp". experts: K x {ffn_name: expert of
-    MoELayer}.
-    vectors: K x (L, d), or one (K, L, d). names: of the experts. The others: see Router, MoELayer,
-    RoutingState.mode.
+    ffn_names: the FFNs' module paths, such as "model.layers.0.mlp".
+    experts: K x {ffn_name: expert of MoELayer}. vectors: K x (L, d), or one (K, L, d). names: of the experts.
+    lam, offset: of Router. context: the mode of RoutingState. options: top_k and weighting of MoELayer.
 
     Afterwards only routers and experts require gradients; model.routing is the RoutingState, model.moe_config
-    describes the model. A language model of transformers takes padding from its attention mask, and
-    generates. Raises ValueError, naming the argument, where anything disagrees; the model then still has its
-    FFNs.
+    describes the model. A language model takes padding from its attention mask. Raises ValueError, naming the
+    argument, where anything disagrees; the model then still has its FFNs.
     """
     ffn_names, vectors = list(ffn_names), [torch.as_tensor(v) for v in vectors]
     names = [f"expert{p + 1}" for p in range(len(experts))] if names is None else list(names)
     _check(ffn_names, experts, vectors, names, context)
-    kind, state = _kind([e[name] for e in experts for name in ffn_names]), RoutingState(mode=context)
-    new = []
+    kind = _kind([e[name] for e in experts for name in ffn_names])
+    state, new = RoutingState(mode=context), []
     for index, name in enumerate(ffn_names):
         try:
             ffn = model.get_submodule(name)
@@ -472,24 +357,25 @@ def unify(
         try:
             device = next(ffn.parameters()).device
             router = Router(torch.stack([v[index].to(device) for v in vectors]), lam, offset)
-            new.append(MoELayer(ffn, [e[name] for e in experts], router, state, top_k, weighting))
+            new.append(MoELayer(ffn, [e[name] for e in experts], router, state, **options))
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{name}: {error}") from error
     model.requires_grad_(False)
-    _install(model, dict(zip(ffn_names, new, strict=True)), state)
-    model.moe_config = dict(
-        names=names,
-        ffn_names=ffn_names,
-        kind=kind,
-        top_k=top_k,
-        weighting=weighting,
-        context=context,
-        offset=offset,
-        lam=float(lam),
-        scaling=[layer.scaling for layer in new],
-        seed=_source(model),
-        disabled=[],
+    for index, (name, layer) in enumerate(zip(ffn_names, new, strict=True)):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+        layer.index = index
+    model.routing = state
+    source = str(getattr(model, "name_or_path", "") or "")  # a hub id
+    if os.path.isabs(source) or os.path.isdir(source):
+        source = Path(source).name + "/"  # a local folder's name, not its path
+    model.moe_config = dict(names=names, ffn_names=ffn_names, kind=kind)
+    model.moe_config |= dict(top_k=new[0].top_k, weighting=new[0].weighting, context=context, offset=offset)
+    model.moe_config |= dict(
+        lam=float(lam), scaling=[layer.scaling for layer in new], seed=source, disabled=[]
     )
+    if hasattr(model, "generate"):
+        _inform(model)
     return model
 
 
@@ -509,31 +395,38 @@ def _check(ffn_names, experts, vectors, names, context):
             raise ValueError(f"vectors[{p}] is {tuple(v.shape)}, not (L = {L}, d)")
 
 
-def _install(model, new, state):
-    """Put the layers {name: MoELayer} in the FFNs' places; a language model's forwards then inform
-    `state`."""
-    for index, (name, layer) in enumerate(new.items()):
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
-        layer.index = index
-    model.routing = state
-    if not hasattr(model, "generate"):
-        return
-    base = model.base_model  # the transformer below the head, which every forward goes through
-    base.routing = state
-    base.register_forward_pre_hook(_before_forward, with_kwargs=True)
-    base.register_forward_hook(_after_forward, with_kwargs=True)
-    generation = _serving("generation")
-    if generation is None:
-        model.generate = _refuse_generation
-    else:
+def _inform(model):
+    """Let a language model's forwards tell model.routing which tokens are real."""
+    base, generation = model.base_model, _serving("generation")  # every forward goes through the base
+    base.routing = model.routing
+    if generation is not None:
         generation.attach(model)
+    else:
+        base.register_forward_pre_hook(_read_mask, with_kwargs=True)
+        model.generate = _refuse
 
 
-def _source(model):
-    """Where the seed model came from: a hub id, or a local folder's name and "/", not its path."""
-    source = str(getattr(model, "name_or_path", "") or "")
-    return Path(source).name + "/" if os.path.isabs(source) or os.path.isdir(source) else source
+def _read_mask(module, args, kwargs):
+    """Before a language model's forward, where there is no generation.py."""
+    names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    cache, module.routing.real = given.get("past_key_values"), given.get("attention_mask")
+    if cache is not None and cache.get_seq_length():
+        _refuse()
+
+
+def _refuse(*args, **kwargs):
+    raise RuntimeError(
+        "generate, and a forward with a key-value cache that holds tokens, need metamoe/serving/generation.py"
+    )
+
+
+def _serving(name):
+    """metamoe/serving/NAME.py, in a package NAME.py beside this file; None where there is none."""
+    try:
+        return importlib.import_module(f"{__package__ or 'metamoe.serving'}.{name}")
+    except ModuleNotFoundError:
+        return None
 
 
 def layers(model) -> list[MoELayer]:
@@ -556,15 +449,11 @@ def expert_parameters(model) -> list[nn.Parameter]:
     return [parameter for layer in layers(model) for parameter in layer.experts.parameters()]
 
 
+@torch.no_grad()
 def clamp_(model):
     """Project every layer's lambda onto [0, 1]; call it after every optimiser step."""
-    for layer in layers(model):
-        layer.router.clamp_()
-
-
-def reset_counts(model):
-    for layer in layers(model):
-        layer.counts.zero_()
+    for lam in lambda_parameters(model):
+        lam.clamp_(0, 1)
 
 
 def counts(model) -> Tensor:
@@ -572,143 +461,104 @@ def counts(model) -> Tensor:
     return torch.stack([layer.counts for layer in layers(model)])
 
 
-def save(model, folder):
-    """Write what unify added to a folder: experts, routing vectors, lambdas, configuration; no seed model.
+def reset_counts(model):
+    for layer in layers(model):
+        layer.counts.zero_()
 
-    The files are written aside and moved in, the configuration last: a folder that has one is complete.
-    """
+
+def save(model, folder):
+    """Write what unify added to a folder: experts, routing vectors, lambdas, configuration; no seed model."""
     tensors = {}
     for name, layer in zip(model.moe_config["ffn_names"], layers(model), strict=True):
-        for part, module in (("router", layer.router), ("experts", layer.experts)):
-            tensors |= {f"{name}.{part}.{key}": t.contiguous() for key, t in module.state_dict().items()}
+        for key, t in layer.state_dict().items():
+            if key.startswith(("router.", "experts.")):
+                tensors[f"{name}.{key}"] = t.contiguous()
     write(folder, model.moe_config, tensors)
 
 
 def write(folder, config, tensors):
-    """What `save` writes. tensors: {"model.layers.0.mlp.router.vectors": (K, d), ...}."""
+    """What `save` writes: aside, then moved in, the configuration last: a folder that has one is complete."""
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
-    try:
-        save_file(tensors, aside / "moe.safetensors", metadata={"format": "pt"})
-        (aside / "moe_config.json").write_text(json.dumps(config, indent=1) + "\n")
-        shutil.copymode(aside / "moe_config.json", aside / "moe.safetensors")  # save_file ignores the umask
-        # else a crash leaves the old one beside new tensors
-        (folder / "moe_config.json").unlink(missing_ok=True)
-        for file in ("moe.safetensors", "moe_config.json"):
-            os.replace(aside / file, folder / file)
-    finally:
-        shutil.rmtree(aside)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as aside:
+        weights, description = Path(aside, "moe.safetensors"), Path(aside, "moe_config.json")
+        save_file(tensors, weights, metadata={"format": "pt"})
+        description.write_text(json.dumps(config, indent=1) + "\n")
+        weights.chmod(description.stat().st_mode)  # save_file ignores the umask
+        (folder / description.name).unlink(missing_ok=True)  # else a crash leaves it beside new tensors
+        for file in (weights, description):
+            os.replace(file, folder / file.name)
 
 
 def read(folder):
-    """(configuration, tensors) of a folder that `save` wrote."""
+    """(configuration, tensors {"model.layers.0.mlp.router.vectors": (K, d), ...}) of what `save` wrote."""
     config = {"seed": "", "disabled": []} | json.loads((Path(folder) / "moe_config.json").read_text())
     return config, load_file(Path(folder) / "moe.safetensors")
 
 
 def load(folder, model=None, **options):
-    """The unified model of `save` from its folder. model: a fresh seed model, which is changed in place and
-    returned.
+    """The unified model of `save`. model: a fresh seed model, which is changed in place and returned.
 
-    Without one metamoe/serving/seed_model.py loads it through transformers, with `options` (dtype,
-    device_map, ...), from the hub or from the local folders named there. FileNotFoundError where it is not
-    there.
+    Without one metamoe/serving/seed_model.py loads it through transformers, with `options` (dtype, ...), from
+    the hub or from the local folders named there. FileNotFoundError where it is not there.
     """
     config, tensors = read(folder)
     if model is None:
         seed_model = _serving("seed_model")
         if seed_model is None:
-            raise FileNotFoundError(
-                "no metamoe/serving/seed_model.py: give the seed model, moe.load(folder, model)"
-            )
+            raise FileNotFoundError("no seed_model.py: give the seed model, moe.load(folder, model)")
         model = seed_model.load_seed(Path(folder).absolute(), config["seed"], options)
     return assemble(model, config, tensors)
-
-
-def unstack(config, tensors):
-    """(experts, vectors) as `unify` takes them, of what `read` returns."""
-    K, ffn_names = len(config["names"]), config["ffn_names"]
-    experts = [{name: {} for name in ffn_names} for _ in range(K)]
-    for p, e in enumerate(experts):
-        if config["kind"] == "lora":
-            for name, scaling in zip(ffn_names, config["scaling"], strict=True):
-                e[name]["scaling"] = scaling[p]
-        for key, stack in tensors.items():
-            name, found, rest = key.rpartition(".experts.")
-            if found:
-                e[name][rest.replace(".A", ".lora_A").replace(".B", ".lora_B")] = stack[p]
-    vectors = torch.stack([tensors[f"{name}.router.vectors"] for name in ffn_names], dim=1)  # (K, L, d)
-    return experts, list(vectors)
 
 
 def assemble(model, config, tensors, joining=()):
     """The unified model of what `read` returns, from a fresh seed model, in place.
 
-    joining: experts to add, (name, {ffn_name: expert of MoELayer}, vectors (L, d)) each; the others stay as
-    they are.
+    joining: experts to add, (name, {ffn_name: expert of MoELayer}, vectors (L, d)) each.
     """
-    experts, vectors = unstack(config, tensors)
-    names = list(config["names"])
-    for name, expert, own in joining:
-        names.append(name)
-        experts.append(expert)
-        vectors.append(own)
+    ffn_names, K = config["ffn_names"], len(config["names"])
+    experts = [{name: {} for name in ffn_names} for _ in range(K)]
+    for p, e in enumerate(experts):
+        for key, stack in tensors.items():
+            name, found, rest = key.rpartition(".experts.")
+            if found:
+                e[name][rest.replace(".A", ".lora_A").replace(".B", ".lora_B")] = stack[p]
+        if config["kind"] == "lora":
+            for name, scaling in zip(ffn_names, config["scaling"], strict=True):
+                e[name]["scaling"] = scaling[p]
+    vectors = torch.stack([tensors[f"{name}.router.vectors"] for name in ffn_names], dim=1)  # (K, L, d)
+    names = [*config["names"], *(name for name, _, _ in joining)]
+    experts += [expert for _, expert, _ in joining]
+    vectors = [*vectors, *(own for _, _, own in joining)]
     options = {key: config[key] for key in ("lam", "top_k", "weighting", "context", "offset")}
-    model = unify(model, config["ffn_names"], experts, vectors, names=names, **options)
+    model = unify(model, ffn_names, experts, vectors, names=names, **options)
     with torch.no_grad():
-        for name, lam in zip(config["ffn_names"], lambda_parameters(model), strict=True):
+        for name, lam in zip(ffn_names, lambda_parameters(model), strict=True):
             lam.copy_(tensors[f"{name}.router.lam"])
-    _disable(model, list(config["disabled"]))
+    for name in config["disabled"]:
+        disable_expert(model, name)
     return model
 
 
 def disable_expert(model, name):
-    """Opt out: no token goes to the expert any more, its pi is 0 and the others' sum to 1. Nothing is
-    trained.
+    """Opt out, without training: no token goes to the expert any more, its pi is 0 and the others' sum to 1.
 
-    `save` keeps its weights; `remove_expert` leaves them out. ValueError for an unknown expert, or the last
-    one.
+    `save` keeps its weights; members.remove_expert leaves them out. ValueError if unknown, or the last one.
     """
-    config = model.moe_config
-    out = {*config["disabled"], _known(config, name)}
-    if len(out) == len(config["names"]):
-        raise ValueError(f"{name!r} is the last expert: a model without one has no FFN")
-    _disable(model, [other for other in config["names"] if other in out])
+    _disable(model, name, {*model.moe_config["disabled"], name})
 
 
 def enable_expert(model, name):
     """Opt in again. ValueError where there is no such expert."""
-    name = _known(model.moe_config, name)
-    _disable(model, [other for other in model.moe_config["disabled"] if other != name])
+    _disable(model, name, {*model.moe_config["disabled"]} - {name})
 
 
-def _known(config, name):
-    if name not in config["names"]:
-        raise ValueError(f"no expert is called {name!r}; there are {', '.join(config['names'])}")
-    return name
-
-
-def _disable(model, disabled):
+def _disable(model, name, disabled):
     names = model.moe_config["names"]
-    model.moe_config["disabled"] = disabled
-    for layer in layers(model):
-        layer.router.disabled = [names.index(name) for name in disabled]
-
-
-def remove_expert(config, tensors, name):
-    """(configuration, tensors) of what `read` returns, without the expert: its weights and routing vectors
-    are gone.
-
-    The outputs are those of `disable_expert`. ValueError for an unknown expert, or the last one.
-    """
-    keep = [p for p, other in enumerate(config["names"]) if other != _known(config, name)]
-    if not keep:
+    if name not in names:
+        raise ValueError(f"no expert is called {name!r}; there are {', '.join(names)}")
+    if len(disabled) == len(names):
         raise ValueError(f"{name!r} is the last expert: a model without one has no FFN")
-    config = config | {
-        "names": [config["names"][p] for p in keep],
-        "top_k": min(config["top_k"], len(keep)),
-        "scaling": [own and [own[p] for p in keep] for own in config["scaling"]],
-        "disabled": [other for other in config["disabled"] if other != name],
-    }
-    return config, {key: t if key.endswith(".router.lam") else t[keep] for key, t in tensors.items()}
+    model.moe_config["disabled"] = [other for other in names if other in disabled]
+    for layer in layers(model):
+        layer.router.disabled = [p for p, other in enumerate(names) if other in disabled]

@@ -16,7 +16,6 @@ From a model that is there:
 """
 
 import importlib
-import math
 import textwrap
 import time
 from pathlib import Path
@@ -34,31 +33,17 @@ from metamoe.cli import (
     add_training_flags,
     add_upload_flags,
     announce,
-    check_at_least,
-    folder_name,
-    from_preset,
     save_settings,
     stage_parser,
 )
 from metamoe.errors import UserError, run_main
-from metamoe.methods import METHODS, main_rows
-from metamoe.presets import PRESETS
+from metamoe.methods import METHODS
+from metamoe.model_settings import add_method_flags, resolve
 from metamoe.records import read_records, usable_public
 from metamoe.rundir import atomic, finished, open_run, read_json, sha256, write_json
 from metamoe.serving.export import check_export, export
 from metamoe.serving.members import check_extension, extend, leave_out
-from metamoe.uploads import read_expert, read_manifest, upload_variant
-
-# flag -> key of the preset that is its default
-DEFAULTS = {
-    "lambda_init": "lambda_init",
-    "epochs": "final_epochs",
-    "lr": "final_lr",
-    "lambda_lr": "lambda_lr",
-    "batch_size": "final_batch",
-    "optimizer": "optimizer",
-    "weight_decay": "weight_decay",
-}
+from metamoe.uploads import read_expert, read_manifest
 
 
 def parse_args():
@@ -90,80 +75,6 @@ def parse_args():
     add_machine_flags(parser)
     flag("--force", action="store_true", help="redo a model that was made with other settings")
     return parser.parse_args()
-
-
-def add_method_flags(parser):
-    """The switches of a method; all defaults are the method's."""
-    flag = parser.add_argument
-    context = "router on the blend with the sequence mean (Eq. 6), or on the token alone"
-    flag("--context", choices=["on", "off"], help=context)
-    init = "routing vectors start at the clients' means, or random"
-    flag("--init", choices=["uploaded", "random"], help=init)
-    trained = "final training of router and experts, the router alone, or none"
-    flag("--train", choices=["all", "router", "none"], help=trained)
-    samples = (
-        "final training on all proxies, as many random public samples, or the private data (breaks privacy)"
-    )
-    flag("--samples", choices=["proxies", "public", "private"], help=samples)
-    seed_expert = "add e_0, the seed model's own FFN, as an expert (full paper, Eq. 6)"
-    flag("--seed-expert", action="store_true", default=None, help=seed_expert)
-    weights = "weights of the chosen experts: pi / stop_gradient(sum), Eq. 5's pi, or pi / sum"
-    flag("--weighting", choices=moe.WEIGHTINGS, help=weights)
-    flag("--top-k", type=int, help="experts a token")
-    offset = "add -|e_p|^2 / 2 to the routing logits: nearest mean instead of largest product"
-    flag("--offset", action="store_true", default=None, help=offset)
-
-
-def resolve(args, run_dir, run):
-    """All settings of this model: the method's and the backbone's preset, overridden by flags."""
-    method, name = METHODS[args.method], args.name or args.method
-    check_name(name, args.method)
-    switches = ["data", "selection"]
-    if method.merge == "moe":
-        switches += ["context", "init", "train", "samples", "seed_expert", "weighting", "top_k", "offset"]
-    settings = {"name": name, "method": args.method, "seed": run["seed"], "dtype": args.dtype}
-    settings["full_ffn"] = args.full_ffn
-    for switch in switches:
-        value = getattr(args, switch)
-        settings[switch] = getattr(method, switch) if value is None else value
-    settings["variant"] = upload_variant(settings["data"], settings["selection"], args.full_ffn)
-    if method.merge != "moe":
-        return settings
-    preset = PRESETS[run["backbone"]]
-    rates = preset["final_lr"]
-    preset = preset | {"final_lr": rates.get(args.method, rates.get(method.like))}
-    defaults, samples = DEFAULTS, len(run["clients"]) * run["proxies"]
-    if settings["samples"] == "private":
-        defaults = DEFAULTS | {"epochs": "expert_epochs"}
-        done = [run_dir / "clients" / name / "private" / "done.json" for name in run["clients"]]
-        samples = sum(read_json(path)["train"] for path in done)
-    settings |= from_preset(args, preset, defaults)
-    check_settings(settings, run)
-    steps = settings["epochs"] * math.ceil(samples / settings["batch_size"])
-    settings["steps"] = 0 if settings["train"] == "none" else steps
-    return settings
-
-
-def check_name(name, method):
-    """UserError where a model may not have this name."""
-    other_row = name == "zeroshot" or name.startswith("expert-") or name in main_rows()
-    if name != method and (other_row or method == "btm"):
-        raise UserError(f"--name {name}: is the name of another row of the table, or of a second btm")
-    try:
-        folder_name(name)
-    except Exception as error:
-        raise UserError(f"--name {error}") from None
-
-
-def check_settings(settings, run):
-    """UserError naming the flag of a setting that is out of range."""
-    if not 0 <= settings["lambda_init"] <= 1:
-        raise UserError(f"--lambda-init {settings['lambda_init']}: must lie in [0, 1]")
-    count = len(run["clients"]) + settings["seed_expert"]
-    if not 1 <= settings["top_k"] <= count:
-        raise UserError(f"--top-k {settings['top_k']}: must be 1 to {count}, the number of experts")
-    positive = dict.fromkeys(("epochs", "lr", "lambda_lr", "batch_size"), 1e-12)
-    check_at_least(settings, positive | {"weight_decay": 0})
 
 
 def build(backbone, run_dir, run, uploads, settings):

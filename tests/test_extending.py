@@ -101,3 +101,34 @@ def test_a_rule_is_one_entry(project, finished, tmp_path):
     results = json.loads((run_dir / "results.json").read_text())
     assert "metamoe-least" in [row["model"] for row in results["rows"]]
     assert "least" in results["coverage"]["hotels"]
+
+
+@pytest.mark.slow
+def test_a_data_set_is_one_entry(project, tmp_path, seed_model):
+    source = project / "metamoe" / "data" / "questions.py"
+    text = source.read_text(encoding="utf-8")
+    head = "class TextSet(NamedTuple):"
+    source.write_text(text.replace(head, example("def arc") + "\n\n" + head), encoding="utf-8")
+    insert(source, "CLIENTS = {\n", example('"arc"'))
+    rng = random.Random(4)
+    for name in ("train", "validation"):
+        rows = []
+        for i in range(30):
+            record = tiny.record("hotels", rng, True)
+            labels = "ABC"[: len(record["choices"])]
+            right = labels[record["choices"].index(record["answer"])]
+            choices = {"label": list(labels), "text": record["choices"]}
+            rows.append({"question": f"{i} {record['prompt']}", "choices": choices, "answerKey": right})
+        folder = tmp_path / "arc"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    public = write(tmp_path / "public.jsonl", tiny.public_records(rng, 60))
+    run_dir, sizes = tmp_path / "run", "--train-size 12 --validation-size 4 --test-size 8".split()
+    flags = ["--run-dir", run_dir, *tiny.COMMON]
+    data = ["--clients", "arc", "--dataset", f"arc={folder}", "--public", public, *sizes, *SIZES]
+    model = ["--backbone", "llama-3.2-3b", "--seed-model", seed_model]
+    run(project, "select_proxies.py", *flags, *model, *data)
+    run(project, "train_expert.py", *flags, *"--epochs 1 --rank 4 --alpha 8".split())
+    run(project, "unify_moe.py", *flags, "--method", "metamoe")
+    run(project, "evaluate.py", *flags, "--models", "zeroshot", "metamoe")
+    assert json.loads((run_dir / "results.json").read_text())["n"] == {"arc": 8}

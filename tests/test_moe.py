@@ -15,6 +15,7 @@ import torch.nn as nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import moe
+from metamoe.serving.members import remove_expert
 from metamoe.serving.seed_model import fix_torchvision
 from moe import MoELayer, Router, RoutingState  # noqa: E402
 
@@ -646,7 +647,7 @@ def test_opt_out_and_in_of_a_model_and_on_disk(tmp_path):
         moe.save(model, tmp_path / "m")
         again = moe.load(tmp_path / "m", tiny_llama())
         assert again.moe_config["disabled"] == ["b"] and torch.equal(again(ids).logits, got)
-        moe.write(tmp_path / "gone", *moe.remove_expert(*moe.read(tmp_path / "m"), "b"))
+        moe.write(tmp_path / "gone", *remove_expert(*moe.read(tmp_path / "m"), "b"))
         gone = moe.load(tmp_path / "gone", tiny_llama())
         assert (
             gone.moe_config["names"] == ["a", "c"]
@@ -665,9 +666,9 @@ def test_opt_out_and_in_of_a_model_and_on_disk(tmp_path):
     assert model.moe_config["disabled"] == ["b", "c"]
     one = moe.read(tmp_path / "gone")
     with pytest.raises(ValueError, match="'c' is the last expert"):
-        moe.remove_expert(*moe.remove_expert(*one, "a"), "c")
+        remove_expert(*remove_expert(*one, "a"), "c")
     with pytest.raises(ValueError, match="no expert is called 'b'"):
-        moe.remove_expert(*one, "b")
+        remove_expert(*one, "b")
 
 
 def test_an_expert_joins_and_the_others_stay_as_they_are():

@@ -59,16 +59,13 @@ def test_without_the_pre_filter_the_dpp_chooses_from_all(fresh, tmp_path, seed_m
                 "proxies"
             ]
         )
-        few = read_json(fresh / "run.json") | {"candidates": SIZES["proxies"]}
-        differs |= set(
-            select_proxies.choose("dpp", features, relevance, few, name, range(len(features))).tolist()
-        ) != set(want)
+        m, usable = SIZES["proxies"], range(len(features))
+        pre_filtered = select_proxies.RULES["dpp"](features, relevance, usable, m, m, None)
+        differs |= set(pre_filtered.tolist()) != set(want)
         # an unreadable sample has no features and no relevance
         features[7], relevance[7] = np.nan, 0
         usable = [i for i in range(len(features)) if i != 7]
-        chosen = select_proxies.choose(
-            "dpp-all", features, relevance, read_json(fresh / "run.json"), name, usable
-        ).tolist()
+        chosen = select_proxies.RULES["dpp-all"](features, relevance, usable, m, 0, None).tolist()
         assert chosen == [
             usable[i] for i in relevance_weighted_dpp(features[usable], relevance[usable], SIZES["proxies"])
         ]

@@ -115,17 +115,13 @@ class Bookkeeper:
             use_cache = model.config.use_cache
         self.after = {} if cache is not None or use_cache else None
 
-    def attention_mask(self, given, mode, length):
-        """(B, tokens so far): the attention mask; inside `generate` in mode "fixed" the prompt's tokens
-        alone."""
+    def attention_mask(self, ids, mask, mode, length):
+        """(B, tokens so far): the mask; inside `generate` in mode "fixed" that of the prompt alone."""
         if self.prompt is None:
-            return given.get("attention_mask")
+            return mask
         mask = self.mask  # a static cache makes generate pass another one, of four dimensions
         if mode != "fixed":
             return mask
-        ids = given.get("input_ids")
-        if ids is None:
-            ids = given["inputs_embeds"]
         B, T = ids.shape[:2]
         place = torch.arange(length, length + T, device=ids.device).expand(B, T)  # in the whole sequence
         prompt = place < self.prompt  # (B, T)
@@ -169,11 +165,42 @@ class Bookkeeper:
 
 
 def attach(model):
-    """Make `generate` of a unified language model route as RoutingState says, with or without a key-value
-    cache."""
+    """Let a unified language model forward and generate, with a key-value cache or without."""
     model.routing.cached = Bookkeeper()
+    model.base_model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    model.base_model.register_forward_hook(after_forward, with_kwargs=True)
     for method in (generate, prepare_inputs_for_generation):
         setattr(model, method.__name__, MethodType(method, model))
+
+
+def before_forward(module, args, kwargs):
+    """Which tokens are real, and what the router knows of those in the cache."""
+    state, book = module.routing, module.routing.cached
+    names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    ids = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+    if ids is None:
+        return  # the forward has its own message
+    cache = given.get("past_key_values")
+    length = 0 if cache is None else int(cache.get_seq_length())
+    book.begin(module, state.mode, given, length)
+    mask = book.attention_mask(ids, given.get("attention_mask"), state.mode, length)
+    state.real = None
+    if torch.is_tensor(mask) and mask.dim() == 2:
+        state.real = mask[:, -ids.shape[1] :].bool()  # (B, T)
+    elif mask is not None and state.context_mask is None and state.mode != "none":
+        raise ValueError(
+            "the attention mask is not (B, T), and does not say which tokens are real: "
+            "set routing.context_mask"
+        )
+
+
+def after_forward(module, args, kwargs, output):
+    """What the router knows now goes into the cache that the forward filled."""
+    state = module.routing
+    state.cached.end(state.mode, kwargs, output)
+    if not torch.is_grad_enabled():  # else a backward that recomputes the forward needs it again
+        state.real = None
 
 
 def generate(self, inputs=None, *args, **kwargs):

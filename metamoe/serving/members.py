@@ -27,7 +27,7 @@ def leave_out(args, run_dir):
         print(f"unify_moe: {folder.name}: is there already, skipped")
         return folder
     try:
-        config, tensors = moe.remove_expert(*moe.read(source), args.without)
+        config, tensors = remove_expert(*moe.read(source), args.without)
     except ValueError as error:
         raise UserError(f"{flag}: {error}") from None
     with atomic(folder) as part:
@@ -74,3 +74,23 @@ def extend(seed_model, folder, uploads):
             vectors = load_file(upload / "router.safetensors")["vectors"]
             joining.append((name, read_expert(upload), vectors))
     return moe.assemble(seed_model, config, tensors, joining)
+
+
+def remove_expert(config, tensors, name):
+    """(configuration, tensors) of what `moe.read` returns, without the expert, its weights and vectors.
+
+    The outputs are those of `moe.disable_expert`. ValueError for an unknown expert, or the last one.
+    """
+    names = config["names"]
+    if name not in names:
+        raise ValueError(f"no expert is called {name!r}; there are {', '.join(names)}")
+    keep = [p for p, other in enumerate(names) if other != name]
+    if not keep:
+        raise ValueError(f"{name!r} is the last expert: a model without one has no FFN")
+    config = config | {
+        "names": [names[p] for p in keep],
+        "top_k": min(config["top_k"], len(keep)),
+        "scaling": [own and [own[p] for p in keep] for own in config["scaling"]],
+        "disabled": [other for other in config["disabled"] if other != name],
+    }
+    return config, {key: t if key.endswith(".router.lam") else t[keep] for key, t in tensors.items()}

@@ -1,14 +1,16 @@
-"""Records, splits and the public set; the statistics of the table."""
+"""BIG-bench: records, splits and the public set; the statistics of the table."""
 
 import json
 import random
 import re
+from itertools import chain, combinations
 
 import numpy as np
 import pytest
 
 from metamoe import methods
 from metamoe.data import bigbench, fetch
+from metamoe.data.bigbench import Archive, to_record
 from metamoe.errors import UserError
 from metamoe.report import costs, paper, pooled, statistics, tables
 from metamoe.rivals import btm
@@ -16,23 +18,10 @@ from metamoe.rivals import btm
 # --- containment
 
 
-@pytest.mark.parametrize(
-    "text, want",
-    [
-        ("It's  GREAT,\n really!", "it s great really"),
-        ("", ""),
-        ("?!", ""),
-        ("Żółw 3.5", "żółw 3 5"),
-        ("under_score", "under_score"),
-    ],
-)
-def test_normalise(text, want):
-    assert bigbench.normalise(text) == want
-
-
-def brute_contains(texts, text):
-    """The oracle: any of the texts, as whole words, inside text."""
-    return any(f" {t} " in f" {bigbench.normalise(text)} " for t in texts if t)
+def test_normalise():
+    texts = ["It's  GREAT,\n really!", "", "?!", "Żółw 3.5", "under_score"]
+    wanted = ["it s great really", "", "", "żółw 3 5", "under_score"]
+    assert [bigbench.normalise(text) for text in texts] == wanted
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -40,254 +29,193 @@ def test_the_containment_filter_agrees_with_brute_force(seed):
     """Few words, so that prefixes, repeats and overlaps of the needles are common; needles of 1 to 7 words."""
     rng = random.Random(seed)
     words = ["a", "b", "ab", "ba", "c"][: rng.randint(2, 5)]
-    needles = [
-        " ".join(rng.choices(words, k=rng.randint(1 if seed % 3 else 4, 7))) for _ in range(rng.randint(1, 6))
-    ] + [""]
+    least = 1 if seed % 3 else 4
+    needles = [" ".join(rng.choices(words, k=rng.randint(least, 7))) for _ in range(rng.randint(1, 6))] + [""]
     contains = bigbench.containment_filter(needles)
-    for _ in range(300):
-        text = rng.choice([" ", ", ", "\n"]).join(
-            w.upper() if rng.random() < 0.2 else w for w in rng.choices(words, k=rng.randint(0, 12))
-        )
-        assert contains(text) == brute_contains(needles, text), (needles, text)
+    for _ in range(150):
+        said = [w.upper() if rng.random() < 0.2 else w for w in rng.choices(words, k=rng.randint(0, 12))]
+        text = rng.choice([" ", ", ", "\n"]).join(said)
+        brute = any(f" {t} " in f" {bigbench.normalise(text)} " for t in needles if t)
+        assert contains(text) == brute, (needles, text)
     assert contains(f"x {needles[0]} x")
 
 
 def test_the_filter_respects_word_boundaries():
     contains = bigbench.containment_filter(["the cat sat down"])
-    assert (
-        contains("Well: THE cat... sat; down!")
-        and not contains("the cat sat downstairs")
-        and not contains("the cat sat")
-    )
+    texts = ["Well: THE cat... sat; down!", "the cat sat downstairs", "the cat sat"]
+    assert [contains(text) for text in texts] == [True, False, False]
 
 
 def test_client_texts_are_the_input_and_its_fields():
     record = {"input": "Passage: The river is very long.\nClaim: It is long."}
+    whole = "passage the river is very long claim it is long"
     # "It is long": too short to say anything
-    assert bigbench.client_texts(record) == [
-        "passage the river is very long claim it is long",
-        "the river is very long",
-    ]
+    assert bigbench.client_texts(record) == [whole, "the river is very long"]
 
 
 # --- records
 
 
 def test_to_record_takes_the_single_best_choice():
-    record = bigbench.to_record(
-        {"input": " How? ", "target_scores": {"yes": 0, "no ": 1}}, "t", "Q: {input}\nA:"
-    )
-    assert record == {
+    example = {"input": " How? ", "target_scores": {"yes": 0, "no ": 1}}
+    wanted = {
         "source": "t",
         "input": "How?",
         "prompt": "Q: How?\nA:",
         "answer": " no",
         "choices": [" yes", " no"],
     }
+    assert to_record(example, "t", "Q: {input}\nA:") == wanted
 
 
 def test_to_record_gives_a_generation_task_its_choices_and_leaves_out_other_targets():
-    record = bigbench.to_record({"input": "x", "target": ["b"]}, "t", "{input}", ["a", "b"])
-    assert record["choices"] == [" a", " b"] and record["answer"] == " b"
-    assert bigbench.to_record({"input": "x", "target": ["a", "b"]}, "t", "{input}", ["a", "b"]) is None
-    assert bigbench.to_record({"input": "x", "target": ["c"]}, "t", "{input}", ["a", "b"]) is None
+    made = [
+        to_record({"input": "x", "target": target}, "t", "{input}", ["a", "b"])
+        for target in (["b"], ["a", "b"], ["c"])
+    ]
+    assert made[0]["choices"] == [" a", " b"] and made[0]["answer"] == " b" and made[1:] == [None, None]
 
 
 @pytest.mark.parametrize("target", ["a word", ["a word", "another"]])
 def test_to_record_takes_the_first_target(target):
-    assert bigbench.to_record({"input": "x", "target": target}, "t", "{input}") == {
-        "source": "t",
-        "input": "x",
-        "prompt": "x",
-        "answer": " a word",
-    }
+    wanted = {"source": "t", "input": "x", "prompt": "x", "answer": " a word"}
+    assert to_record({"input": "x", "target": target}, "t", "{input}") == wanted
 
 
-@pytest.mark.parametrize(
-    "example",
-    [
-        {"input": "x", "target_scores": {"yes": 1, "no": 1}},
-        {"input": "x", "target": "  "},
-        {"input": "x" * (bigbench.MAX_CHARS + 1), "target": "y"},
-        {"input": "x", "target": "y" * (bigbench.MAX_ANSWER_CHARS + 1)},
-    ],
-    ids=["two best", "no answer", "long prompt", "long answer"],
-)
-def test_to_record_leaves_out(example):
-    assert bigbench.to_record(example, "t", "{input}") is None
+LEFT_OUT = {
+    "two best": {"input": "x", "target_scores": {"yes": 1, "no": 1}},
+    "no answer": {"input": "x", "target": "  "},
+    "long prompt": {"input": "x" * (bigbench.MAX_CHARS + 1), "target": "y"},
+    "long answer": {"input": "x", "target": "y" * (bigbench.MAX_ANSWER_CHARS + 1)},
+}
+
+
+@pytest.mark.parametrize("why", LEFT_OUT)
+def test_to_record_leaves_out(why):
+    assert to_record(LEFT_OUT[why], "t", "{input}") is None
 
 
 # --- splits
 
-
-def client_records(count, rng):
-    """VitaminC's kind: every passage and every claim stands in several records."""
-    field = lambda kind: f"{kind} number {rng.randrange(count // 2)} says something of substance"  # noqa: E731
-    return [{"input": f"Passage: {field('passage')}\nClaim: {field('claim')}"} for _ in range(count)] + [
-        None
-    ] * 5
+SIZES = {"train": 30, "validation": 10, "test": 20}
 
 
-def fields_of(records):
-    return {field for record in records for field in bigbench.client_texts(record)}
+def split(name, seed, count=400):
+    """Parts of VitaminC's kind of records: every passage and every claim stands in several."""
+    rng = random.Random(0)
+    number = lambda: rng.randrange(count // 2)  # noqa: E731
+    text = "Passage: passage number {} says something of substance\nClaim: claim number {} says something of substance"
+    records = [{"input": text.format(number(), number())} for _ in range(count)]
+    return bigbench.split_client(name, records + [None] * 5, SIZES, seed)
 
 
-def test_splits_are_disjoint_and_share_no_field():
-    records = client_records(400, random.Random(0))
-    parts = bigbench.split_client("intent", records, {"train": 30, "validation": 10, "test": 20}, 0)
-    assert {name: len(part) for name, part in parts.items()} == {"train": 30, "validation": 10, "test": 20}
-    everything = [record for part in parts.values() for record in part]
-    for i, a in enumerate(everything):
-        for b in everything[i + 1 :]:
-            assert not set(bigbench.client_texts(a)) & set(bigbench.client_texts(b))
+def records_of(parts):
+    return list(chain.from_iterable(parts.values()))
 
 
-def test_splits_are_those_of_their_seed():
-    records = client_records(400, random.Random(0))
-    sizes = {"train": 30, "validation": 10, "test": 20}
-    first = bigbench.split_client("intent", records, sizes, 0)
-    assert bigbench.split_client("intent", records, sizes, 0) == first
-    assert (
-        bigbench.split_client("intent", records, sizes, 1) != first
-        and bigbench.split_client("hotels", records, sizes, 0) != first
-    )
+def test_splits_are_disjoint_share_no_field_and_are_those_of_their_seed():
+    parts = split("intent", 0)
+    assert {name: len(part) for name, part in parts.items()} == SIZES
+    for a, b in combinations(records_of(parts), 2):
+        assert not set(bigbench.client_texts(a)) & set(bigbench.client_texts(b))
+    assert split("intent", 0) == parts != split("intent", 1) and split("hotels", 0) != parts
 
 
 def test_a_client_that_is_too_small_is_refused():
-    records = client_records(40, random.Random(0))
-    with pytest.raises(
-        UserError, match=r"client intent: \d+ distinct usable records, 60 asked for .*--train-size 30"
-    ):
-        bigbench.split_client("intent", records, {"train": 30, "validation": 10, "test": 20}, 0)
+    with pytest.raises(UserError, match=r"client intent: \d+ distinct .*60 asked for .*--train-size 30"):
+        split("intent", 0, count=40)
 
 
 # --- the public set
 
 
-def raw_tasks(per_task=40):
-    names = [
-        task if not task.endswith("*") else f"natural_instructions/subtask{i}"
-        for i in (1, 2, 3)
-        for task in (bigbench.PUBLIC if i == 1 else ["natural_instructions/*"])
-    ]
-    words = lambda name: re.sub(r"\W|\d", " ", name)  # noqa: E731
-    return {
-        name: [
-            {"input": f"{words(name)} {name[-1]} question {i} and more", "target": f"answer {i}"}
-            for i in range(per_task)
-        ]
-        for name in names
-    }
+@pytest.fixture
+def examples():
+    """Forty examples of every public task."""
+    names = [task for task in bigbench.PUBLIC if not task.endswith("*")]
+    made = {}
+    for name in [*names, *(f"natural_instructions/subtask{i}" for i in (1, 2, 3))]:
+        words = re.sub(r"\W|\d", " ", name)
+        texts = [f"{words} {name[-1]} question {i} and more" for i in range(40)]
+        made[name] = [{"input": text, "target": f"answer {i}"} for i, text in enumerate(texts)]
+    return made
 
 
-def test_no_public_record_contains_a_clients_text():
-    raw = raw_tasks()
+def normalised(records):
+    return [bigbench.normalise(record["prompt"] + record["answer"]) for record in records]
+
+
+def test_no_public_record_contains_a_clients_text(examples):
     private = "guests were happy with the breakfast"
-    raw["strategyqa"][3]["input"] = f"He wrote: '{private.upper()}', and left."
-    raw["tense"][5]["target"] = private
-    raw["cryptonite"][7]["input"] = private.replace("happy", "unhappy")  # no copy
-    records = bigbench.public_records(raw, bigbench.containment_filter([private]), 700)
-    texts = [bigbench.normalise(record["prompt"] + record["answer"]) for record in records]
-    assert len(records) == 700 and not any(private in text for text in texts)
-    with_them = bigbench.public_records(raw, lambda text: False, 900)
-    assert any(private in bigbench.normalise(record["prompt"] + record["answer"]) for record in with_them)
+    examples["strategyqa"][3]["input"] = f"He wrote: '{private.upper()}', and left."
+    examples["tense"][5]["target"] = private
+    examples["cryptonite"][7]["input"] = private.replace("happy", "unhappy")  # no copy
+    examples["natural_instructions/subtask0"] = [{"input": private}]
+    records = bigbench.public_records(700, Archive(examples, ["natural_instructions/subtask0"]))
+    assert len(records) == 700 and not any(private in text for text in normalised(records))
+    del examples["natural_instructions/subtask0"]
+    assert any(private in text for text in normalised(bigbench.public_records(900, Archive(examples, []))))
 
 
-def test_public_records_have_distinct_prompts_and_every_source():
-    raw = raw_tasks()
-    raw["tense"] = raw["tense"] + raw["tense"]
-    records = bigbench.public_records(raw, lambda text: False, 600)
-    prompts = [bigbench.normalise(record["prompt"]) for record in records]
-    assert len(set(prompts)) == 600 and {record["source"] for record in records} == set(raw)
-    assert records == bigbench.public_records(raw, lambda text: False, 600)
-
-
-def test_a_public_set_that_is_too_large_is_refused():
+def test_public_records_have_distinct_prompts_and_every_source(examples):
+    examples["tense"] *= 2
+    records = bigbench.public_records(600, Archive(examples, []))
+    assert len({bigbench.normalise(record["prompt"]) for record in records}) == 600
+    assert {record["source"] for record in records} == set(examples)
+    assert records == bigbench.public_records(600, Archive(examples, []))
     with pytest.raises(UserError, match="--public-size 100000: only"):
-        bigbench.public_records(raw_tasks(), lambda text: False, 100_000)
+        bigbench.public_records(100_000, Archive(examples, []))
 
 
 @pytest.fixture(scope="module")
 def real():
-    """The real archive with the default's sizes, for two seeds."""
+    """The public set of the real archive, and its clients with the default's sizes for two random seeds."""
     try:
         fetch.fetch(**fetch.BIGBENCH)
     except UserError as error:
         pytest.skip(f"BIG-bench is not to be had: {error}")
-    sizes, read, kept = {"train": 400, "validation": 80, "test": 200}, bigbench.read_members, []
-
-    def read_once(archive, wanted):  # unpacking the archive is most of the time
-        kept.extend([] if kept else read(archive, wanted))
-        return kept
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bigbench, "read_members", read_once)
-        return [bigbench.load_bigbench(list(bigbench.CLIENTS), sizes, 6000, seed) for seed in (0, 1)]
+    archive, clients = bigbench.read_archive({}, bigbench.CLIENTS), bigbench.CLIENTS.items()
+    sizes = {"train": 400, "validation": 80, "test": 200}
+    seeds = [{name: task.load(name, sizes, seed, archive) for name, task in clients} for seed in (0, 1)]
+    return bigbench.public_records(6000, archive), seeds, sizes
 
 
 @pytest.mark.slow
 def test_real_sizes_and_lengths(real):
-    public, parts = real[0]
-    assert len(public) >= 5000 and set(parts) == set(bigbench.CLIENTS)
-    for client in parts.values():
-        assert {name: len(part) for name, part in client.items()} == {
-            "train": 400,
-            "validation": 80,
-            "test": 200,
-        }
-        for record in (record for part in client.values() for record in part):
-            assert record["answer"] in record["choices"] and 2 <= len(set(record["choices"])) == len(
-                record["choices"]
-            )
-    for record in public + [
-        record for client in parts.values() for part in client.values() for record in part
-    ]:
-        assert (
-            len(record["prompt"]) <= bigbench.MAX_CHARS
-            and 1 < len(record["answer"]) <= bigbench.MAX_ANSWER_CHARS + 1
-        )
-    assert len({bigbench.normalise(record["prompt"]) for record in public}) == len(public)
+    public, (clients, _), sizes = real
+    assert len({bigbench.normalise(record["prompt"]) for record in public}) == len(public) == 6000
+    for record in public + [record for parts in clients.values() for record in records_of(parts)]:
+        assert len(record["prompt"]) <= bigbench.MAX_CHARS
+        assert 1 < len(record["answer"]) <= bigbench.MAX_ANSWER_CHARS + 1
+    for parts in clients.values():
+        assert {name: len(part) for name, part in parts.items()} == sizes
+        for record in records_of(parts):
+            choices = record["choices"]
+            assert record["answer"] in choices and 2 <= len(set(choices)) == len(choices)
 
 
 @pytest.mark.slow
 def test_real_clients_are_disjoint_with_distinct_splits_a_seed(real):
-    for _, parts in real:
-        for client in parts.values():
-            everything = [record for part in client.values() for record in part]
-            # no field twice
-            assert len(fields_of(everything)) == sum(
-                len(set(bigbench.client_texts(record))) for record in everything
-            )
+    _, seeds, _ = real
+    for parts in chain.from_iterable(clients.values() for clients in seeds):
+        fields = [set(bigbench.client_texts(record)) for record in records_of(parts)]
+        assert len(set().union(*fields)) == sum(map(len, fields))  # no field twice
     for name in bigbench.CLIENTS:
-        assert real[0][1][name]["test"] != real[1][1][name]["test"]
-
-
-@pytest.mark.slow
-def test_the_real_public_set_is_the_same_for_every_seed(real):
-    assert real[0][0] == real[1][0]
+        assert seeds[0][name]["test"] != seeds[1][name]["test"]
 
 
 @pytest.mark.slow
 def test_no_real_public_text_contains_a_clients_text(real):
     """Checked without the filter: by plain `in`, each field of each client record in all public texts at once."""
-    public = "\n".join(
-        f" {bigbench.normalise(record['prompt'] + record['answer'])} " for record in real[0][0]
-    )
-    checked = 0
-    for _, parts in real:
-        for record in (record for client in parts.values() for part in client.values() for record in part):
-            for text in [
-                record["input"],
-                *(
-                    line.split(": ", 1)[-1]
-                    for line in record["input"].replace(" (Answer: ", "\n").splitlines()
-                ),
-            ]:
-                text = " ".join(re.findall(r"\w+", text.lower()))
-                if len(text.split()) >= bigbench.MIN_WORDS:
-                    assert f" {text} " not in public, text
-                    checked += 1
-    assert checked > 4000
+    public = "\n".join(f" {text} " for text in normalised(real[0]))
+    texts = set()
+    for record in chain.from_iterable(records_of(parts) for clients in real[1] for parts in clients.values()):
+        fields = record["input"].replace(" (Answer: ", "\n").splitlines()
+        texts |= {record["input"], *(field.split(": ", 1)[-1] for field in fields)}
+    words = [re.findall(r"\w+", text.lower()) for text in texts]
+    checked = [" ".join(text) for text in words if len(text) >= bigbench.MIN_WORDS]
+    assert len(checked) > 2500
+    assert [text for text in checked if f" {text} " in public] == []
 
 
 # --- the statistics

@@ -41,7 +41,7 @@ def prose(page):
 
 
 def script_and_flags(command):
-    """("tests/run.sh", ["--flag"]) of a command that runs a script of this project; None for any other program."""
+    """("tests/run.sh", ["--flag"]) of a command that runs a script of this project; else None."""
     words = shlex.split(command, comments=True)
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # QUICK=1 bash run_all.sh
         words.pop(0)

@@ -49,7 +49,7 @@ def test_nothing_is_pickled_and_nothing_half_written_is_left(finished):
 
 
 def test_training_on_separable_data_helps(finished):
-    """Experts (each on its own data) and MetaMoE (on all) are far above the random seed model: the stages learn."""
+    """Experts (each on its own data) and MetaMoE (on all) are far above the untrained seed model."""
     rows = {row["model"]: row for row in read_json(finished[0] / "results.json")["rows"]}
     for name in CLIENTS:
         losses = read_json(finished[0] / "clients" / name / "experts" / "private" / "losses.json")

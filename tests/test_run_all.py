@@ -12,7 +12,7 @@ DATASETS = ("oxford_pets", "oxford_flowers", "eurosat", "imagenet")
 
 
 def run_all(tmp_path, *args, gpu=False, **environment):
-    """Output and exit code; PYTHON is one that does not run, so nothing after the choice does. `gpu`: what nvidia-smi would say."""
+    """Output and exit code. PYTHON does not run: nothing after the choice does. gpu: what nvidia-smi says."""
     (tmp_path / "bin").mkdir(exist_ok=True)
     smi = tmp_path / "bin" / "nvidia-smi"
     says = "echo 'GPU 0: a GPU'" if gpu else "echo 'No devices were found'; exit 6"

@@ -24,7 +24,7 @@ def proxies(run_dir, client, rule):
 
 
 def test_the_fixtures_layout_is_that_of_write_data(tmp_path, seed_model, pristine, monkeypatch):
-    """The run directory of these tests is what select_proxies.py makes of an archive (here a synthetic one)."""
+    """The run directory of these tests is what select_proxies.py makes of a (here synthetic) archive."""
     synthetic_archive(monkeypatch)
     run_dir = tmp_path / "run"
     assert stage("select_proxies", run_dir, "--seed-model", seed_model, *SIZE_FLAGS).code == 0

@@ -26,11 +26,8 @@ FEW = ["--candidates", "24", "--proxies", "6"]
 
 
 def question(i, word="red"):
-    return {
-        "prompt": f"Is thing {i} {word}?\nAnswer:",
-        "choices": ["yes", "no", f"{word} indeed"],
-        "answer": "no",
-    }
+    prompt = f"Is thing {i} {word}?\nAnswer:"
+    return {"prompt": prompt, "choices": ["yes", "no", f"{word} indeed"], "answer": "no"}
 
 
 def instruction(i, word="red"):
@@ -38,12 +35,28 @@ def instruction(i, word="red"):
 
 
 def write_lines(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    with open(path, "w") as file:
+        for row in rows:
+            file.write((row if isinstance(row, str) else json.dumps(row)) + "\n")
     return path
 
 
 def load(path, sizes=SHARES, seed=0, **more):
-    return user.own_text("acme", str(path), sizes, seed, **more)
+    parts = user.own_text("acme", str(path), sizes, seed, **more)
+    return {part: list(records) for part, records in parts.items()}
+
+
+def counts(parts):
+    return [len(parts[part]) for part in ("train", "validation", "test")]
+
+
+def state(run_dir):
+    """What a run directory holds, less clocks and the flags of the last command."""
+    return drive.snapshot(run_dir, "timing.json", "settings.json")
+
+
+def done_of(run_dir, name):
+    return read_json(run_dir / "clients" / name / "private" / "done.json")
 
 
 # --- lazy records
@@ -58,25 +71,21 @@ def written(tmp_path):
 
 def test_lazy_records_are_used_as_a_list_is(written):
     rows, records = written
-    assert len(records) == 20 and list(records) == rows and [records[i] for i in range(20)] == rows
-    assert records[-1] == rows[-1] and records[np.int64(3)] == rows[3] and records[:0] == [] and bool(records)
-    for part in (slice(2, 9), slice(None, None, -3), slice(-4, None), slice(15, 99)):
-        assert records[part] == rows[part]
-    for index in (20, -21):
-        with pytest.raises(IndexError):
-            records[index]
-    more = records + [{"n": 20}] + [{"n": 21}]
-    assert (
-        len(more) == 22
-        and list(more) == [*rows, {"n": 20}, {"n": 21}]
-        and more[-1] == {"n": 21}
-        and more[18:21] == [*rows[18:], {"n": 20}]
-    )
-    assert len(records) == 20
-    again = pickle.loads(pickle.dumps(more))
-    assert list(again) == list(more) and len(pickle.dumps(more)) < 1000
-    # two readers at once
-    assert list(zip(records, records, strict=False)) == list(zip(rows, rows, strict=False))
+    more, longer = records + [{"n": 20}] + [{"n": 21}], [*rows, {"n": 20}, {"n": 21}]
+    for lazy, plain in ((records, rows), (more, longer)):
+        assert len(lazy) == len(plain) and list(lazy) == plain and bool(lazy)
+        for index in (*range(len(plain)), -1, np.int64(3)):
+            assert lazy[index] == plain[index]
+        parts = slice(2, 9), slice(None, None, -3), slice(-4, None), slice(15, 99), slice(18, 21), slice(0)
+        assert [lazy[part] for part in parts] == [plain[part] for part in parts]
+        for index in (len(plain), -len(plain) - 1):
+            with pytest.raises(IndexError):
+                lazy[index]
+    again = pickle.dumps(more)
+    assert list(pickle.loads(again)) == longer and len(again) < 1000
+    assert list(zip(records, records, strict=True)) == list(
+        zip(rows, rows, strict=True)
+    )  # two readers at once
 
 
 def test_lazy_records_of_chosen_lines_and_of_nothing(tmp_path, written):
@@ -112,11 +121,8 @@ def test_windows_give_the_features_of_one_pass(seed_model, monkeypatch):
     "raw, prompt, answer",
     [
         ({"prompt": "Q: why?\nA:", "response": "so"}, "Q: why?\nA:", " so"),
-        (
-            {"prompt": "Q: why?\nA: ", "response": "so \n"},
-            "Q: why?\nA:",
-            " so",
-        ),  # the same text: tokenizers take a space with the word after it
+        # the same text: tokenizers take a space with the word after it
+        ({"prompt": "Q: why?\nA: ", "response": "so \n"}, "Q: why?\nA:", " so"),
         ({"prompt": "def f(x):\n", "response": "    return x"}, "def f(x):\n", "    return x"),
         ({"prompt": "Translate.\n", "response": "ja"}, "Translate.\n", "ja"),
         ({"prompt": "A poem:", "response": "\n\nRoses"}, "A poem:", "\n\nRoses"),
@@ -124,12 +130,8 @@ def test_windows_give_the_features_of_one_pass(seed_model, monkeypatch):
     ],
 )
 def test_an_instruction_is_used_as_it_is_written(raw, prompt, answer):
-    assert user.own_record(raw, "s") == {
-        "source": "s",
-        "input": raw["prompt"].strip(),
-        "prompt": prompt,
-        "answer": answer,
-    }
+    record = {"source": "s", "input": raw["prompt"].strip(), "prompt": prompt, "answer": answer}
+    assert user.own_record(raw, "s") == record
 
 
 @pytest.mark.parametrize(
@@ -143,9 +145,7 @@ def test_an_instruction_is_used_as_it_is_written(raw, prompt, answer):
 )
 def test_an_answer_is_a_choices_text_or_its_index(raw, answer, choices):
     record = user.own_record(raw, "s")
-    assert (
-        record["answer"] == answer and record["choices"] == choices and record["answer"] in record["choices"]
-    )
+    assert record["answer"] == answer and record["choices"] == choices and answer in choices
 
 
 BAD = {
@@ -177,7 +177,7 @@ def test_the_first_bad_record_is_named(tmp_path, line, capsys):
     with pytest.raises(UserError) as error:
         load(path)
     assert f"{path}, line 62: {BAD[line]}" in str(error.value) and "--skip-bad-records" in str(error.value)
-    assert sum(len(part) for part in load(path, skip_bad=True).values()) == 60
+    assert sum(counts(load(path, skip_bad=True))) == 60
     assert f"2 bad records left out (the first: line 62: {BAD[line]}" in capsys.readouterr().out
 
 
@@ -185,24 +185,28 @@ def test_bytes_that_are_no_text_and_files_of_windows(tmp_path):
     path = tmp_path / "a.jsonl"
     rows = [json.dumps(question(i)) for i in range(60)]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode())
-    assert sum(map(len, load(path).values())) == 60
+    assert sum(counts(load(path))) == 60
     path.write_bytes("\n".join(rows).encode() + b'\n{"prompt": "\xff", "response": "a"}\n')
     with pytest.raises(UserError, match="line 61: not JSON .*utf-8"):
         load(path)
 
 
 def test_too_few_records(tmp_path):
-    path = write_lines(tmp_path / "acme.jsonl", [question(i) for i in range(49)])
-    with pytest.raises(UserError, match="--client acme=.*: 49 usable records, at least 50"):
-        load(path)
-    write_lines(path, [question(0)] * 80)
-    with pytest.raises(UserError, match="80 records with 1 different prompts"):
-        load(path)
-    write_lines(path, [question(i) for i in range(60)])
-    with pytest.raises(UserError, match="too few for --train-size 50.*--test-size 9"):
-        load(path, {"train": 50, "validation": 0, "test": 9})
+    path = tmp_path / "acme.jsonl"
+    for rows, sizes, say in (
+        ([question(i) for i in range(49)], SHARES, "--client acme=.*: 49 usable records, at least 50"),
+        ([question(0)] * 80, SHARES, "80 records with 1 different prompts"),
+        (
+            [question(i) for i in range(60)],
+            SHARES | {"train": 50, "test": 9},
+            "--train-size 50.*--test-size 9",
+        ),
+    ):
+        write_lines(path, rows)
+        with pytest.raises(UserError, match=say):
+            load(path, sizes)
     for wrong in (tmp_path, tmp_path / "nowhere.jsonl"):
-        with pytest.raises(UserError, match=f"--client acme={wrong}: no such file; name one of JSON lines"):
+        with pytest.raises(UserError, match=f"--client acme={wrong}: no such file"):
             load(wrong)
 
 
@@ -212,95 +216,61 @@ def test_too_few_records(tmp_path):
 def test_a_file_is_split_80_10_10_by_the_seed(tmp_path):
     path = write_lines(tmp_path / "acme.jsonl", [question(i) for i in range(200)])
     parts = load(path)
-    assert {part: len(records) for part, records in parts.items()} == {
-        "train": 160,
-        "validation": 20,
-        "test": 20,
-    }
-    prompts = [record["prompt"] for records in parts.values() for record in records]
-    assert (
-        len(set(prompts)) == 200
-        and parts["test"][0]["choices"] == [" yes", " no", " red indeed"]
-        and parts["test"][0]["answer"] == " no"
-    )
-    assert {part: list(records) for part, records in load(path).items()} == {
-        part: list(records) for part, records in parts.items()
-    }
-    assert list(load(path, seed=1)["test"]) != list(parts["test"])
-    explicit = load(path, {"train": 7, "validation": 0, "test": 30})
-    assert {part: len(records) for part, records in explicit.items()} == {
-        "train": 7,
-        "validation": 20,
-        "test": 30,
-    }
+    assert counts(parts) == [160, 20, 20] and parts == load(path)
+    assert len({record["prompt"] for records in parts.values() for record in records}) == 200
+    first = parts["test"][0]
+    assert first["choices"] == [" yes", " no", " red indeed"] and first["answer"] == " no"
+    assert load(path, seed=1)["test"] != parts["test"]
+    assert counts(load(path, {"train": 7, "validation": 0, "test": 30})) == [7, 20, 30]
 
 
 def test_no_prompt_is_in_two_parts(tmp_path):
     rows = [instruction(i // 4) | {"response": f"answer {i}"} for i in range(240)]
     parts = load(write_lines(tmp_path / "acme.jsonl", rows))
-    prompts = [{record["prompt"] for record in records} for records in parts.values()]
-    assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
-    assert (
-        len(parts["validation"]) == len(parts["test"]) == 24
-        and len(parts["train"]) >= 186
-        and "choices" not in parts["train"][0]
-    )
+    prompts = [
+        record["prompt"]
+        for records in parts.values()
+        for record in {r["prompt"]: r for r in records}.values()
+    ]
+    assert len(set(prompts)) == len(prompts) and "choices" not in parts["train"][0]
+    assert counts(parts)[1:] == [24, 24] and len(parts["train"]) >= 186
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder CLASS/IMAGE: 60 cats, 30 dogs, 2 emus."""
+    """A folder CLASS/IMAGE: 60 cats, 30 dogs, 2 emus, and a file beside them."""
     for label, count in (("Cat", 60), ("small_dog", 30), ("emu", 2)):
         (tmp_path / "photos" / label).mkdir(parents=True)
         for i in range(count):
             Image.new("RGB", (8, 6), (i, 2 * i, count)).save(tmp_path / "photos" / label / f"{i}.png")
+    (tmp_path / "photos" / "list.txt").touch()
     return tmp_path / "photos"
 
 
 def test_a_folder_of_images_is_split_with_every_class_alike(photos, capsys):
-    load = lambda sizes=SHARES, **more: user.own_images("zoo", str(photos), sizes, 0, **more)  # noqa: E731
+    def load(path=photos, sizes=SHARES, **more):
+        return user.own_images("zoo", str(path), sizes, 0, **more)
+
     parts = load()
-    counts = {
-        part: [sum(r["answer"] == name for r in records) for name in ("cat", "small dog", "emu")]
-        for part, records in parts.items()
-    }
-    assert {part: len(records) for part, records in parts.items()} == {
-        "train": 74,
-        "validation": 9,
-        "test": 9,
-    }
-    assert all(
-        abs(counts[part][0] - 6) <= 1 and abs(counts[part][1] - 3) <= 1 for part in ("validation", "test")
-    )
-    assert len({r["image"] for records in parts.values() for r in records}) == 92
-    assert (
-        parts["train"][0]["choices"] == ["cat", "emu", "small dog"]
-        and parts["train"][0]["source"] == "zoo"
-        and parts == load()
-    )
-    assert [len(part) for part in load({"train": 20, "validation": 0, "test": 40}).values()] == [20, 9, 40]
+    assert counts(parts) == [74, 9, 9] and parts == load()
+    for part in ("validation", "test"):
+        answers = [record["answer"] for record in parts[part]]
+        assert abs(answers.count("cat") - 6) <= 1 and abs(answers.count("small dog") - 3) <= 1
+    assert len({record["image"] for records in parts.values() for record in records}) == 92
+    first = parts["train"][0]
+    assert first["choices"] == ["cat", "emu", "small dog"] and first["source"] == "zoo"
+    assert counts(load(sizes={"train": 20, "validation": 0, "test": 40})) == [20, 9, 40]
     (photos / "Cat" / "7.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="client zoo: bad image .*7.png"):
         load()
-    assert (
-        sum(map(len, load(skip_bad=True).values())) == 91
-        and "1 bad images left out (the first:" in capsys.readouterr().out
-    )
-    for wrong, say in (
-        (photos / "Cat", "holds no images in CLASS/"),
-        (photos.parent, "1 classes"),
-        (photos / "none", "no such folder"),
-    ):
-        (photos.parent / "photos" / "list.txt").touch()
+    assert sum(counts(load(skip_bad=True))) == 91
+    assert "1 bad images left out (the first:" in capsys.readouterr().out
+    one = photos.parent / "one"
+    shutil.copytree(photos / "Cat", one / "Cat")
+    says = {photos / "Cat": "holds no images in CLASS/", one: "1 classes", photos / "none": "no such folder"}
+    for wrong, say in says.items():
         with pytest.raises(UserError, match=say):
-            user.own_images("zoo", str(wrong), SHARES, 0) if say != "1 classes" else user.own_images(
-                "zoo", str(one_class(photos)), SHARES, 0
-            )
-
-
-def one_class(photos):
-    shutil.copytree(photos / "Cat", photos.parent / "one" / "Cat")
-    return photos.parent / "one"
+            load(wrong)
 
 
 def test_image_clients_and_public_set_of_ones_own(photos, tmp_path):
@@ -312,25 +282,15 @@ def test_image_clients_and_public_set_of_ones_own(photos, tmp_path):
         "clients": ["zoo"],
         "candidates": 20,
         "proxies": 4,
-        "public_size": 0,
-        "train_size": 0,
-        "validation_size": 0,
-        "test_size": 0,
-        "sources": {"root": None, "public": str(photos)},
-        "own": {"zoo": {"path": str(photos)} | SHARES},
     }
-    federation.write_data(tmp_path / "run", run, *federation.read_data(tmp_path / "run", run))
-    assert read_json(tmp_path / "run" / "clients" / "zoo" / "private" / "done.json") == {
-        "seed": 0,
-        "train": 74,
-        "validation": 9,
-        "test": 9,
-    }
-    assert (
-        read_json(tmp_path / "run" / "public" / "classes.json") == ["cat", "emu", "small dog"]
-        and len(read_records(tmp_path / "run" / "public" / "records.jsonl")) == 92
-    )
-    assert read_json(tmp_path / "run" / "run.json") == run
+    run |= dict.fromkeys(("public_size", "train_size", "validation_size", "test_size"), 0)
+    run |= {"sources": {"root": None, "public": str(photos)}, "own": {"zoo": {"path": str(photos)} | SHARES}}
+    run_dir = tmp_path / "run"
+    federation.write_data(run_dir, run, *federation.read_data(run_dir, run))
+    assert done_of(run_dir, "zoo") == {"seed": 0, "train": 74, "validation": 9, "test": 9}
+    assert read_json(run_dir / "public" / "classes.json") == ["cat", "emu", "small dog"]
+    assert len(read_records(run_dir / "public" / "records.jsonl")) == 92
+    assert read_json(run_dir / "run.json") == run
 
 
 # --- the command line
@@ -341,124 +301,86 @@ def files(tmp_path):
     """Two private files, of both kinds, and a public one of both."""
     write_lines(tmp_path / "acme.jsonl", [question(i) for i in range(60)])
     write_lines(tmp_path / "brick.jsonl", [instruction(i, "blue") for i in range(80)])
-    write_lines(
-        tmp_path / "public.jsonl",
-        [question(i, "green") if i % 2 else instruction(i, "grey") for i in range(70)],
-    )
+    both = [question(i, "green") if i % 2 else instruction(i, "grey") for i in range(70)]
+    write_lines(tmp_path / "public.jsonl", both)
     return tmp_path
 
 
 @pytest.fixture
 def new_run(files, seed_model):
     """Flags of a new run on the files."""
-    return [
-        "--seed-model",
-        seed_model,
-        "--client",
-        f"acme={files}/acme.jsonl",
-        "--client",
-        f"brick={files}/brick.jsonl",
-        "--public",
-        f"{files}/public.jsonl",
-        *FEW,
-    ]
+    clients = ["--client", f"acme={files}/acme.jsonl", "--client", f"brick={files}/brick.jsonl"]
+    return ["--seed-model", seed_model, *clients, "--public", f"{files}/public.jsonl", *FEW]
 
 
 def test_own_clients_and_public_set_from_nothing(files, new_run):
-    result = stage("select_proxies", files / "run", *new_run)
+    run_dir, acme = files / "run", f"acme={files}/acme.jsonl"
+    result = stage("select_proxies", run_dir, *new_run)
     assert result.code == 0, result.err
-    run = read_json(files / "run" / "run.json")
-    assert (
-        run["clients"] == ["acme", "brick"]
-        and run["own"]["brick"] == {"path": f"{files}/brick.jsonl"} | SHARES
-        and run["public_size"] == 0
-    )
-    assert [
-        read_json(files / "run" / "clients" / name / "private" / "done.json")["train"]
-        for name in run["clients"]
-    ] == [48, 64]
-    public = read_records(files / "run" / "public" / "records.jsonl")
-    assert public[0] == {
-        "source": "public",
-        "input": "Describe the grey thing number 0.",
-        "prompt": "Describe the grey thing number 0.",
-        "answer": " It is grey, and 0 tall.",
-    }
-    assert len(public) == 70 and public[1]["answer"] == " no"
-    before = drive.snapshot(files / "run")
-    assert stage("select_proxies", files / "run", *new_run).out.count("skipped") == 2
-    assert stage("select_proxies", files / "run", "--client", "brick").out.count("skipped") == 1
-    assert drive.snapshot(files / "run") == before
-    assert "own" in refused("select_proxies", files / "run", *new_run, "--train-size", "20")
-    assert "clients" in refused("select_proxies", files / "run", "--client", f"acme={files}/acme.jsonl")
-    assert "nobody" in refused("select_proxies", files / "run", "--client", "nobody")
-    result = stage("train_expert", files / "run", "--epochs", "1", "--rank", "2")
+    run = read_json(run_dir / "run.json")
+    assert run["clients"] == ["acme", "brick"] and run["public_size"] == 0
+    assert run["own"]["brick"] == {"path": f"{files}/brick.jsonl"} | SHARES
+    assert [done_of(run_dir, name)["train"] for name in run["clients"]] == [48, 64]
+    public = read_records(run_dir / "public" / "records.jsonl")
+    prompt = "Describe the grey thing number 0."
+    first = {"source": "public", "input": prompt, "prompt": prompt, "answer": " It is grey, and 0 tall."}
+    assert public[0] == first and len(public) == 70 and public[1]["answer"] == " no"
+    before = state(run_dir)
+    assert stage("select_proxies", run_dir, *new_run).out.count("skipped") == 2
+    assert stage("select_proxies", run_dir, "--client", "brick").out.count("skipped") == 1
+    assert state(run_dir) == before
+    assert "own" in refused("select_proxies", run_dir, *new_run, "--train-size", "20")
+    assert "clients" in refused("select_proxies", run_dir, "--client", acme)
+    assert "nobody" in refused("select_proxies", run_dir, "--client", "nobody")
+    result = stage("train_expert", run_dir, "--epochs", "1", "--rank", "2")
     assert result.code == 0 and "48 private + 6 proxies" in result.out, result.err
 
 
 def test_own_clients_take_the_backbones_public_set(files, seed_model, monkeypatch):
     synthetic_archive(monkeypatch)
-    flags = [
-        "--seed-model",
-        seed_model,
-        "--clients",
-        "intent",
-        "--client",
-        f"acme={files}/acme.jsonl",
-        "--public-size",
-        "48",
-        *FEW,
-        "--test-size",
-        "5",
-    ]
-    result = stage("select_proxies", files / "run", *flags, "--client", "acme")
+    run_dir = files / "run"
+    flags = ["--seed-model", seed_model, "--clients", "intent", "--client", f"acme={files}/acme.jsonl"]
+    flags += ["--public-size", "48", *FEW, "--test-size", "5"]
+    result = stage("select_proxies", run_dir, *flags, "--client", "acme")
     assert "--train-size 400" in result.err  # intent's own preset, more than the small archive has
-    result = stage("select_proxies", files / "run", *flags, "--train-size", "20", "--validation-size", "4")
+    result = stage("select_proxies", run_dir, *flags, "--train-size", "20", "--validation-size", "4")
     assert result.code == 0, result.err
-    done = {
-        name: read_json(files / "run" / "clients" / name / "private" / "done.json")
-        for name in ("intent", "acme")
-    }
-    assert done == {
-        "intent": {"seed": 0, "train": 20, "validation": 4, "test": 5},
-        "acme": {"seed": 0, "train": 20, "validation": 4, "test": 5},
-    }
-    assert len(read_records(files / "run" / "public" / "records.jsonl")) == 48
+    for name in ("intent", "acme"):
+        assert done_of(run_dir, name) == {"seed": 0, "train": 20, "validation": 4, "test": 5}
+    public = run_dir / "public" / "records.jsonl"
+    assert len(read_records(public)) == 48
+    before = public.read_bytes()
+    result = stage("select_proxies", run_dir, "--join", "hotels")
+    assert result.code == 0 and public.read_bytes() == before, result.err
+
+
+ACME = "--client acme=FILES/acme.jsonl"
 
 
 @pytest.mark.parametrize(
     "flags, say",
     [
-        (["--client", "acme=FILES/nowhere.jsonl"], "--client acme="),
-        (["--client", "acme=FILES/acme.jsonl", "--client", "acme=FILES/brick.jsonl"], "each NAME once"),
-        (["--client", "a/b=FILES/acme.jsonl"], "--client a/b="),
-        (["--client", "acme="], "--client acme="),
-        (["--client", "acme=FILES/acme.jsonl", "--clients", "acme"], "--clients acme: unknown"),
-        (["--client", "acme=FILES/acme.jsonl", "--test-size", "-1"], "--test-size -1"),
-        (["--client", "acme=FILES/acme.jsonl", "--train-size", "60"], "too few for --train-size 60"),
-        (
-            ["--client", "acme=FILES/acme.jsonl", "--candidates", "71"],
-            "--candidates 71 is more than the 70 public samples",
-        ),
-        (["--client", "acme=FILES/acme.jsonl", "--public", "FILES/nowhere.jsonl"], "--public"),
-        (["--client", "acme=FILES/acme.jsonl", "--data", "acme=FILES"], "--client NAME=PATH"),
-        (["--client", "acme=FILES/acme.jsonl", "--public", "FILES/bad.jsonl"], "bad.jsonl, line 3: not JSON"),
-        (["--join", "acme=FILES/acme.jsonl"], "holds no run yet"),
+        ("--client acme=FILES/nowhere.jsonl", "--client acme="),
+        (f"{ACME} --client acme=FILES/brick.jsonl", "each NAME once"),
+        ("--client a/b=FILES/acme.jsonl", "--client a/b="),
+        ("--client acme=", "--client acme="),
+        (f"{ACME} --clients acme", "--clients acme: unknown"),
+        (f"{ACME} --test-size -1", "--test-size -1"),
+        (f"{ACME} --train-size 60", "too few for --train-size 60"),
+        (f"{ACME} --candidates 71", "--candidates 71 is more than the 70 public samples"),
+        (f"{ACME} --public FILES/nowhere.jsonl", "--public"),
+        (f"{ACME} --dataset acme=FILES", "--client NAME=PATH"),
+        (f"{ACME} --public FILES/bad.jsonl", "bad.jsonl, line 3: not JSON"),
+        ("--join acme=FILES/acme.jsonl", "holds no run yet"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_flags_leave_nothing(files, seed_model, flags, say):
-    write_lines(
-        files / "bad.jsonl", [instruction(0), instruction(1), "{"] + [instruction(i) for i in range(60)]
-    )
-    flags = [str(flag).replace("FILES", str(files)) for flag in flags]
-    defaults = [
-        "--seed-model",
-        seed_model,
-        *FEW,
-        *([] if "--public" in flags else ["--public", f"{files}/public.jsonl"]),
-    ]
-    assert say in refused("select_proxies", files / "run", *defaults, *flags, watch=files)
+    rows = [instruction(i) for i in range(60)]
+    write_lines(files / "bad.jsonl", [*rows[:2], "{", *rows])
+    if "--public" not in flags:
+        flags += " --public FILES/public.jsonl"
+    flags = ["--seed-model", seed_model, *FEW, *flags.replace("FILES", str(files)).split()]
+    assert say in refused("select_proxies", files / "run", *flags, watch=files)
 
 
 def test_skipping_bad_records_is_said_on_the_command_line(files, new_run):
@@ -472,19 +394,13 @@ def test_skipping_bad_records_is_said_on_the_command_line(files, new_run):
 # --- a client that joins
 
 
-def test_a_client_joins_and_the_others_work_stays(tmp_path, files, seed_model):
-    run_dir = tmp_path / "run"
+def test_a_client_joins_and_the_others_work_stays(files, seed_model):
+    run_dir, acme = files / "run", f"acme={files}/acme.jsonl"
     tiny.make_run(run_dir, seed_model)
-    few = ["--epochs", "1", "--rank", "2", "--alpha", "4", "--batch-size", "6", "--warmup-steps", "1"]
-    for name, *flags in (
-        ["select_proxies"],
-        ["train_expert", *few],
-        ["unify_moe", "--method", "metamoe"],
-        ["evaluate", "--models", "zeroshot", "metamoe"],
-    ):
-        assert stage(name, run_dir, *flags).code == 0
-    before = drive.snapshot(run_dir)
-    acme = f"acme={files}/acme.jsonl"
+    few = "--epochs 1 --rank 2 --alpha 4 --batch-size 6 --warmup-steps 1".split()
+    assert stage("select_proxies", run_dir).code == 0 and stage("train_expert", run_dir, *few).code == 0
+    assert stage("unify_moe", run_dir, "--method", "metamoe").code == 0
+    before = state(run_dir)
     for flags, say in (
         (["--join", f"hotels={files}/acme.jsonl"], "a client of that name"),
         (["--join", "nobody"], "--join nobody=PATH"),
@@ -495,26 +411,19 @@ def test_a_client_joins_and_the_others_work_stays(tmp_path, files, seed_model):
     ):
         assert say in refused("select_proxies", run_dir, *flags)
     result = stage("select_proxies", run_dir, "--join", acme)
-    assert result.code == 0 and result.out.startswith("select_proxies: acme: 6 of 48"), result.err
-    after = drive.snapshot(run_dir)
-    assert {
-        path
-        for path in before | after
-        if before.get(path) != after.get(path) and not path.startswith("clients/acme/")
-    } == {"run.json"}
+    assert result.code == 0 and "select_proxies: acme: 6 of 48" in result.out, result.err
+    after = state(run_dir)
+    changed = {path for path in before | after if before.get(path) != after.get(path)}
+    assert {path for path in changed if not path.startswith("clients/acme/")} == {"run.json"}
     assert read_json(run_dir / "run.json")["clients"] == [*tiny.CLIENTS, "acme"]
     for again in (acme, "acme", "hotels"):
-        assert (
-            "dpp selection is there already, skipped" in stage("select_proxies", run_dir, "--join", again).out
-        )
-    assert drive.snapshot(run_dir) == after
+        assert "selection is there already, skipped" in stage("select_proxies", run_dir, "--join", again).out
+    assert state(run_dir) == after
     assert "other data" in refused("select_proxies", run_dir, "--join", f"acme={files}/brick.jsonl")
     assert stage("select_proxies", run_dir).out.count("skipped") == 4
     result = stage("train_expert", run_dir, *few)  # the others' experts are theirs still
-    assert (
-        result.out.count("expert is there already, skipped") == 3
-        and "acme: aligned-dpp: 48 private + 6 proxies" in result.out
-    )
+    assert result.out.count("expert is there already, skipped") == 3
+    assert "acme: aligned-dpp: 48 private + 6 proxies" in result.out
     assert "uploads" in refused("unify_moe", run_dir, "--method", "metamoe")
     assert stage("unify_moe", run_dir, "--method", "metamoe", "--force").code == 0
     result = stage("evaluate", run_dir, "--models", "zeroshot", "metamoe")
@@ -522,28 +431,20 @@ def test_a_client_joins_and_the_others_work_stays(tmp_path, files, seed_model):
     assert read_json(run_dir / "results.json")["n"] == dict.fromkeys(tiny.CLIENTS, 16) | {"acme": 6}
 
 
-def test_a_join_that_was_killed_goes_on(tmp_path, files, seed_model):
+def test_a_join_that_was_killed_goes_on(files, seed_model):
     """run.json is written before the client's data: without them the same command makes them."""
-    run_dir = tmp_path / "run"
+    run_dir, join = files / "run", ["--join", f"acme={files}/acme.jsonl"]
     tiny.make_run(run_dir, seed_model)
-    assert (
-        stage("select_proxies", run_dir, "--join", f"acme={files}/acme.jsonl", "--test-size", "9").code == 0
-    )
-    whole = drive.snapshot(run_dir, "timing.json")
+    assert stage("select_proxies", run_dir, *join, "--test-size", "9").code == 0
+    whole = state(run_dir)
     shutil.rmtree(run_dir / "clients" / "acme")
-    assert stage("select_proxies", run_dir, "--join", f"acme={files}/acme.jsonl").code == 0
-    assert (
-        drive.snapshot(run_dir, "timing.json") == whole
-        and read_json(run_dir / "clients" / "acme" / "private" / "done.json")["test"] == 9
-    )
+    assert stage("select_proxies", run_dir, *join).code == 0
+    assert state(run_dir) == whole and done_of(run_dir, "acme")["test"] == 9
     left = {key: value for key, value in read_json(run_dir / "run.json").items() if key != "own"}
     # it had left: all its work is there still
     write_json(run_dir / "run.json", left | {"clients": tiny.CLIENTS})
-    assert (
-        "skipped"
-        in stage("select_proxies", run_dir, "--join", f"acme={files}/acme.jsonl", "--test-size", "9").out
-    )
-    assert drive.snapshot(run_dir, "timing.json") == whole
+    assert "skipped" in stage("select_proxies", run_dir, *join, "--test-size", "9").out
+    assert state(run_dir) == whole
 
 
 # --- large files
@@ -557,8 +458,9 @@ from metamoe import federation
 from metamoe.records import read_records
 folder = Path(sys.argv[1])
 sizes = {"train": 0, "validation": 0, "test": 0}
-run = {"backbone": "smollm2-135m", "seed": 0, "clients": ["acme"], "candidates": 900, "proxies": 150, "public_size": 0, "train_size": 0, "validation_size": 0,
-       "test_size": 0, "sources": {"public": str(folder / "big.jsonl")}, "own": {"acme": {"path": str(folder / "big.jsonl")} | sizes}}
+run = {"backbone": "smollm2-135m", "seed": 0, "clients": ["acme"], "candidates": 900, "proxies": 150}
+run |= {"public_size": 0, "train_size": 0, "validation_size": 0, "test_size": 0}
+run |= {"sources": {"public": str(folder / "big.jsonl")}, "own": {"acme": {"path": str(folder / "big.jsonl")} | sizes}}
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
 federation.write_data(folder / "run", run, *federation.read_data(folder / "run", run))
@@ -572,23 +474,17 @@ print(json.dumps({"before": before, "after": peak()}))
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    """300,000 records as a client and as the public set: as dicts they would take more than 300 MB."""
-    with open(tmp_path / "big.jsonl", "w") as file:
-        for i in range(300_000):
-            file.write(json.dumps(instruction(i)) + "\n")
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, tmp_path],
-        env=tiny.environment(PYTHONPATH=str(tiny.REPO)),
-        capture_output=True,
-        text=True,
-    )
+    """100,000 records as a client and as the public set: as dicts they would take more than 100 MB."""
+    write_lines(tmp_path / "big.jsonl", (instruction(i) for i in range(100_000)))
+    command, where = [sys.executable, "-c", MEASURE, tmp_path], tiny.environment(PYTHONPATH=str(tiny.REPO))
+    done = subprocess.run(command, env=where, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     used = json.loads(done.stdout.splitlines()[-1])
-    assert used["after"] - used["before"] < 60, used
-    assert read_json(tmp_path / "run" / "clients" / "acme" / "private" / "done.json") == {
+    assert used["after"] - used["before"] < 50, used
+    assert done_of(tmp_path / "run", "acme") == {
         "seed": 0,
-        "train": 240_000,
-        "validation": 30_000,
-        "test": 30_000,
+        "train": 80_000,
+        "validation": 10_000,
+        "test": 10_000,
     }
-    assert (tmp_path / "run" / "public" / "records.jsonl").stat().st_size > 40e6
+    assert (tmp_path / "run" / "public" / "records.jsonl").stat().st_size > 13e6

@@ -1,4 +1,4 @@
-"""dpp.py against other ways to the same selection: `python tests/bench_dpp.py` prints tables (5 minutes on two cores; --big: 10 more).
+"""dpp.py against other ways to the same selection: `python tests/bench/bench_dpp.py` prints tables (5 minutes on two cores; --big: 10 more).
 
 The features are those of 300 clusters. Relevance "as a client's" is sigmoid(-9 + 4 s), s a standardised linear score of the features: of the
 logits of the clients of the two embedded defaults the means are -10.7 to -7.6 and the deviations 2.2 to 5.3. Methods: `naive`, a fresh
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dpp import relevance_weighted_dpp  # noqa: E402
 
 
@@ -174,7 +174,7 @@ def big(n, d, k):
         for name, r in (("as a client's", relevance), ("uniform", uniform(n))):
             np.save(f"{folder}/relevance.npy", r)
             done = subprocess.run(
-                [sys.executable, "-c", BIG, str(Path(__file__).resolve().parents[1]), folder, str(k)],
+                [sys.executable, "-c", BIG, str(Path(__file__).resolve().parents[2]), folder, str(k)],
                 capture_output=True,
                 text=True,
                 check=True,

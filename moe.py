@@ -340,9 +340,8 @@ def unify(
     experts: K x {ffn_name: expert of MoELayer}. vectors: K x (L, d), or one (K, L, d). names: of the experts.
     lam, offset: of Router. context: the mode of RoutingState. options: top_k and weighting of MoELayer.
 
-    Afterwards only routers and experts require gradients; model.routing is the RoutingState, model.moe_config
-    describes the model. A language model takes padding from its attention mask. Raises ValueError, naming the
-    argument, where anything disagrees; the model then still has its FFNs.
+    Then only routers and experts require gradients; model.routing and model.moe_config describe the model.
+    Raises ValueError, naming the argument, where anything disagrees; the model then still has its FFNs.
     """
     ffn_names, vectors = list(ffn_names), [torch.as_tensor(v) for v in vectors]
     names = [f"expert{p + 1}" for p in range(len(experts))] if names is None else list(names)

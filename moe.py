@@ -402,6 +402,7 @@ def _inform(model):
         generation.attach(model)
     else:
         base.register_forward_pre_hook(_read_mask, with_kwargs=True)
+        base.register_forward_hook(_forget_mask)
         model.generate = _refuse
 
 
@@ -412,6 +413,11 @@ def _read_mask(module, args, kwargs):
     cache, module.routing.real = given.get("past_key_values"), given.get("attention_mask")
     if cache is not None and cache.get_seq_length():
         _refuse()
+
+
+def _forget_mask(module, args, output):
+    if not torch.is_grad_enabled():  # else a backward that recomputes the forward needs it again
+        module.routing.real = None
 
 
 def _refuse(*args, **kwargs):

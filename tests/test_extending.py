@@ -41,7 +41,7 @@ def example(start):
 
 
 def run(project, *command):
-    environment = tiny.environment(PYTHON=sys.executable, PYTHONDONTWRITEBYTECODE="1")
+    environment = tiny.environment(PYTHON=sys.executable, METAMOE_VENV="", PYTHONDONTWRITEBYTECODE="1")
     program = "bash" if command[0].endswith(".sh") else sys.executable
     done = subprocess.run(
         [program, *map(str, command)],

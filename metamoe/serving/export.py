@@ -37,41 +37,41 @@ def export(run, source, folder, force):
         return
     backbone = load_backbone(run["backbone"], run["seed_model"], "cpu", "bfloat16")
     backbone.model = None  # the weights are wanted as they are stored
-    model = moe.load(
-        source, import_transformers().AutoModelForCausalLM.from_pretrained(backbone.source, dtype="auto")
-    )
-    seed = type(model.config).__name__, type(model).__name__
-    layers = [
-        {
-            key: list(t.shape)
-            for key, t in layer.state_dict().items()
-            if key.startswith(("experts.", "router."))
-        }
-        for layer in moe.layers(model)
-    ]
-    if any(layer != layers[0] for layer in layers):
+    auto = import_transformers().AutoModelForCausalLM
+    model = moe.load(source, auto.from_pretrained(backbone.source, dtype="auto"))
+    shapes = [layer_shapes(layer) for layer in moe.layers(model)]
+    if any(layer != shapes[0] for layer in shapes):
         raise UserError(f"--export {folder}: the experts' shapes differ from layer to layer")
-    # tools pad on the right without a mask, and do not say where a prompt ends: the prefix needs neither
-    context = "none" if model.moe_config["context"] == "none" else "prefix"
     with atomic(folder) as part:
-        model.save_pretrained(part)
+        write_model(model, shapes[0], part)
         backbone.tokenizer.save_pretrained(part)
-        config = read_json(part / "config.json")
-        config |= {
-            "model_type": "metamoe",
-            "architectures": ["MetaMoEForCausalLM"],
-            "moe": model.moe_config | {"context": context, "shapes": layers[0]},
-            "auto_map": {
-                "AutoConfig": "modeling_metamoe.MetaMoEConfig",
-                "AutoModelForCausalLM": "modeling_metamoe.MetaMoEForCausalLM",
-            },
-        }
-        write_json(part / "config.json", config)
-        code = (Path(__file__).parent / "modeling_metamoe.py").read_text()
-        (part / "modeling_metamoe.py").write_text(
-            code.replace("LlamaConfig", seed[0]).replace("LlamaForCausalLM", seed[1])
-        )
-        for module in (moe, generation, seed_model):
-            shutil.copyfile(module.__file__, part / Path(module.__file__).name)
         write_json(part / "done.json", settings)
     print(f"unify_moe: {folder}: {source.name} as a Hugging Face folder, {folder_bytes(folder) / 1e6:.0f} MB")
+
+
+def layer_shapes(layer):
+    """{entry: shape} of what an MoE layer adds to its FFN."""
+    added = {key: t for key, t in layer.state_dict().items() if key.startswith(("experts.", "router."))}
+    return {key: list(t.shape) for key, t in added.items()}
+
+
+def write_model(model, shapes, folder):
+    """Write weights, configuration and code. shapes: `layer_shapes` of each layer."""
+    names = type(model.config).__name__, type(model).__name__
+    model.save_pretrained(folder)
+    # tools pad on the right without a mask, and do not say where a prompt ends: the prefix needs neither
+    context = "none" if model.moe_config["context"] == "none" else "prefix"
+    config = read_json(folder / "config.json")
+    config |= {"model_type": "metamoe", "architectures": ["MetaMoEForCausalLM"]}
+    config["moe"] = model.moe_config | {"context": context, "shapes": shapes}
+    config["auto_map"] = {
+        "AutoConfig": "modeling_metamoe.MetaMoEConfig",
+        "AutoModelForCausalLM": "modeling_metamoe.MetaMoEForCausalLM",
+    }
+    write_json(folder / "config.json", config)
+    code = (Path(__file__).parent / "modeling_metamoe.py").read_text()
+    for own, name in zip(("LlamaConfig", "LlamaForCausalLM"), names, strict=True):
+        code = code.replace(own, name)
+    (folder / "modeling_metamoe.py").write_text(code)
+    for module in (moe, generation, seed_model):
+        shutil.copyfile(module.__file__, folder / Path(module.__file__).name)

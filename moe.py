@@ -125,8 +125,10 @@ class MoELayer(nn.Module):
         k = min(self.top_k, len(self.counts) - len(self.router.disabled))
         pi, chosen = pi.sort(dim=-1, descending=True, stable=True)  # topk promises no order among equals
         pi, chosen = pi[..., :k], chosen[..., :k]
+        if self.weighting == "literal":
+            return chosen, pi
         total = pi.sum(-1, keepdim=True)
-        return chosen, pi / {"literal": 1, "renormalized": total, "stopgrad": total.detach()}[self.weighting]
+        return chosen, pi / (total.detach() if self.weighting == "stopgrad" else total)
 
     def _mix_by_expert(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
         """Eq. 5, one expert after the other: y (N, d) for x (N, d), chosen and weight (N, k)."""

@@ -223,13 +223,12 @@ def select(folder, run, name, settings, features, scores, usable, public):
         print(f"    r = {scores[index]:.3f}  {what!r} -> {public[index]['answer']!r}")
 
 
-def unfinished(folders, settings, force):
+def unfinished(run_dir, folders, settings, force):
     """The clients of {name: folder of its selection} that are to do; `force` removes what they had."""
     with processes().main_process_first():
         todo = [name for name, folder in folders.items() if not finished(folder, settings, force)]
     if force and todo and processes().is_main_process:
-        public = folders[todo[0]].parents[3] / "public"
-        stale = [public / "features.npy", public / ".features.npy"]
+        stale = [run_dir / "public" / name for name in ("features.npy", ".features.npy")]
         for path in stale + [folders[name].parent / "relevance.npy" for name in todo]:
             path.unlink(missing_ok=True)
     for name in folders:
@@ -248,7 +247,7 @@ def main():
     settings = {"seed": run["seed"], "candidates": candidates, "proxies": run["proxies"]}
     settings |= {"selection": args.selection, "dtype": args.dtype}
     folders = {name: run_dir / "clients" / name / "selection" / args.selection for name in names}
-    todo = unfinished(folders, settings, args.force)
+    todo = unfinished(run_dir, folders, settings, args.force)
     if not todo:
         if processes().is_main_process:
             write_data(run_dir, run, None, {})  # a client whose work is there joins (again)

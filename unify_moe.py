@@ -129,9 +129,8 @@ def final_samples(run_dir, run, uploads, settings):
         count, usable = min(len(public), sum(map(len, proxies))), usable_public(run_dir, public)
         chosen = np.random.default_rng([run["seed"], 13]).choice(usable, count, replace=False)
         return [public[i] for i in chosen]
-    print(
-        "unify_moe: THIS MODEL IS TRAINED ON ALL CLIENTS' PRIVATE DATA: the upper bound, not a private method"
-    )
+    warning = "THIS MODEL IS TRAINED ON ALL CLIENTS' PRIVATE DATA: the upper bound, not a private method"
+    print(f"unify_moe: {warning}", flush=True)  # ahead of the training's progress, also in a log
     return [record for part in private_data(run_dir, run) for record in part]
 
 

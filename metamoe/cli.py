@@ -2,14 +2,13 @@
 
 import argparse
 import json
-import re
 import sys
 import textwrap
 
 from metamoe.backbones.base import machine
 from metamoe.backbones.distributed import processes
 from metamoe.errors import UserError
-from metamoe.rundir import write_json
+from metamoe.rundir import is_name, write_json
 
 DATA = ("aligned", "private", "proxies")
 
@@ -59,7 +58,7 @@ def add_training_flags(parser):
 
 def folder_name(text):
     """A flag's value that names a folder."""
-    if not re.fullmatch(r"\w[\w.-]*", text):
+    if not is_name(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no name: letters, digits, '-', '_' and '.'")
     return text
 

@@ -1,14 +1,13 @@
 """Which clients take part in a run, and whose data they bring: run.json from the flags, and the data of each
 party."""
 
-import re
 from pathlib import Path
 
 from metamoe.data.registry import DATASETS, FAMILIES, OWN, datasets_of
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
 from metamoe.records import write_records
-from metamoe.rundir import atomic, check_client, open_run, read_json, write_json
+from metamoe.rundir import atomic, check_client, is_name, open_run, read_json, write_json
 
 PARTS = ("train", "validation", "test")
 PART_SIZES = tuple(f"{part}_size" for part in PARTS)
@@ -69,7 +68,7 @@ def client_flags(args):
 def name_and_path(flag, value, give, taken):
     """NAME and PATH ("" where there is none) of a flag's value; UserError where they cannot be."""
     name, equals, path = value.partition("=")
-    if not re.fullmatch(r"\w[\w.-]*", name) or equals and (not path or name in taken):
+    if not is_name(name) or equals and (not path or name in taken):
         letters = "NAME of letters, digits, '-', '_' and '.'"
         raise UserError(f"{flag} {value}: give {give} or NAME=PATH, {letters}")
     return name, path

@@ -3,11 +3,11 @@
 import math
 
 import moe
-from metamoe.cli import check_at_least, folder_name, from_preset
+from metamoe.cli import check_at_least, from_preset
 from metamoe.errors import UserError
 from metamoe.methods import METHODS, main_rows
 from metamoe.presets import PRESETS
-from metamoe.rundir import read_json
+from metamoe.rundir import is_name, read_json
 from metamoe.uploads import upload_variant
 
 # flag -> key of the preset that is its default
@@ -79,10 +79,8 @@ def check_name(name, method):
     other_row = name == "zeroshot" or name.startswith("expert-") or name in main_rows()
     if name != method and (other_row or method == "btm"):
         raise UserError(f"--name {name}: is the name of another row of the table, or of a second btm")
-    try:
-        folder_name(name)
-    except Exception as error:
-        raise UserError(f"--name {error}") from None
+    if not is_name(name):
+        raise UserError(f"--name {name!r} is no name: letters, digits, '-', '_' and '.'")
 
 
 def check_settings(settings, run):

@@ -18,6 +18,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -143,6 +144,11 @@ def _check_new_run(run_dir, settings):
         raise UserError(
             f"--run-dir {run_dir} is not empty and not a run directory (no run.json): name another folder"
         )
+
+
+def is_name(text):
+    """Whether `text` can name a client, a model or a rule: each is a folder."""
+    return bool(re.fullmatch(r"\w[\w.-]*", text))
 
 
 def check_client(run, name):

@@ -15,7 +15,6 @@ Shapes: B sequences, T tokens, N = B T, d width, h FFN width, K experts, k = top
 import importlib
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +29,6 @@ CONTEXTS = ("fixed", "prefix", "none")
 # Up to so many tokens LoRA experts run behind masks, all at once: K - 1 times more low-rank work, but no
 # sorting, no wait on CUDA, no product of a new size in each batch. The number of tokens decides, not K.
 FEW_TOKENS = {"cpu": 2048, "cuda": 65536}
-# an FFN is known by the names of its linears, the down projection last, and of its activation
-FFNS = (
-    (("gate_proj", "up_proj", "down_proj"), "act_fn"),  # LLaMA: down(act(gate(x)) * up(x))
-    (("c_fc", "c_proj"), "gelu"),  # open_clip
-    (("fc1", "fc2"), "activation_fn"),  # CLIP in transformers
-)
 
 
 class Router(nn.Module):
@@ -71,6 +64,59 @@ class Router(nn.Module):
             return logits.softmax(-1)  # Eq. 6
 
 
+@dataclass(eq=False)
+class RoutingState:
+    """What the router knows of a batch beside its tokens; one object for all layers.
+
+    mode: the context z_x of Eq. 6. "fixed": the mean over the tokens of context_mask; a key-value cache keeps
+        that of the first forward, the prompt's. "prefix": the running mean up to each token, so no token is
+        routed by its future. "none": no context.
+    context_mask, token_mask: (B, T) bool, the tokens of the mean, and those that are counted. None: all, in a
+        language model those of its attention mask. Padding must be False. They hold until they are changed.
+    record: add the number of routed tokens (each of the k choices counts) to every layer's `counts`.
+    """
+
+    mode: str = "fixed"
+    context_mask: Tensor | None = None
+    token_mask: Tensor | None = None
+    record: bool = False
+    real: Tensor | None = None  # (B, T), of the attention mask
+    cached: object | None = None  # generation.Bookkeeper, for key-value caches
+
+    def context(self, z: Tensor, layer: int = 0) -> Tensor | None:
+        """z_x of Eq. 6 for z (B, T, d), float32: (B, 1, d) if fixed, (B, T, d) if prefix, None without.
+
+        0 where no token is in the mask (yet). ValueError on an unknown mode, or a mask that is not (B, T).
+        """
+        if self.mode not in CONTEXTS:
+            raise ValueError(f"mode is {self.mode!r}, not one of {CONTEXTS}")
+        if self.mode == "none":
+            return None
+        if self.cached is None:
+            sums, numbers = self._sums(z)
+        else:
+            sums, numbers = self.cached.extend(layer, self.mode, self._sums, z)
+        return sums / numbers.clamp(min=1)
+
+    def _sums(self, z):
+        """Sums (B, 1 or T, d) and numbers (B, 1 or T, 1) of the tokens in the mask."""
+        mask = self.mask("context_mask", z).unsqueeze(-1)  # (B, T, 1)
+        # float: a bf16 sum over a long sequence loses its last terms; not z * mask: padding may hold NaN
+        z = z.float().masked_fill(~mask, 0)
+        if self.mode == "fixed":
+            return z.sum(1, keepdim=True), mask.sum(1, keepdim=True)
+        return z.cumsum(1), mask.cumsum(1)
+
+    def mask(self, name: str, z: Tensor) -> Tensor:
+        """(B, T) bool for z (B, T, d): the mask of that name, else the attention mask's, else all."""
+        mask = self.real if getattr(self, name) is None else getattr(self, name)
+        if mask is None:
+            mask = torch.ones(z.shape[:2], dtype=torch.bool)
+        if mask.shape != z.shape[:2]:
+            raise ValueError(f"{name} is {tuple(mask.shape)}, the tokens are {tuple(z.shape[:2])}")
+        return mask.to(z.device, torch.bool)
+
+
 class MoELayer(nn.Module):
     """The MoE layer in an FFN's place, Eq. 5: y_t = sum over the top-k experts p of weight_p FFN_p(z_t).
 
@@ -86,13 +132,7 @@ class MoELayer(nn.Module):
     def __init__(self, ffn, experts, router, state, top_k=1, weighting="stopgrad"):
         super().__init__()
         self.linears, act = _parts(ffn)
-        found, want = tuple(router.vectors.shape), (len(experts), getattr(ffn, self.linears[0]).in_features)
-        if found != want:
-            raise ValueError(f"router has vectors {found}, not ({want[0]} experts, {want[1]})")
-        if not 1 <= top_k <= len(experts):
-            raise ValueError(f"top_k is {top_k}, not in 1..{len(experts)}, the number of experts")
-        if weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting is {weighting!r}, not one of {WEIGHTINGS}")
+        _check_layer(len(experts), getattr(ffn, self.linears[0]).in_features, router, top_k, weighting)
         self.router, self.state, self.top_k, self.weighting = router, state, top_k, weighting
         self.kind, self.act = _kind(experts), getattr(ffn, act)
         self.experts, self.scaling = _stack(experts, ffn, self.linears, self.kind), None
@@ -120,6 +160,41 @@ class MoELayer(nn.Module):
         y = mix(z.flatten(0, 1).to(dtype), chosen.flatten(0, 1), weight.flatten(0, 1).to(dtype))  # (N, d)
         return y.view(x.shape)
 
+    def _mix_by_expert(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+        """Eq. 5, one expert after the other: y (N, d) for x (N, d), chosen and weight (N, k)."""
+        order = chosen.flatten().argsort(stable=True)  # (N k), the (token, choice) pairs sorted by expert
+        sizes = chosen.flatten().bincount(minlength=len(self.counts)).tolist()  # K: pairs of each expert
+        token = order // chosen.shape[1]  # (N k)
+        pairs = token.split(sizes), x[token].split(sizes), weight.flatten()[order].split(sizes)
+        own, y = self._own(x.dtype), torch.zeros_like(x)
+        for p, (t, z, w) in enumerate(zip(*pairs, strict=True)):  # (n_p), (n_p, d), (n_p): what expert p gets
+            y.index_add_(0, t, w.unsqueeze(1) * self._expert(p, z, own))  # Eq. 5
+        return y
+
+    def _expert(self, p, z, own):
+        """FFN_p(z): (n, d) -> (n, d)."""
+        *ups, down = self.linears
+        hidden = self._activate([self._linear(p, name, z, own) for name in ups])  # (n, h)
+        return self._linear(p, down, hidden, own)
+
+    def _linear(self, p, name, z, own):
+        own = {leaf: tensors[p] for leaf, tensors in own.get(name, {}).items()}
+        if self.kind == "full":
+            return F.linear(z, **own)
+        y = getattr(self, name)(z)
+        return y.addmm_(F.linear(z, own["A"]), own["B"].t(), alpha=self.scaling[p]) if own else y
+
+    def _own(self, dtype):
+        """{linear: {leaf: K tensors}}, the experts' own weights in dtype."""
+        # unbind: one gradient for a whole stack, not one of its size for every expert
+        return {
+            name: {leaf: t.to(dtype).unbind(0) for leaf, t in stack.items()}
+            for name, stack in self.experts.items()
+        }
+
+    def _activate(self, u):
+        return self.act(u[0]) * u[1] if len(u) == 2 else self.act(u[0])
+
     def choose(self, pi: Tensor) -> tuple[Tensor, Tensor]:
         """The top-k experts of pi (..., K), of equals the lowest index, and their weights: (..., k) both."""
         k = min(self.top_k, len(self.counts) - len(self.router.disabled))
@@ -130,135 +205,43 @@ class MoELayer(nn.Module):
         total = pi.sum(-1, keepdim=True)
         return chosen, pi / (total.detach() if self.weighting == "stopgrad" else total)
 
-    def _mix_by_expert(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
-        """Eq. 5, one expert after the other: y (N, d) for x (N, d), chosen and weight (N, k)."""
-        order = chosen.flatten().argsort(stable=True)  # (N k), the (token, choice) pairs sorted by expert
-        sizes = chosen.flatten().bincount(minlength=len(self.counts)).tolist()  # K: pairs of each expert
-        token = order // chosen.shape[1]  # (N k)
-        pairs = token.split(sizes), x[token].split(sizes), weight.flatten()[order].split(sizes)
-        weights, y = self._weights(x.dtype), torch.zeros_like(x)
-        for p, (t, z, w) in enumerate(zip(*pairs, strict=True)):  # (n_p), (n_p, d), (n_p): what expert p gets
-            y.index_add_(0, t, w.unsqueeze(1) * self._expert(p, z, weights))  # Eq. 5
-        return y
-
     def _mix_masked(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
         """Eq. 5 for LoRA experts, as above, without sorting: all experts' A and B at once, behind masks.
 
-        W z runs once a token, ahead of the choices; W_down, linear, runs once behind their weighted sum.
+        The seed model's W_up z is computed once a token, ahead of the choices. W_down is affine: it is
+        computed once for the mean of the chosen experts' hidden features.
         """
-        n, k = chosen.shape
+        (n, k), (*ups, down) = chosen.shape, self.linears
         # a tensor of the scalings would be a copy to the device, and a wait, in every layer
         masks = [(chosen.t() == p).to(x.dtype) * s for p, s in enumerate(self.scaling)]
         mask = torch.stack(masks, dim=-1).unsqueeze(-1)  # (k, N, K, 1)
-        *ups, down = (self._tensors(name, x.dtype) for name in self.linears)
-        hidden = [F.linear(x, W, bias) for W, bias, _, _ in ups]  # (N, h)
+        hidden, total = [], weight.sum(1, keepdim=True)
+        for name in ups:
+            u = getattr(self, name)(x)  # (N, h)
+            hidden.append(self._add_low_rank(u.repeat(k, 1) if k > 1 else u, name, x, mask))
+        mean = hidden = self._activate(hidden)  # (k N, h)
         if k > 1:
-            hidden = [u.repeat(k, 1) for u in hidden]  # (k N, h)
-        for u, (_, _, A, B) in zip(hidden, ups, strict=True):
-            if A is not None:  # in place: a copy costs more than the product
-                u.addmm_(_low_rank(x, A, mask).flatten(0, 1), B.mT.flatten(0, 1))
-        hidden = self._activate(hidden)  # (k N, h)
-        W, bias, A, B = down
-        if k == 1:
-            y = F.linear(hidden, W, bias)  # (N, d)
-        else:
-            hidden = hidden * weight.t().reshape(-1, 1)
-            y = F.linear(hidden.view(k, n, -1).sum(0), W)
-            if bias is not None:
-                y = y + weight.sum(1, keepdim=True) * bias
-        if A is not None:
-            y.addmm_(_low_rank(hidden, A, mask).sum(0), B.mT.flatten(0, 1))
-        return y * weight if k == 1 else y  # Eq. 5; top-1 weighs the d numbers of y, not the h of hidden
+            hidden = hidden * (weight / total).t().reshape(-1, 1)
+            mean = hidden.view(k, n, -1).sum(0)  # (N, h)
+        return total * self._add_low_rank(getattr(self, down)(mean), down, hidden, mask)  # Eq. 5
 
-    def _expert(self, p, z, weights):
-        """FFN_p(z): (n, d) -> (n, d)."""
-        *ups, down = self.linears
-        hidden = self._activate([self._linear(p, z, *weights[name]) for name in ups])  # (n, h)
-        return self._linear(p, hidden, *weights[down])
-
-    def _linear(self, p, z, W, bias, A, B):
-        y = F.linear(z, W[p], bias[p])
-        return y if A[p] is None else y.addmm_(F.linear(z, A[p]), B[p].t(), alpha=self.scaling[p])
-
-    def _activate(self, u):
-        return self.act(u[0]) * u[1] if len(u) == 2 else self.act(u[0])
-
-    def _tensors(self, name, dtype):
-        """W, bias, A, B of a linear in dtype, None where there is none; the experts' own have K in front."""
-        own = self.experts[name] if name in self.experts else None
-        base = own if self.kind == "full" else getattr(self, name)
-        found = [getattr(base, leaf, None) for leaf in ("weight", "bias")]
-        found += [getattr(own, leaf, None) for leaf in ("A", "B")]
-        return [None if t is None else t.to(dtype) for t in found]
-
-    def _weights(self, dtype):
-        """{linear: (W, bias, A, B)}, each a list over the experts."""
-        weights, shared = {}, (self.kind == "lora", self.kind == "lora", False, False)
-        for name in self.linears:
-            weights[name] = []
-            for t, common in zip(self._tensors(name, dtype), shared, strict=True):
-                # unbind: one gradient for a whole stack, not one of its size for every expert
-                weights[name].append([t] * len(self.counts) if t is None or common else t.unbind(0))
-        return weights
+    def _add_low_rank(self, y, name, z, mask):
+        """y + B A z of the chosen experts, z (N or k N, d_in): a row a choice, or y has N rows, their sum."""
+        if name in self.experts:
+            A, B = (self.experts[name][leaf].to(y.dtype) for leaf in ("A", "B"))
+            _, n, K, _ = mask.shape
+            low = (F.linear(z, A.flatten(0, 1)).view(-1, n, K, A.shape[1]) * mask).flatten(2)  # (k, N, K r)
+            low = low.sum(0) if len(y) == n else low.flatten(0, 1)
+            y.addmm_(low, B.mT.flatten(0, 1))  # in place: a copy costs more than the product
+        return y
 
 
-def _low_rank(z, A, mask):
-    """(k, N, K r): A z of all experts, z (N or k N, d_in), times the mask that leaves each token its own."""
-    _, n, K, _ = mask.shape
-    return (F.linear(z, A.flatten(0, 1)).view(-1, n, K, A.shape[1]) * mask).flatten(2)
-
-
-@dataclass(eq=False)
-class RoutingState:
-    """What the router knows of a batch beside its tokens; one object for all layers.
-
-    mode: the context z_x of Eq. 6. "fixed": the mean over the tokens of context_mask; a key-value cache keeps
-        that of the first forward, the prompt's. "prefix": the running mean up to each token, so no token is
-        routed by its future. "none": no context.
-    context_mask, token_mask: (B, T) bool, the tokens of the mean, and those that are counted. None: all, in a
-        language model those of its attention mask. Padding must be False. They hold until they are changed.
-    record: add the number of routed tokens (each of the k choices counts) to every layer's `counts`.
-    """
-
-    mode: str = "fixed"
-    context_mask: Tensor | None = None
-    token_mask: Tensor | None = None
-    record: bool = False
-    real: Tensor | None = None  # (B, T), of the attention mask
-    cached: object | None = None  # generation.Bookkeeper, for key-value caches
-
-    def context(self, z: Tensor, layer: int = 0) -> Tensor | None:
-        """z_x of Eq. 6 for z (B, T, d), float32: (B, 1, d) if fixed, (B, T, d) if prefix, None without.
-
-        0 where no token is in the mask (yet). ValueError on an unknown mode, or a mask that is not (B, T).
-        """
-        if self.mode == "none":
-            return None
-        if self.mode not in CONTEXTS:
-            raise ValueError(f"mode is {self.mode!r}, not one of {CONTEXTS}")
-        if self.cached is None:
-            sums, numbers = self._sums(z)
-        else:
-            sums, numbers = self.cached.extend(layer, self.mode, self._sums, z)
-        return sums / numbers.clamp(min=1)
-
-    def _sums(self, z):
-        """Sums (B, 1 or T, d) and numbers (B, 1 or T, 1) of the tokens in the mask."""
-        mask = self.mask("context_mask", z).unsqueeze(-1)  # (B, T, 1)
-        # float: a bf16 sum over a long sequence loses its last terms; not z * mask: padding may hold NaN
-        z = z.float().masked_fill(~mask, 0)
-        if self.mode == "fixed":
-            return z.sum(1, keepdim=True), mask.sum(1, keepdim=True)
-        return z.cumsum(1), mask.cumsum(1)
-
-    def mask(self, name: str, z: Tensor) -> Tensor:
-        """(B, T) bool for z (B, T, d): the mask of that name, else the attention mask's, else all."""
-        mask = self.real if getattr(self, name) is None else getattr(self, name)
-        if mask is None:
-            return torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
-        if mask.shape != z.shape[:2]:
-            raise ValueError(f"{name} is {tuple(mask.shape)}, the tokens are {tuple(z.shape[:2])}")
-        return mask.to(z.device, torch.bool)
+# an FFN is known by the names of its linears, the down projection last, and of its activation
+FFNS = (
+    (("gate_proj", "up_proj", "down_proj"), "act_fn"),  # LLaMA: down(act(gate(x)) * up(x))
+    (("c_fc", "c_proj"), "gelu"),  # open_clip
+    (("fc1", "fc2"), "activation_fn"),  # CLIP in transformers
+)
 
 
 def _parts(ffn):
@@ -273,6 +256,15 @@ def _parts(ffn):
     raise ValueError(f"ffn is a {type(ffn).__name__}; known are modules with the attributes of {FFNS}")
 
 
+def _check_layer(K, d, router, top_k, weighting):
+    if tuple(router.vectors.shape) != (K, d):
+        raise ValueError(f"router has vectors {tuple(router.vectors.shape)}, not ({K} experts, {d})")
+    if not 1 <= top_k <= K:
+        raise ValueError(f"top_k is {top_k}, not in 1..{K}, the number of experts")
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting is {weighting!r}, not one of {WEIGHTINGS}")
+
+
 def _kind(experts):
     """The kind "lora" or "full", the same for all experts."""
     kinds = {"lora" if any(".lora_" in key for key in e) or "scaling" in e else "full" for e in experts}
@@ -283,12 +275,12 @@ def _kind(experts):
 
 def _shapes(e, ffn, linears, kind):
     """{entry: shape} that expert e must have; a LoRA may leave linears out."""
-    want = {"scaling": ()} if kind == "lora" else {}
+    if kind == "full":
+        return {key: tuple(t.shape) for key, t in ffn.named_parameters()}
+    want = {"scaling": ()}
     for name in linears:
         linear, A, B = getattr(ffn, name), f"{name}.lora_A", f"{name}.lora_B"
-        if kind == "full":
-            want |= {f"{name}.{leaf}": tuple(t.shape) for leaf, t in linear.named_parameters()}
-        elif A in e or B in e:
+        if A in e or B in e:
             r = len(e.get(A, ()))
             want |= {A: (r, linear.in_features), B: (linear.out_features, r)}
     return want
@@ -309,11 +301,10 @@ def _stack(experts, ffn, linears, kind):
                 raise ValueError(f"experts[{p}]: {key} is {tuple(e[key].shape)}, not {shape}")
     out = nn.ModuleDict()
     for name in linears:
-        linear, stack = getattr(ffn, name), {}
-        like = dict(linear.named_parameters())
+        like, stack = dict(getattr(ffn, name).named_parameters()), {}
         if kind == "lora":  # where a LoRA leaves the linear out
-            d_out, d_in = linear.weight.shape
-            like = {"lora_A": linear.weight.new_zeros(0, d_in), "lora_B": linear.weight.new_zeros(d_out, 0)}
+            W = like["weight"]
+            like = {"lora_A": W.new_zeros(0, W.shape[1]), "lora_B": W.new_zeros(W.shape[0], 0)}
         for leaf, none in like.items():
             own = [e.get(f"{name}.{leaf}", none).detach().to(none.device) for e in experts]
             if kind == "lora":
@@ -347,45 +338,42 @@ def unify(
     """
     ffn_names, vectors = list(ffn_names), [torch.as_tensor(v) for v in vectors]
     names = [f"expert{p + 1}" for p in range(len(experts))] if names is None else list(names)
-    _check(ffn_names, experts, vectors, names, context)
+    _check(model, ffn_names, experts, vectors, names, context)
     kind = _kind([e[name] for e in experts for name in ffn_names])
     state, new = RoutingState(mode=context), []
     for index, name in enumerate(ffn_names):
+        ffn = model.get_submodule(name)
+        device = next(ffn.parameters()).device
         try:
-            ffn = model.get_submodule(name)
-        except AttributeError as error:
-            raise ValueError(f"ffn_names: the model has no module {name!r}") from error
-        try:
-            device = next(ffn.parameters()).device
             router = Router(torch.stack([v[index].to(device) for v in vectors]), lam, offset)
             new.append(MoELayer(ffn, [e[name] for e in experts], router, state, **options))
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{name}: {error}") from error
     model.requires_grad_(False)
     for index, (name, layer) in enumerate(zip(ffn_names, new, strict=True)):
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        model.set_submodule(name, layer)
         layer.index = index
-    model.routing = state
     source = str(getattr(model, "name_or_path", "") or "")  # a hub id
     if os.path.isabs(source) or os.path.isdir(source):
         source = Path(source).name + "/"  # a local folder's name, not its path
-    model.moe_config = dict(names=names, ffn_names=ffn_names, kind=kind)
+    model.routing, model.moe_config = state, dict(names=names, ffn_names=ffn_names, kind=kind)
     model.moe_config |= dict(top_k=new[0].top_k, weighting=new[0].weighting, context=context, offset=offset)
-    model.moe_config |= dict(
-        lam=float(lam), scaling=[layer.scaling for layer in new], seed=source, disabled=[]
-    )
+    scaling = [layer.scaling for layer in new]
+    model.moe_config |= dict(lam=float(lam), scaling=scaling, seed=source, disabled=[])
     if hasattr(model, "generate"):
-        _inform(model)
+        _attach(model)
     return model
 
 
-def _check(ffn_names, experts, vectors, names, context):
-    K, L = len(experts), len(ffn_names)
+def _check(model, ffn_names, experts, vectors, names, context):
+    K, L, modules = len(experts), len(ffn_names), dict(model.named_modules())
     if context not in CONTEXTS:
         raise ValueError(f"context is {context!r}, not one of {CONTEXTS}")
     if L == 0 or len(set(ffn_names)) < L:
         raise ValueError("ffn_names must be distinct module paths, at least one")
+    for name in ffn_names:
+        if name not in modules:
+            raise ValueError(f"ffn_names: the model has no module {name!r}")
     for what, n in (("vectors", len(vectors)), ("names", len(names))):
         if n != K:
             raise ValueError(f"{what} has {n} entries, experts has {K}")
@@ -396,15 +384,14 @@ def _check(ffn_names, experts, vectors, names, context):
             raise ValueError(f"vectors[{p}] is {tuple(v.shape)}, not (L = {L}, d)")
 
 
-def _inform(model):
-    """Let a language model's forwards tell model.routing which tokens are real."""
-    base, generation = model.base_model, _serving("generation")  # every forward goes through the base
-    base.routing = model.routing
+def _attach(model):
+    """Let a language model tell model.routing which tokens are real, and what its key-value cache holds."""
+    model.base_model.routing, generation = model.routing, _serving("generation")
     if generation is not None:
         generation.attach(model)
     else:
-        base.register_forward_pre_hook(_read_mask, with_kwargs=True)
-        base.register_forward_hook(_forget_mask)
+        model.base_model.register_forward_pre_hook(_read_mask, with_kwargs=True)
+        model.base_model.register_forward_hook(_forget_mask)
         model.generate = _refuse
 
 
@@ -423,9 +410,7 @@ def _forget_mask(module, args, output):
 
 
 def _refuse(*args, **kwargs):
-    raise RuntimeError(
-        "generate, and a forward with a key-value cache that holds tokens, need metamoe/serving/generation.py"
-    )
+    raise RuntimeError("generate and filled key-value caches need metamoe/serving/generation.py")
 
 
 def _serving(name):
@@ -485,16 +470,15 @@ def save(model, folder):
 
 def write(folder, config, tensors):
     """What `save` writes: aside, then moved in, the configuration last: a folder that has one is complete."""
-    folder = Path(folder).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as aside:
-        weights, description = Path(aside, "moe.safetensors"), Path(aside, "moe_config.json")
-        save_file(tensors, weights, metadata={"format": "pt"})
-        description.write_text(json.dumps(config, indent=1) + "\n")
-        weights.chmod(description.stat().st_mode)  # save_file ignores the umask
-        (folder / description.name).unlink(missing_ok=True)  # else a crash leaves it beside new tensors
-        for file in (weights, description):
-            os.replace(file, folder / file.name)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    weights, description = (Path(folder, name) for name in ("moe.safetensors", "moe_config.json"))
+    new_weights, new_description = (Path(f"{file}.part") for file in (weights, description))
+    new_description.write_text(json.dumps(config, indent=1) + "\n")
+    save_file(tensors, new_weights, metadata={"format": "pt"})
+    new_weights.chmod(new_description.stat().st_mode)  # save_file ignores the umask
+    description.unlink(missing_ok=True)  # else a crash leaves it beside new tensors
+    new_weights.replace(weights)
+    new_description.replace(description)
 
 
 def read(folder):
@@ -534,9 +518,11 @@ def assemble(model, config, tensors, joining=()):
             for name, scaling in zip(ffn_names, config["scaling"], strict=True):
                 e[name]["scaling"] = scaling[p]
     vectors = torch.stack([tensors[f"{name}.router.vectors"] for name in ffn_names], dim=1)  # (K, L, d)
-    names = [*config["names"], *(name for name, _, _ in joining)]
-    experts += [expert for _, expert, _ in joining]
-    vectors = [*vectors, *(own for _, _, own in joining)]
+    names, experts, vectors = [*config["names"]], [*experts], [*vectors]
+    for name, expert, own in joining:
+        names.append(name)
+        experts.append(expert)
+        vectors.append(own)
     options = {key: config[key] for key in ("lam", "top_k", "weighting", "context", "offset")}
     model = unify(model, ffn_names, experts, vectors, names=names, **options)
     with torch.no_grad():

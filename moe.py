@@ -26,9 +26,6 @@ from torch import Tensor
 
 WEIGHTINGS = ("stopgrad", "literal", "renormalized")
 CONTEXTS = ("fixed", "prefix", "none")
-# Up to so many tokens LoRA experts run behind masks, all at once: K - 1 times more low-rank work, but no
-# sorting, no wait on CUDA, no product of a new size in each batch. The number of tokens decides, not K.
-FEW_TOKENS = {"cpu": 2048, "cuda": 65536}
 
 
 class Router(nn.Module):
@@ -71,8 +68,8 @@ class RoutingState:
     mode: the context z_x of Eq. 6. "fixed": the mean over the tokens of context_mask; a key-value cache keeps
         that of the first forward, the prompt's. "prefix": the running mean up to each token, so no token is
         routed by its future. "none": no context.
-    context_mask, token_mask: (B, T) bool, the tokens of the mean, and those that are counted. None: all, in a
-        language model those of its attention mask. Padding must be False. They hold until they are changed.
+    context_mask, token_mask: (B, T) bool, the tokens of the mean, and those that are counted, padding False.
+        None: all, in a language model those of its attention mask. They hold until they are changed.
     record: add the number of routed tokens (each of the k choices counts) to every layer's `counts`.
     """
 
@@ -92,29 +89,18 @@ class RoutingState:
             raise ValueError(f"mode is {self.mode!r}, not one of {CONTEXTS}")
         if self.mode == "none":
             return None
-        if self.cached is None:
-            sums, numbers = self._sums(z)
-        else:
-            sums, numbers = self.cached.extend(layer, self.mode, self._sums, z)
+        cached = self.cached
+        sums, numbers = cached.extend(layer, self.mode, self._sums, z) if cached else self._sums(z)
         return sums / numbers.clamp(min=1)
 
     def _sums(self, z):
         """Sums (B, 1 or T, d) and numbers (B, 1 or T, 1) of the tokens in the mask."""
-        mask = self.mask("context_mask", z).unsqueeze(-1)  # (B, T, 1)
+        mask = tokens_in(self, "context_mask", z).unsqueeze(-1)  # (B, T, 1)
         # float: a bf16 sum over a long sequence loses its last terms; not z * mask: padding may hold NaN
         z = z.float().masked_fill(~mask, 0)
         if self.mode == "fixed":
             return z.sum(1, keepdim=True), mask.sum(1, keepdim=True)
         return z.cumsum(1), mask.cumsum(1)
-
-    def mask(self, name: str, z: Tensor) -> Tensor:
-        """(B, T) bool for z (B, T, d): the mask of that name, else the attention mask's, else all."""
-        mask = self.real if getattr(self, name) is None else getattr(self, name)
-        if mask is None:
-            mask = torch.ones(z.shape[:2], dtype=torch.bool)
-        if mask.shape != z.shape[:2]:
-            raise ValueError(f"{name} is {tuple(mask.shape)}, the tokens are {tuple(z.shape[:2])}")
-        return mask.to(z.device, torch.bool)
 
 
 class MoELayer(nn.Module):
@@ -150,14 +136,8 @@ class MoELayer(nn.Module):
         pi = self.router(z, self.state.context(z, self.index))  # (B, T, K)
         chosen, weight = self.choose(pi)  # (B, T, k) both
         if self.state.record:
-            counted = chosen[self.state.mask("token_mask", z)]
-            self.counts += counted.flatten().bincount(minlength=len(self.counts))
-        device, dtype = x.device.type, x.dtype
-        if torch.is_autocast_enabled(device):  # cast once; autocast would cast again for every expert
-            dtype = torch.get_autocast_dtype(device)
-        few = z.shape[0] * z.shape[1] <= FEW_TOKENS.get(device, FEW_TOKENS["cuda"])
-        mix = self._mix_masked if few and self.kind == "lora" else self._mix_by_expert
-        y = mix(z.flatten(0, 1).to(dtype), chosen.flatten(0, 1), weight.flatten(0, 1).to(dtype))  # (N, d)
+            self._count(chosen, z)
+        y = self._mix(z.flatten(0, 1), chosen.flatten(0, 1), weight.flatten(0, 1))  # (N, d)
         return y.view(x.shape)
 
     def _mix_by_expert(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
@@ -194,6 +174,19 @@ class MoELayer(nn.Module):
 
     def _activate(self, u):
         return self.act(u[0]) * u[1] if len(u) == 2 else self.act(u[0])
+
+    def _mix(self, x, chosen, weight):
+        """Eq. 5 by the path that is faster for so many tokens."""
+        device, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(device):  # cast once; autocast would cast again for every expert
+            dtype = torch.get_autocast_dtype(device)
+        few = len(x) <= FEW_TOKENS.get(device, FEW_TOKENS["cuda"])
+        mix = self._mix_masked if few and self.kind == "lora" else self._mix_by_expert
+        return mix(x.to(dtype), chosen, weight.to(dtype))
+
+    def _count(self, chosen, z):
+        counted = chosen[tokens_in(self.state, "token_mask", z)]
+        self.counts += counted.flatten().bincount(minlength=len(self.counts))
 
     def choose(self, pi: Tensor) -> tuple[Tensor, Tensor]:
         """The top-k experts of pi (..., K), of equals the lowest index, and their weights: (..., k) both."""
@@ -234,6 +227,21 @@ class MoELayer(nn.Module):
             low = low.sum(0) if len(y) == n else low.flatten(0, 1)
             y.addmm_(low, B.mT.flatten(0, 1))  # in place: a copy costs more than the product
         return y
+
+
+# Up to so many tokens LoRA experts run behind masks, all at once: K - 1 times more low-rank work, but no
+# sorting, no wait on CUDA, no product of a new size in each batch. The number of tokens decides, not K.
+FEW_TOKENS = {"cpu": 2048, "cuda": 65536}
+
+
+def tokens_in(state: RoutingState, mask: str, z: Tensor) -> Tensor:
+    """(B, T) bool for z (B, T, d): the mask of that name, else the attention mask's, else all."""
+    found = state.real if getattr(state, mask) is None else getattr(state, mask)
+    if found is None:
+        return torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+    if found.shape != z.shape[:2]:
+        raise ValueError(f"{mask} is {tuple(found.shape)}, the tokens are {tuple(z.shape[:2])}")
+    return found.to(z.device, torch.bool)
 
 
 # an FFN is known by the names of its linears, the down projection last, and of its activation

@@ -19,9 +19,9 @@ from metamoe.backbones.distributed import processes
 from metamoe.backbones.embedding import public_features
 from metamoe.cli import add_machine_flags, announce, save_settings, stage_parser
 from metamoe.errors import UserError, run_main
-from metamoe.federation import check_sizes, known_clients, read_data, start_run, write_data
-from metamoe.presets import PRESETS
+from metamoe.federation import check_sizes, read_data, start_run, write_data
 from metamoe.records import read_records, usable_public
+from metamoe.run_flags import add_client_flags, add_setting_flags
 from metamoe.rundir import atomic, finished, write_json
 
 MOST_PRIVATE = 20_000  # private samples that a relevance head is fitted on
@@ -67,73 +67,12 @@ def parse_args():
     parser = stage_parser(__doc__, help="folder of this run; made here, read by every later stage")
     add_client_flags(parser)
     add_setting_flags(parser)
+    rule = "rule that chooses the proxies; dpp-all: the DPP without the pre-filter (default: %(default)s)"
+    parser.add_argument("--selection", choices=RULES, default="dpp", help=rule)
     add_machine_flags(parser)
     again = "redo all from the embeddings on, where this selection was made with other settings"
     parser.add_argument("--force", action="store_true", help=again)
     return parser.parse_args()
-
-
-def add_client_flags(parser):
-    """Who takes part, and where the data are."""
-    flag = parser.add_argument
-    known = "; ".join(f"{name}: {' '.join(known_clients(name))}" for name in PRESETS)
-    default = "default: those of --client NAME=PATH, else all of the backbone's"
-    flag("--clients", nargs="+", metavar="NAME", help=f"clients of the run ({default}; {known})")
-    own = (
-        "NAME=PATH, once for each: a client of the run with data of your own, JSON lines with `prompt`, "
-        "`choices`, `answer` (a choice's text, or its index from 0) or with `prompt`, `response`; for CLIP a "
-        "folder CLASS/IMAGE. NAME: select for this one alone"
-    )
-    flag("--client", action="append", metavar="NAME[=PATH]", help=own)
-    join = "add this client to a run that is there and select its proxies; the others' work stays"
-    flag("--join", metavar="NAME[=PATH]", help=join)
-    skip = "leave out and count what is wrong in own data, instead of ending at the first of it"
-    flag("--skip-bad-records", action="store_true", help=skip)
-    root = (
-        "folder of the paper's datasets: oxford_pets/, oxford_flowers/, eurosat/ in CoOp's layout; "
-        "commonsenseqa/, cosmosqa/, socialiqa/, alpaca/"
-    )
-    flag("--data-root", metavar="DIR", help=root)
-    copy = "a client's copy of its dataset: a folder, or a Hugging Face dataset (hub id or local copy)"
-    flag("--dataset", nargs="+", metavar="NAME=SOURCE", help=copy)
-    public = (
-        "public set. Text: JSON lines as for --client, or Alpaca (hub id, local copy, alpaca_data.json); "
-        "CLIP: ImageNet, a folder CLASS/IMAGE or a Hugging Face dataset (default: the backbone's own)"
-    )
-    flag("--public", metavar="PATH", help=public)
-
-
-def add_setting_flags(parser):
-    """Seed model, sizes and losses: kept in run.json, the same in every stage."""
-    flag = parser.add_argument
-    presets = f"seed model and its presets: {', '.join(PRESETS)} (default: the run's, else smollm2-135m)"
-    flag("--backbone", help=presets)
-    model = "hub id, local folder or (CLIP) checkpoint of another seed model than the backbone's own"
-    flag("--seed-model", "--pretrained", help=model)
-    flag("--seed", type=int, help="the random seed of splits and of every random choice (default: 0)")
-    train = (
-        "private training samples a client (default: the preset's, like all below; 0, also below: all; own "
-        "data: default and 0 are 80/10/10 of it)"
-    )
-    flag("--train-size", type=int, help=train)
-    flag("--validation-size", type=int, help="private validation samples a client")
-    flag("--test-size", type=int, help="test samples a client")
-    flag("--public-size", type=int, help="public samples, |D_0|")
-    pool = "n: most relevant public samples that the DPP chooses from (0: all of them, no pre-filter)"
-    flag("--candidates", "--pool", type=int, help=pool)
-    flag("--proxies", type=int, help="m: proxies a client")
-    answers = (
-        "language models, multiple choice: train on the answer's text, or list the choices in the prompt and "
-        "train on the answer's letter"
-    )
-    flag("--answers", choices=["text", "letters"], help=answers)
-    loss = (
-        "language models: loss on the answer (router context: the prompt's mean) or on the whole text "
-        "(context: the mean so far)"
-    )
-    flag("--loss", choices=["answer", "text"], help=loss)
-    rule = "rule that chooses the proxies; dpp-all: the DPP without the pre-filter (default: %(default)s)"
-    flag("--selection", choices=RULES, default="dpp", help=rule)
 
 
 def relevance(public, private, seed, usable=None):

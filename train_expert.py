@@ -20,19 +20,10 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from metamoe import cli
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import train, use_checkpointing
-from metamoe.cli import (
-    add_machine_flags,
-    add_training_flags,
-    add_upload_flags,
-    announce,
-    check_at_least,
-    from_preset,
-    save_settings,
-    stage_parser,
-)
 from metamoe.errors import UserError, run_main
 from metamoe.presets import PRESETS
 from metamoe.records import read_records
@@ -46,46 +37,38 @@ from metamoe.rundir import (
     sha256,
     write_json,
 )
-from metamoe.uploads import save_expert, upload_variant, write_manifest
+from metamoe.uploads import pack, save_expert, upload_variant
 
 # flag -> key of the preset that is its default
-DEFAULTS = {
-    "rank": "lora_rank",
-    "alpha": "lora_alpha",
-    "epochs": "expert_epochs",
-    "lr": "expert_lr",
-    "batch_size": "expert_batch",
-    "warmup_steps": "warmup_steps",
-    "optimizer": "optimizer",
-    "weight_decay": "weight_decay",
-}
+DEFAULTS = dict(rank="lora_rank", alpha="lora_alpha", epochs="expert_epochs", lr="expert_lr")
+DEFAULTS |= dict(batch_size="expert_batch", warmup_steps="warmup_steps", optimizer="optimizer")
+DEFAULTS["weight_decay"] = "weight_decay"
 
 
 def parse_args():
-    parser = stage_parser(__doc__, help="folder of the run, made by select_proxies.py")
+    parser = cli.stage_parser(__doc__, help="folder of the run, made by select_proxies.py")
     flag = parser.add_argument
     flag("--client", metavar="NAME", help="train this one alone (default: every client of the run)")
-    add_upload_flags(parser, data="aligned", selection="dpp")
+    cli.add_upload_flags(parser, data="aligned", selection="dpp")
     flag("--rank", type=int, help="LoRA rank (default: the backbone's preset, like all below)")
     flag("--alpha", type=int, help="LoRA alpha; the update is scaled by alpha / rank")
     flag("--warmup-steps", type=int, help="steps of linear warm-up; then the rate is constant")
-    add_training_flags(parser)
-    add_machine_flags(parser)
+    cli.add_training_flags(parser)
+    cli.add_machine_flags(parser)
     flag("--force", action="store_true", help="redo an expert that was made with other settings")
     return parser.parse_args()
 
 
 def resolve(args, run):
     """The settings of the experts: the backbone's preset, overridden by flags."""
-    settings = from_preset(args, PRESETS[run["backbone"]], DEFAULTS)
+    settings = cli.from_preset(args, PRESETS[run["backbone"]], DEFAULTS)
     positive = dict.fromkeys(("rank", "alpha", "epochs", "lr", "batch_size"), 1e-12)
-    check_at_least(settings, positive | {"warmup_steps": 0, "weight_decay": 0})
+    cli.check_at_least(settings, positive | {"warmup_steps": 0, "weight_decay": 0})
     return settings | {"data": args.data, "full_ffn": args.full_ffn, "seed": run["seed"], "dtype": args.dtype}
 
 
 def expert_variant(args):
-    """The expert's folder name. A private-only expert knows no proxies: one serves the uploads of every
-    selection."""
+    """The expert's folder name. A private-only expert knows no proxies: one serves every selection."""
     selection = "" if args.data == "private" else f"-{args.selection}"
     return args.data + selection + ("-full" if args.full_ffn else "")
 
@@ -130,21 +113,11 @@ def train_client(run_dir, run, name, args, settings):
     else:
         model = backbone.add_lora(settings["rank"], settings["alpha"], run["seed"])
     steps = settings["epochs"] * math.ceil(len(records) / settings["batch_size"])
-    losses = train(
-        backbone,
-        model,
-        records,
-        [{"params": [p for p in model.parameters() if p.requires_grad], "lr": settings["lr"]}],
-        steps=steps,
-        batch_size=settings["batch_size"],
-        warmup_steps=settings["warmup_steps"],
-        optimizer=settings["optimizer"],
-        weight_decay=settings["weight_decay"],
-        seed=run["seed"],
-        label=f"expert {name} ({args.data})",
-        classes=classes,
-        checkpointing=use_checkpointing(args.gradient_checkpointing, run, backbone),
-    )
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": settings["lr"]}]
+    options = {key: settings[key] for key in ("batch_size", "warmup_steps", "optimizer", "weight_decay")}
+    options |= {"seed": run["seed"], "label": f"expert {name} ({args.data})", "classes": classes}
+    checkpointing = use_checkpointing(args.gradient_checkpointing, run, backbone)
+    losses = train(backbone, model, records, groups, steps=steps, checkpointing=checkpointing, **options)
     vectors = backbone.routing_vectors(model, records, label=f"routing vectors {name}")
     if processes().is_main_process:
         with atomic(client / "experts" / expert_variant(args)) as part:
@@ -154,50 +127,33 @@ def train_client(run_dir, run, name, args, settings):
             write_json(part / "losses.json", losses)
             write_json(part / "done.json", settings)
     first, last = (sum(part) / len(part) for part in (losses[:5], losses[-5:]))
-    counts = f"{len(private)} private + {len(proxies)} proxies"
-    return f"{counts}, {steps} steps, loss {first:.3f} -> {last:.3f}"
-
-
-def pack_upload(run_dir, name, args):
-    """RUN/clients/NAME/upload/DATA-SELECTION/: copies of the expert's files, the proxy indices, the manifest.
-    Returns its bytes."""
-    client = run_dir / "clients" / name
-    expert = client / "experts" / expert_variant(args)
-    upload = client / "upload" / upload_variant(args.data, args.selection, args.full_ffn)
-    proxies = sorted(read_json(selected(client, args.selection))["proxies"])
-    with atomic(upload) as part:
-        part.mkdir(parents=True)
-        write_json(part / "proxies.json", proxies)
-        for path in sorted(p for p in expert.rglob("*") if p.is_file()):
-            inside = path.relative_to(expert)
-            if inside.name not in ("done.json", "losses.json"):  # the client's own notes
-                (part / inside).parent.mkdir(parents=True, exist_ok=True)
-                (part / inside).write_bytes(path.read_bytes())
-        write_manifest(part, {"client": name, "data": args.data, "selection": args.selection})
-    return folder_bytes(upload)
+    return f"{len(private)} private + {len(proxies)} proxies, {steps} steps, loss {first:.3f} -> {last:.3f}"
 
 
 def main():
     args = parse_args()
     run_dir = Path(args.run_dir)
     run = open_run(run_dir, backbone=None)
-    settings = resolve(args, run)
-    resolved = announce(args, "train_expert", settings | {"selection": args.selection})
+    settings, variant = resolve(args, run), expert_variant(args)
+    resolved = cli.announce(args, "train_expert", settings | {"selection": args.selection})
     for name in [args.client] if args.client else run["clients"]:
         check_client(run, name)
-        selection = selected(run_dir / "clients" / name, args.selection)
+        client, done = run_dir / "clients" / name, "expert is there already, skipped"
+        selection = selected(client, args.selection)
         if args.data != "private":  # other proxies, another expert
             settings |= {"selection": args.selection, "proxies": sha256(selection)}
-        variant, done = expert_variant(args), "expert is there already, skipped"
         with processes(args.device).main_process_first():  # of several processes, under `accelerate launch`
-            there = finished(run_dir / "clients" / name / "experts" / variant, settings, args.force)
+            there = finished(client / "experts" / variant, settings, args.force)
         if not there:
-            save_settings(run_dir, "train_expert", variant, resolved)
+            cli.save_settings(run_dir, "train_expert", variant, resolved)
             done = train_client(run_dir, run, name, args, settings)  # lines 9-10
             gc.collect()  # a PEFT model is a reference cycle: without this two of them are in memory at once
         if processes().is_main_process:
-            size = pack_upload(run_dir, name, args) / 1e6  # line 11
-            print(f"train_expert: {name}: {args.data}-{args.selection}: {done}; upload {size:.1f} MB")
+            upload = client / "upload" / upload_variant(args.data, args.selection, args.full_ffn)
+            about = {"client": name, "data": args.data, "selection": args.selection}
+            pack(client / "experts" / variant, read_json(selection)["proxies"], upload, about)  # line 11
+            megabytes = folder_bytes(upload) / 1e6
+            print(f"train_expert: {name}: {args.data}-{args.selection}: {done}; upload {megabytes:.1f} MB")
     processes().wait_for_everyone()
 
 

@@ -16,7 +16,6 @@ From a model that is there:
 """
 
 import importlib
-import textwrap
 import time
 from pathlib import Path
 
@@ -25,19 +24,12 @@ import torch
 from safetensors.torch import load_file
 
 import moe
+from metamoe import cli
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import train, use_checkpointing
-from metamoe.cli import (
-    add_machine_flags,
-    add_training_flags,
-    add_upload_flags,
-    announce,
-    save_settings,
-    stage_parser,
-)
 from metamoe.errors import UserError, run_main
-from metamoe.methods import METHODS
+from metamoe.methods import METHODS, described
 from metamoe.model_settings import add_method_flags, resolve
 from metamoe.records import read_records, usable_public
 from metamoe.rundir import atomic, finished, open_run, read_json, sha256, write_json
@@ -47,23 +39,15 @@ from metamoe.uploads import read_expert, read_manifest
 
 
 def parse_args():
-    about = ""
-    for name, method in METHODS.items():
-        if method.about:
-            indent = " " * 18
-            about += textwrap.fill(
-                method.about, 106, initial_indent=f"    {name:14}", subsequent_indent=indent
-            )
-            about += "\n"
-    parser = stage_parser(__doc__.replace("METHODS\n", about + "\n"))
+    parser = cli.stage_parser(__doc__.replace("METHODS\n", described() + "\n"))
     flag = parser.add_argument
     flag("--method", required=True, choices=METHODS, metavar="METHOD", help="above, or an ablation")
     flag("--name", help="folder of the model under RUN/moe/ (default: the method)")
-    add_upload_flags(parser, data=None, selection=None)
+    cli.add_upload_flags(parser, data=None, selection=None)
     add_method_flags(parser)
     flag("--lambda-init", type=float, help="lambda at the start (default: the preset's)")
     flag("--lambda-lr", type=float, help="learning rate of lambda (default: the preset's)")
-    add_training_flags(parser)
+    cli.add_training_flags(parser)
     without = "leave the expert NAME out of the model (--name, else the method's): a model of its own"
     flag("--without", metavar="NAME", help=without)
     joining = "add the clients that the model RUN/moe/MODEL lacks and train again, to a model --name"
@@ -72,7 +56,7 @@ def parse_args():
         "also write the model there as a Hugging Face folder (language models; context: the prefix's mean)"
     )
     flag("--export", metavar="DIR", help=folder)
-    add_machine_flags(parser)
+    cli.add_machine_flags(parser)
     flag("--force", action="store_true", help="redo a model that was made with other settings")
     return parser.parse_args()
 
@@ -96,18 +80,9 @@ def build(backbone, run_dir, run, uploads, settings):
     context = "none"
     if settings["context"] == "on":  # whole texts have no end of the prompt to take a mean at
         context = "prefix" if run.get("loss") == "text" else "fixed"
-    return moe.unify(
-        backbone.model,
-        backbone.ffn_names,
-        experts,
-        vectors,
-        names=names,
-        lam=settings["lambda_init"],
-        top_k=settings["top_k"],
-        weighting=settings["weighting"],
-        context=context,
-        offset=settings["offset"],
-    )
+    options = {key: settings[key] for key in ("top_k", "weighting", "offset")}
+    options |= {"names": names, "lam": settings["lambda_init"], "context": context}
+    return moe.unify(backbone.model, backbone.ffn_names, experts, vectors, **options)
 
 
 def final_samples(run_dir, run, uploads, settings):
@@ -160,22 +135,10 @@ def final_training(backbone, model, records, classes, run, settings, checkpointi
     else:
         for parameter in moe.expert_parameters(model):
             parameter.requires_grad_(False)
-    return train(
-        backbone,
-        model,
-        records,
-        groups,
-        steps=settings["steps"],
-        batch_size=settings["batch_size"],
-        warmup_steps=0,
-        optimizer=settings["optimizer"],
-        weight_decay=settings["weight_decay"],
-        seed=run["seed"],
-        classes=classes,
-        label=f"final training {settings['name']}",
-        after_step=lambda: moe.clamp_(model),
-        checkpointing=checkpointing,
-    )
+    options = {key: settings[key] for key in ("steps", "batch_size", "optimizer", "weight_decay")}
+    options |= {"seed": run["seed"], "label": f"final training {settings['name']}", "warmup_steps": 0}
+    options |= {"classes": classes, "checkpointing": checkpointing, "after_step": lambda: moe.clamp_(model)}
+    return train(backbone, model, records, groups, **options)
 
 
 def make(args, run_dir, run, uploads, settings, records):
@@ -217,7 +180,7 @@ def write(folder, args, model, losses, uploads, settings, start):
 def unify(args, run_dir, run):
     """RUN/moe/NAME/ from the uploads; returns its folder."""
     settings = resolve(args, run_dir, run)
-    resolved = announce(args, "unify_moe", settings)
+    resolved = cli.announce(args, "unify_moe", settings)
     uploads = {name: run_dir / "clients" / name / "upload" / settings["variant"] for name in run["clients"]}
     for upload in uploads.values():
         read_manifest(upload)
@@ -231,7 +194,7 @@ def unify(args, run_dir, run):
         print(f"unify_moe: {settings['name']}: is there already, skipped")
         return folder
     records = final_samples(run_dir, run, uploads, settings) if settings.get("steps") else []
-    save_settings(run_dir, "unify_moe", settings["name"], resolved)
+    cli.save_settings(run_dir, "unify_moe", settings["name"], resolved)
     model, losses, start = make(args, run_dir, run, uploads, settings, records)
     if processes().is_main_process:
         write(folder, args, model, losses, uploads, settings, start)

@@ -5,6 +5,7 @@ ablation tables from here. The paper's numbers are in report/paper_results.json,
 """
 
 import argparse
+import textwrap
 from dataclasses import dataclass, field
 
 # The paper's ablation tables, and two of our own.
@@ -128,6 +129,16 @@ def main_rows():
 def title(name):
     """A row's name in the tables; a model that is no entry here is called by its folder."""
     return METHODS[name].title or name if name in METHODS else name
+
+
+def described():
+    """A line or two about each method, for unify_moe.py's --help."""
+    lines = []
+    for name, method in METHODS.items():
+        if method.about:
+            start = f"    {name:14}"
+            lines.append(textwrap.fill(method.about, 106, initial_indent=start, subsequent_indent=" " * 18))
+    return "\n".join(lines) + "\n"
 
 
 def ablations():

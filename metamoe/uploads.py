@@ -1,13 +1,14 @@
 """What a client uploads: proxy indices, expert, routing vectors, and a manifest with every file's hash."""
 
 import json
+import shutil
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
 from metamoe.backbones.base import unwrap
 from metamoe.errors import UserError
-from metamoe.rundir import read_json, sha256, write_json
+from metamoe.rundir import atomic, read_json, sha256, write_json
 
 
 def upload_variant(data, selection, full_ffn=False):
@@ -73,3 +74,12 @@ def save_expert(model, backbone, folder, full_ffn):
         config.target_modules = sorted(config.target_modules)
         model.save_pretrained(folder / "adapter", save_embedding_layers=False)
         (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's model-card template
+
+
+def pack(expert, proxies, upload, about):
+    """Write the upload: the files of the expert's folder, the proxies' indices, the manifest."""
+    own_notes = shutil.ignore_patterns("done.json", "losses.json")
+    with atomic(upload) as part:
+        shutil.copytree(expert, part, ignore=own_notes, copy_function=shutil.copyfile)
+        write_json(part / "proxies.json", sorted(proxies))  # not in the order of their scores
+        write_manifest(part, about)

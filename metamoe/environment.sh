@@ -5,6 +5,7 @@
 # are installed into $ROOT/.venv, once: a .venv finished for this requirements.txt is used again without any
 # network, one left half-made is made anew.
 #   METAMOE_VENV=always   use .venv even where the running Python would do
+#   METAMOE_VENV=never    use the running Python as it is; what differs from requirements.txt is listed
 # Whatever is wrong is said in one line, and the script ends with status 2.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -28,6 +29,31 @@ for line in open(sys.argv[1], encoding="utf-8"):
         if found.split("+")[0] != wanted:  # 2.13.0+cpu is 2.13.0
             sys.exit(1)
 PY
+}
+
+# Print what "$1" has other versions of.
+_env_differs() {
+    "$1" - "$ROOT/requirements.txt" <<'PY'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+differs = []
+for line in open(sys.argv[1], encoding="utf-8"):
+    name, _, wanted = line.split("#")[0].strip().partition("==")
+    try:
+        found = version(name) if name else ""
+    except PackageNotFoundError:
+        found = "none"
+    if name and found.split("+")[0] != wanted:
+        differs.append(f"{name} {found} ({wanted})")
+print("METAMOE_VENV=never: other versions than in requirements.txt:", ", ".join(differs))
+PY
+}
+
+# Say so where there is a GPU that this torch cannot use.
+_env_gpu() {
+    nvidia-smi -L 2>/dev/null | grep -q GPU || return 0
+    "$PYTHON" -W ignore -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && return 0
+    echo "note: nvidia-smi sees a GPU, and torch $("$PYTHON" -c 'import torch; print(torch.__version__)') cannot use it (a build for the CPU, or a driver too old for its CUDA): install the same version from https://download.pytorch.org/whl/cuXXX that fits the driver, then run this again" >&2
 }
 
 _env_sha() { "$1" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$ROOT/requirements.txt"; }
@@ -67,7 +93,7 @@ _env_choose() {
     _env_check "$base" || status=$?
     case $status in
         0) if [ "${METAMOE_VENV:-}" != always ]; then PYTHON=$base; return; fi ;;
-        1) ;;
+        1) if [ "${METAMOE_VENV:-}" = never ]; then PYTHON=$base; _env_differs "$base" >&2; return; fi ;;
         2) _env_fail "$base is $("$base" -c 'import sys; print("Python %d.%d" % sys.version_info[:2])'): Python 3.11 or newer is needed (set PYTHON to one)" ;;
         *) _env_fail "$base does not run (status $status)" ;;
     esac
@@ -85,4 +111,5 @@ _env_choose() {
 }
 
 _env_choose
+_env_gpu
 export ROOT PYTHON

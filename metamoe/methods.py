@@ -4,7 +4,6 @@
 ablation tables from here. The paper's numbers are in report/paper_results.json, under the same names.
 """
 
-import argparse
 import textwrap
 from dataclasses import dataclass, field
 
@@ -161,19 +160,3 @@ def plan(names, with_ablations=False):
     lines = [f"select_proxies.py --selection {rule}" for rule in rules]
     lines += [f"train_expert.py --data {data} --selection {rule}" for data, rule in uploads]
     return lines + [f"unify_moe.py --method {name}" for name in names]
-
-
-def main():
-    """Print run_all.sh's plan."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("names", nargs="*", help="methods (default: all of the main table)")
-    parser.add_argument("--ablations", action="store_true", help="also the ablations of these methods")
-    args = parser.parse_args()
-    for name in args.names:
-        if name not in METHODS:
-            parser.exit(2, f"error: --methods {name}: unknown, choose from {' '.join(METHODS)}\n")
-    print("\n".join(plan(args.names or main_rows(), args.ablations)))
-
-
-if __name__ == "__main__":
-    main()

@@ -79,7 +79,7 @@ def test_a_method_is_one_entry(project, tmp_path, seed_model):
     assert "| MetaMoE, top-2 |" in (tmp_path / "run" / "results.md").read_text()
     config = json.loads((tmp_path / "run" / "moe" / "metamoe-top2" / "moe_config.json").read_text())
     assert config["top_k"] == 2
-    assert "metamoe-top2" in run(project, "-m", "metamoe.methods")
+    assert "metamoe-top2" in run(project, "run_all.sh", "--plan")
 
 
 @pytest.mark.slow

@@ -52,7 +52,8 @@ class Router(nn.Module):
             e = self.vectors.float().t()  # (d, K)
             logits = z.float() @ e  # (B, T, K)
             if context is not None:  # z~ . e is linear in z~: blend the K logits, not the d features
-                logits = (1 - self.lam) * logits + self.lam * (context.float() @ e)
+                lam = self.lam.clamp(0, 1)  # whatever an optimiser did to it
+                logits = (1 - lam) * logits + lam * (context.float() @ e)
             if self.offset:
                 logits = logits - e.square().sum(0) / 2
             if self.disabled:
@@ -78,6 +79,7 @@ class RoutingState:
     token_mask: Tensor | None = None
     record: bool = False
     real: Tensor | None = None  # (B, T), of the attention mask
+    documents: Tensor | None = None  # (B, T), each token's, counted from 0; None: one document a sequence
     cached: object | None = None  # generation.Bookkeeper, for key-value caches
 
     def context(self, z: Tensor, layer: int = 0) -> Tensor | None:
@@ -94,13 +96,23 @@ class RoutingState:
         return sums / numbers.clamp(min=1)
 
     def _sums(self, z):
-        """Sums (B, 1 or T, d) and numbers (B, 1 or T, 1) of the tokens in the mask."""
+        """Sums (B, 1 or T, d) and numbers (B, 1 or T, 1) of the tokens in the mask, of one document."""
         mask = tokens_in(self, "context_mask", z).unsqueeze(-1)  # (B, T, 1)
         # float: a bf16 sum over a long sequence loses its last terms; not z * mask: padding may hold NaN
         z = z.float().masked_fill(~mask, 0)
+        if self.documents is not None:
+            return self._of_documents(z), self._of_documents(mask.float())
         if self.mode == "fixed":
             return z.sum(1, keepdim=True), mask.sum(1, keepdim=True)
         return z.cumsum(1), mask.cumsum(1)
+
+    def _of_documents(self, z):
+        """z (B, T, d) summed over each token's document, or over the document up to the token: (B, T, d)."""
+        document = self.documents.unsqueeze(-1).expand_as(z)
+        totals = torch.zeros_like(z).scatter_add(1, document, z)  # row i: of document i
+        if self.mode == "fixed":
+            return totals.gather(1, document)
+        return z.cumsum(1) - (totals.cumsum(1) - totals).gather(1, document)
 
 
 class MoELayer(nn.Module):
@@ -158,7 +170,7 @@ class MoELayer(nn.Module):
         return self._linear(p, down, hidden, own)
 
     def _linear(self, p, name, z, own):
-        own = {leaf: tensors[p] for leaf, tensors in own.get(name, {}).items()}
+        own = {leaf: tensors[p] for leaf, tensors in own[name].items()}
         if self.kind == "full":
             return F.linear(z, **own)
         y = getattr(self, name)(z)
@@ -166,11 +178,12 @@ class MoELayer(nn.Module):
 
     def _own(self, dtype):
         """{linear: {leaf: K tensors}}, the experts' own weights in dtype."""
-        # unbind: one gradient for a whole stack, not one of its size for every expert
-        return {
-            name: {leaf: t.to(dtype).unbind(0) for leaf, t in stack.items()}
-            for name, stack in self.experts.items()
-        }
+        own = {name: {} for name in self.linears}
+        for key, stack in self.experts.items():
+            name, _, leaf = key.rpartition("_")
+            # unbind: one gradient for a whole stack, not one of its size for every expert
+            own[name][leaf] = stack.to(dtype).unbind(0)
+        return own
 
     def _activate(self, u):
         return self.act(u[0]) * u[1] if len(u) == 2 else self.act(u[0])
@@ -220,8 +233,8 @@ class MoELayer(nn.Module):
 
     def _add_low_rank(self, y, name, z, mask):
         """y + B A z of the chosen experts, z (N or k N, d_in): a row a choice, or y has N rows, their sum."""
-        if name in self.experts:
-            A, B = (self.experts[name][leaf].to(y.dtype) for leaf in ("A", "B"))
+        if f"{name}_A" in self.experts:
+            A, B = (self.experts[f"{name}_{leaf}"].to(y.dtype) for leaf in ("A", "B"))
             _, n, K, _ = mask.shape
             low = (F.linear(z, A.flatten(0, 1)).view(-1, n, K, A.shape[1]) * mask).flatten(2)  # (k, N, K r)
             low = low.sum(0) if len(y) == n else low.flatten(0, 1)
@@ -295,7 +308,7 @@ def _shapes(e, ffn, linears, kind):
 
 
 def _stack(experts, ffn, linears, kind):
-    """{linear: {"A": (K, r, d_in), "B": (K, d_out, r)}, or {"weight": (K, d_out, d_in), "bias": (K, d_out)}}.
+    """{"up_proj_A": (K, r, d_in), "up_proj_B": (K, d_out, r)}, or {"fc1_weight": (K, d_out, d_in), ...}.
 
     r is the largest rank; zeros fill up smaller ones, and stay zero in training. No ranks, no entry.
     """
@@ -307,7 +320,7 @@ def _stack(experts, ffn, linears, kind):
         for key, shape in want.items():
             if shape and tuple(e[key].shape) != shape:
                 raise ValueError(f"experts[{p}]: {key} is {tuple(e[key].shape)}, not {shape}")
-    out = nn.ModuleDict()
+    out = nn.ParameterDict()  # no submodules: tools that look for "up_proj" shall find the linear alone
     for name in linears:
         like, stack = dict(getattr(ffn, name).named_parameters()), {}
         if kind == "lora":  # where a LoRA leaves the linear out
@@ -319,9 +332,9 @@ def _stack(experts, ffn, linears, kind):
                 rows, columns = max(len(t) for t in own), max(t.shape[1] for t in own)
                 # fp32, whatever the seed model is stored in: bf16 parameters would round small updates away
                 own = [F.pad(t.float(), (0, columns - t.shape[1], 0, rows - len(t))) for t in own]
-            stack[leaf.removeprefix("lora_")] = nn.Parameter(torch.stack(own))
+            stack[f"{name}_{leaf.removeprefix('lora_')}"] = torch.stack(own)
         if any(t.numel() for t in stack.values()):
-            out[name] = nn.ParameterDict(stack)
+            out.update({key: nn.Parameter(t) for key, t in stack.items()})
     return out
 
 
@@ -408,7 +421,9 @@ def _read_mask(module, args, kwargs):
     names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
     given = dict(zip(names, args, strict=False)) | kwargs
     cache, module.routing.real = given.get("past_key_values"), given.get("attention_mask")
-    if cache is not None and cache.get_seq_length():
+    places = given.get("position_ids")
+    packed = places is not None and bool((places.diff() <= 0).any())
+    if packed or cache is not None and cache.get_seq_length():
         _refuse()
 
 
@@ -418,7 +433,8 @@ def _forget_mask(module, args, output):
 
 
 def _refuse(*args, **kwargs):
-    raise RuntimeError("generate and filled key-value caches need metamoe/serving/generation.py")
+    what = "generate, filled key-value caches and positions that restart"
+    raise RuntimeError(f"{what} need metamoe/serving/generation.py")
 
 
 def _serving(name):
@@ -466,13 +482,19 @@ def reset_counts(model):
         layer.counts.zero_()
 
 
+def added(layer: MoELayer) -> dict:
+    """What the layer adds to its FFN: {"router.vectors": (K, d), "experts.up_proj.A": (K, r, d_in), ...}."""
+    tensors = {key: t for key, t in layer.state_dict().items() if key.startswith("router.")}
+    for key, t in layer.experts.items():
+        tensors["experts." + ".".join(key.rsplit("_", 1))] = t.detach()
+    return tensors
+
+
 def save(model, folder):
     """Write what unify added to a folder: experts, routing vectors, lambdas, configuration; no seed model."""
     tensors = {}
     for name, layer in zip(model.moe_config["ffn_names"], layers(model), strict=True):
-        for key, t in layer.state_dict().items():
-            if key.startswith(("router.", "experts.")):
-                tensors[f"{name}.{key}"] = t.contiguous()
+        tensors |= {f"{name}.{key}": t.contiguous() for key, t in added(layer).items()}
     write(folder, model.moe_config, tensors)
 
 

@@ -92,9 +92,9 @@ def dense(ffn, e):
 def own(layer, p):
     """Expert p of a layer as a dict, of the layer's own parameters."""
     e = {} if layer.kind == "full" else {"scaling": layer.scaling[p]}
-    for name, stack in layer.experts.items():
-        for leaf, t in stack.items():
-            e[f"{name}.{leaf}" if layer.kind == "full" else f"{name}.lora_{leaf}"] = t[p]
+    for key, t in layer.experts.items():
+        name, _, leaf = key.rpartition("_")
+        e[f"{name}.{leaf}" if layer.kind == "full" else f"{name}.lora_{leaf}"] = t[p]
     return e
 
 
@@ -357,7 +357,7 @@ def test_ranks_may_differ_and_linears_be_left_out():
         del e[f"{name}.lora_A"], e[f"{name}.lora_B"]
     for top_k in (1, 3):
         layer = MoELayer(ffn, experts, Router(torch.randn(3, D)), RoutingState(mode="none"), top_k)
-        assert layer.experts["up_proj"]["A"].shape == (3, 4, D) and "gate_proj" not in layer.experts
+        assert layer.experts["up_proj_A"].shape == (3, 4, D) and "gate_proj_A" not in layer.experts
         chosen, weight = layer.choose(layer.router(x, None))
         outputs = torch.stack([dense(ffn, e)(x) for e in experts], dim=2)  # (3, 5, K, d)
         outputs = outputs.gather(2, chosen.unsqueeze(-1).expand(3, 5, top_k, D))

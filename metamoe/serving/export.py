@@ -39,7 +39,7 @@ def export(run, source, folder, force):
     backbone.model = None  # the weights are wanted as they are stored
     auto = import_transformers().AutoModelForCausalLM
     model = moe.load(source, auto.from_pretrained(backbone.source, dtype="auto"))
-    shapes = [layer_shapes(layer) for layer in moe.layers(model)]
+    shapes = [{key: list(t.shape) for key, t in moe.added(layer).items()} for layer in moe.layers(model)]
     if any(layer != shapes[0] for layer in shapes):
         raise UserError(f"--export {folder}: the experts' shapes differ from layer to layer")
     with atomic(folder) as part:
@@ -49,14 +49,8 @@ def export(run, source, folder, force):
     print(f"unify_moe: {folder}: {source.name} as a Hugging Face folder, {folder_bytes(folder) / 1e6:.0f} MB")
 
 
-def layer_shapes(layer):
-    """{entry: shape} of what an MoE layer adds to its FFN."""
-    added = {key: t for key, t in layer.state_dict().items() if key.startswith(("experts.", "router."))}
-    return {key: list(t.shape) for key, t in added.items()}
-
-
 def write_model(model, shapes, folder):
-    """Write weights, configuration and code. shapes: `layer_shapes` of each layer."""
+    """Write weights, configuration and code. shapes: of `moe.added` of each layer."""
     names = type(model.config).__name__, type(model).__name__
     model.save_pretrained(folder)
     # tools pad on the right without a mask, and do not say where a prompt ends: the prefix needs neither

@@ -11,6 +11,7 @@ Shapes: B sequences, T tokens, d width, s kept positions.
 from types import MethodType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CROP = 32  # the running sums of the last 32 positions are kept: speculative decoding takes tokens back
@@ -147,8 +148,9 @@ class Bookkeeper:
             sums, numbers = (
                 torch.cat(pair, 1) for pair in zip(self.before[layer], (sums, numbers), strict=True)
             )
+        last = 1 if mode == "fixed" else CROP
         # clone: a view would keep the whole tensor in memory
-        self.after[layer] = sums[:, -CROP:].clone(), numbers[:, -CROP:].clone()
+        self.after[layer] = sums[:, -last:].clone(), numbers[:, -last:].clone()
 
     def end(self, mode, kwargs, output):
         """After the forward: its sums go into the cache that it filled."""
@@ -193,6 +195,21 @@ def before_forward(module, args, kwargs):
             "the attention mask is not (B, T), and does not say which tokens are real: "
             "set routing.context_mask"
         )
+    state.documents = None if length else documents(given.get("position_ids"), state.real)
+
+
+def documents(places, real):
+    """(B, T): each token's document, from 0; None where no sequence holds several.
+
+    places: position_ids (B, T), which restart where a document begins. real: (B, T) bool, or None.
+    """
+    if not torch.is_tensor(places) or places.dim() != 2 or places.shape[1] < 2:
+        return None
+    begins = F.pad(places.diff() <= 0, (1, 0))  # (B, T)
+    if real is not None:  # among padding positions mean nothing
+        real = real.to(places.device)
+        begins &= real & (real.cumsum(1) > 1)
+    return begins.cumsum(1) if begins.any() else None
 
 
 def after_forward(module, args, kwargs, output):

@@ -422,7 +422,7 @@ def _read_mask(module, args, kwargs):
     given = dict(zip(names, args, strict=False)) | kwargs
     cache, module.routing.real = given.get("past_key_values"), given.get("attention_mask")
     places = given.get("position_ids")
-    packed = places is not None and bool((places.diff() <= 0).any())
+    packed = places is not None and module.routing.real is None and bool((places.diff() <= 0).any())
     if packed or cache is not None and cache.get_seq_length():
         _refuse()
 
@@ -561,6 +561,14 @@ def assemble(model, config, tensors, joining=()):
     for name in config["disabled"]:
         disable_expert(model, name)
     return model
+
+
+def classify(model, tokenizer, prompts, choices):
+    """The most likely choice for each prompt, and all log-likelihoods: metamoe/serving/classification.py."""
+    classification = _serving("classification")
+    if classification is None:
+        raise RuntimeError("classify needs metamoe/serving/classification.py")
+    return classification.classify(model, tokenizer, prompts, choices)
 
 
 def disable_expert(model, name):

@@ -88,7 +88,7 @@ def test_documents_in_a_row_are_computed_as_if_alone(context):
         close(packed, logits(model, alone))
 
 
-def test_positions_of_padding_begin_no_document():
+def test_with_a_mask_positions_begin_no_document():
     model, mask = unified(), torch.ones_like(IDS)
     mask[0, :4], mask[1, -3:] = 0, 0
     places = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)  # as generate makes them

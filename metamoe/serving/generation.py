@@ -195,20 +195,15 @@ def before_forward(module, args, kwargs):
             "the attention mask is not (B, T), and does not say which tokens are real: "
             "set routing.context_mask"
         )
-    state.documents = None if length else documents(given.get("position_ids"), state.real)
+    # transformers, too, takes documents apart where there is neither a mask nor a cache
+    state.documents = documents(given.get("position_ids")) if mask is None and not length else None
 
 
-def documents(places, real):
-    """(B, T): each token's document, from 0; None where no sequence holds several.
-
-    places: position_ids (B, T), which restart where a document begins. real: (B, T) bool, or None.
-    """
-    if not torch.is_tensor(places) or places.dim() != 2 or places.shape[1] < 2:
+def documents(places):
+    """(B, T): each token's document, from 0, for position_ids (B, T); None where no sequence holds several."""
+    if not torch.is_tensor(places) or places.dim() != 2:
         return None
-    begins = F.pad(places.diff() <= 0, (1, 0))  # (B, T)
-    if real is not None:  # among padding positions mean nothing
-        real = real.to(places.device)
-        begins &= real & (real.cumsum(1) > 1)
+    begins = F.pad(places.diff() <= 0, (1, 0))  # positions restart where a document begins
     return begins.cumsum(1) if begins.any() else None
 
 

@@ -48,6 +48,10 @@ class Router(nn.Module):
 
     def forward(self, z: Tensor, context: Tensor | None) -> Tensor:
         """pi (B, T, K) in float32 for z (B, T, d) and a context (B, 1 or T, d), or None for z~ = z."""
+        return self.logits(z, context).softmax(-1)  # Eq. 6
+
+    def logits(self, z: Tensor, context: Tensor | None) -> Tensor:
+        """z~ . e_p, -inf for the disabled: (B, T, K) in float32."""
         with torch.autocast(z.device.type, enabled=False):  # bf16 logits of size 100 are off by 0.5
             e = self.vectors.float().t()  # (d, K)
             logits = z.float() @ e  # (B, T, K)
@@ -59,7 +63,7 @@ class Router(nn.Module):
             if self.disabled:
                 out = torch.tensor(self.disabled, device=logits.device)
                 logits = logits.index_fill(-1, out, -torch.inf)
-            return logits.softmax(-1)  # Eq. 6
+            return logits
 
 
 @dataclass(eq=False)

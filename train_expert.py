@@ -52,7 +52,7 @@ def parse_args():
     cli.add_upload_flags(parser, data="aligned", selection="dpp")
     flag("--rank", type=int, help="LoRA rank (default: the backbone's preset, like all below)")
     flag("--alpha", type=int, help="LoRA alpha; the update is scaled by alpha / rank")
-    flag("--warmup-steps", type=int, help="steps of linear warm-up; then the rate is constant")
+    flag("--warmup-steps", type=int, help="steps of linear warm-up (default: at most a tenth of all)")
     cli.add_training_flags(parser)
     cli.add_machine_flags(parser)
     flag("--force", action="store_true", help="redo an expert that was made with other settings")
@@ -101,6 +101,16 @@ def label_set(backbone, run_dir, client):
     return classes
 
 
+def warmup(args, preset, steps):
+    """Steps of warm-up: the flag's, else the preset's but a tenth of all at most, so that few steps train."""
+    if args.warmup_steps is None and preset > steps // 10:
+        print(
+            f"train_expert: warm-up: {steps // 10} of {steps} steps (the preset's {preset}: --warmup-steps)"
+        )
+        return steps // 10
+    return preset
+
+
 def train_client(run_dir, run, name, args, settings):
     """Train one client's expert, take its routing vectors and write both; returns a line about it."""
     client = run_dir / "clients" / name
@@ -114,7 +124,8 @@ def train_client(run_dir, run, name, args, settings):
         model = backbone.add_lora(settings["rank"], settings["alpha"], run["seed"])
     steps = settings["epochs"] * math.ceil(len(records) / settings["batch_size"])
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": settings["lr"]}]
-    options = {key: settings[key] for key in ("batch_size", "warmup_steps", "optimizer", "weight_decay")}
+    options = {key: settings[key] for key in ("batch_size", "optimizer", "weight_decay")}
+    options["warmup_steps"] = warmup(args, settings["warmup_steps"], steps)
     options |= {"seed": run["seed"], "label": f"expert {name} ({args.data})", "classes": classes}
     checkpointing = use_checkpointing(args.gradient_checkpointing, run, backbone)
     losses = train(backbone, model, records, groups, steps=steps, checkpointing=checkpointing, **options)

@@ -32,6 +32,7 @@ from metamoe.errors import UserError, run_main
 from metamoe.methods import METHODS, described
 from metamoe.model_settings import add_method_flags, resolve
 from metamoe.records import read_records, usable_public
+from metamoe.routing import of_one_length
 from metamoe.rundir import atomic, finished, open_run, read_json, sha256, write_json
 from metamoe.serving.export import check_export, export
 from metamoe.serving.members import check_extension, extend, leave_out
@@ -74,7 +75,9 @@ def build(backbone, run_dir, run, uploads, settings):
         ffns = {name: backbone.model.get_submodule(name) for name in backbone.ffn_names}
         experts.insert(0, {name: moe.seed_expert(ffn, experts[0][name]) for name, ffn in ffns.items()})
         names.insert(0, "seed")
-    if settings["init"] == "random":
+    if settings["init"] == "unit":
+        vectors = of_one_length(vectors)
+    elif settings["init"] == "random":
         generator = torch.Generator().manual_seed(run["seed"])
         vectors = [torch.randn(v.shape, generator=generator) / v.shape[1] ** 0.5 for v in vectors]
     context = "none"
@@ -148,7 +151,7 @@ def make(args, run_dir, run, uploads, settings, records):
     backbone = run_backbone(run, args)
     start, losses = time.perf_counter(), []  # unification begins with the seed model in memory
     if args.extend:
-        model = extend(backbone.model, run_dir / "moe" / args.extend, uploads)
+        model = extend(backbone.model, run_dir / "moe" / args.extend, uploads, settings["init"])
     else:
         model = build(backbone, run_dir, run, uploads, settings)
     if settings["steps"]:

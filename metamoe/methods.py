@@ -37,7 +37,7 @@ class Method:
     )
     selection: str = "dpp"  # rule that chose the proxies (select_proxies.RULES)
     context: str = "on"  # router with the sequence's mean (Eq. 6); "off": on the token alone
-    init: str = "uploaded"  # routing vectors start at the clients' means, or "random"
+    init: str = "uploaded"  # routing vectors start at the clients' means; "unit": of one length; or "random"
     train: str = "all"  # final training of router and experts; "router", or "none"
     samples: str = "proxies"  # that it trains on; "public": as many random ones, "private": the clients' data
     weighting: str = "stopgrad"  # of the chosen experts (moe.WEIGHTINGS)
@@ -115,6 +115,12 @@ METHODS = {
             START: "uploaded means",
             WEIGHTS: "pi / stop_gradient(sum)",
         },
+    ),
+    "metamoe-unit": Method(
+        "MetaMoE, unit vectors",
+        "beyond the paper: as metamoe, each layer's routing vectors start at one length, their mean length",
+        init="unit",
+        sections={START: "uploaded means of one length"},
     ),
     "metamoe-dpp-all": metamoe("the whole public set", POOL, selection="dpp-all"),
 }

@@ -27,8 +27,8 @@ def add_method_flags(parser):
     flag = parser.add_argument
     context = "router on the blend with the sequence mean (Eq. 6), or on the token alone"
     flag("--context", choices=["on", "off"], help=context)
-    init = "routing vectors start at the clients' means, or random"
-    flag("--init", choices=["uploaded", "random"], help=init)
+    init = "routing vectors start at the clients' means, at these scaled to one length, or random"
+    flag("--init", choices=["uploaded", "unit", "random"], help=init)
     trained = "final training of router and experts, the router alone, or none"
     flag("--train", choices=["all", "router", "none"], help=trained)
     samples = (

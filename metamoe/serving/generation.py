@@ -200,7 +200,7 @@ def before_forward(module, args, kwargs):
 
 
 def documents(places):
-    """(B, T): each token's document, from 0, for position_ids (B, T); None where no sequence holds several."""
+    """(B, T): each token's document, from 0, for position_ids (B, T); None where each sequence is one."""
     if not torch.is_tensor(places) or places.dim() != 2:
         return None
     begins = F.pad(places.diff() <= 0, (1, 0))  # positions restart where a document begins

@@ -1,9 +1,11 @@
 """Clients that leave or join a unified model: unify_moe.py's --without and --extend."""
 
+import torch
 from safetensors.torch import load_file
 
 import moe
 from metamoe.errors import UserError
+from metamoe.routing import of_one_length
 from metamoe.rundir import atomic, finished, read_json, sha256, write_json
 from metamoe.uploads import read_expert
 
@@ -48,7 +50,7 @@ def check_extension(args, run_dir, run, settings):
     if args.name in (None, args.extend):
         raise UserError(f"{flag}: give the extended model a --name of its own")
     made, config = read_json(folder / "done.json"), read_json(folder / "moe_config.json")
-    for key in ("method", "top_k", "weighting", "offset", "context", "seed_expert"):
+    for key in ("method", "init", "top_k", "weighting", "offset", "context", "seed_expert"):
         if made[key] != settings[key]:
             option = f"--{key.replace('_', '-')} {settings[key]}"
             raise UserError(
@@ -62,16 +64,20 @@ def check_extension(args, run_dir, run, settings):
     return {"model": args.extend, "moe": sha256(folder / "moe.safetensors")}
 
 
-def extend(seed_model, folder, uploads):
+def extend(seed_model, folder, uploads, init):
     """The model in `folder` with the experts of the clients that it lacks, before its final training.
 
-    uploads: {client: its upload's folder} of all clients of the run.
+    uploads: {client: its upload's folder} of all clients of the run. init: of the routing vectors; where it
+    is "unit", the new ones get the mean length of those that are there.
     """
     config, tensors = moe.read(folder)
     joining = []
     for name, upload in uploads.items():
         if name not in config["names"]:
-            vectors = load_file(upload / "router.safetensors")["vectors"]
+            vectors = load_file(upload / "router.safetensors")["vectors"]  # (L, d)
+            if init == "unit":
+                there = [tensors[f"{ffn}.router.vectors"].norm(dim=1).mean() for ffn in config["ffn_names"]]
+                (vectors,) = of_one_length([vectors], torch.stack(there))
             joining.append((name, read_expert(upload), vectors))
     return moe.assemble(seed_model, config, tensors, joining)
 

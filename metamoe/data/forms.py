@@ -1,0 +1,118 @@
+"""The common public forms of questions and instructions, read as a user's own records."""
+
+import csv
+import json
+from pathlib import Path
+
+from metamoe.errors import UserError
+
+EXAMPLE = (
+    '{"prompt": "2 + 2 =", "choices": ["4", "5"], "answer": "4"} or {"prompt": "...", "response": "..."}'
+)
+
+
+def common_form(raw):
+    """`raw` as {"prompt", "choices", "answer"} or {"prompt", "response"}; as it is where its form is unknown.
+
+    Read are the forms of CommonsenseQA, ARC and OpenBookQA (`question`, `choices` with labels, `answerKey`),
+    CosmosQA (`answer0` ...), SocialIQA (`answerA` ...), PIQA (`goal`, `sol1`, `sol2`), HellaSwag (`ctx`,
+    `endings`), MMLU (`question`, `choices`, `answer`), Alpaca (`instruction`, `input`, `output`), and prompts
+    or questions with a `completion`, `output` or `answer`.
+    """
+    if not isinstance(raw, dict):
+        return raw
+    for read in (labelled, lettered_answers, numbered_answers, two_solutions, endings, plain_question, pair):
+        try:
+            found = read(raw)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            continue  # not of this form
+        if found:
+            return found
+    return raw
+
+
+def question(context, text, choices, number):
+    context, text = (context or "").strip(), text.strip()
+    prompt = f"Question: {text}\nAnswer:"
+    if context:
+        prompt = f"Context: {context}\n{prompt}"
+    if not 0 <= number < len(choices):
+        raise ValueError(f"label {number}")
+    return {"prompt": prompt, "choices": choices, "answer": number}
+
+
+def labelled(raw):
+    """`choices` {"label": [...], "text": [...]}, or a list of such pairs, and the right label."""
+    asked, choices = raw.get("question", raw.get("question_stem", raw.get("prompt"))), raw.get("choices")
+    if isinstance(asked, dict):  # in CommonsenseQA's own file
+        asked, choices = asked["stem"], asked["choices"]
+    if isinstance(choices, list):
+        choices = {key: [choice[key] for choice in choices] for key in ("label", "text")}
+    right = raw["answerKey"] if "answerKey" in raw else raw["answer"]
+    number = list(map(str, choices["label"])).index(str(right))
+    if "prompt" in raw:
+        return {"prompt": raw["prompt"], "choices": choices["text"], "answer": number}
+    return question("", asked, choices["text"], number)
+
+
+def lettered_answers(raw):
+    """SocialIQA: the label counts from 1, or in version 1.4 is the letter `correct`."""
+    number = "ABC".index(raw["correct"]) if "correct" in raw else int(raw["label"]) - 1
+    return question(raw["context"], raw["question"], [raw[f"answer{letter}"] for letter in "ABC"], number)
+
+
+def numbered_answers(raw):
+    """CosmosQA: the label counts from 0."""
+    return question(raw["context"], raw["question"], [raw[f"answer{i}"] for i in range(4)], int(raw["label"]))
+
+
+def two_solutions(raw):
+    return question("", raw["goal"], [raw["sol1"], raw["sol2"]], int(raw["label"]))
+
+
+def endings(raw):
+    return {"prompt": raw["ctx"], "choices": raw["endings"], "answer": int(raw["label"])}
+
+
+def plain_question(raw):
+    """A `question` with `choices` of texts; the answer may be a text, a letter or a number from 0."""
+    if "prompt" in raw:
+        return None
+    made = question(raw.get("context"), raw["question"], raw["choices"], 0)
+    return made | {"answer": raw["answer"]}
+
+
+def pair(raw):
+    """Something asked and something answered, without choices."""
+    if raw.get("choices") is not None or raw.get("response") is not None:
+        return None
+    response = next(raw[key] for key in ("output", "completion", "answer") if raw.get(key) is not None)
+    if "prompt" in raw:
+        return {"prompt": raw["prompt"], "response": response}
+    asked = (raw["instruction"] if "instruction" in raw else raw["question"]).strip()
+    given = (raw.get("input") or raw.get("context") or "").strip()
+    prompt = f"Question: {asked}\n" + (f"Input: {given}\n" if given else "") + "Answer:"
+    return {"prompt": prompt, "response": response}
+
+
+def read_rows(path):
+    """The rows (dicts) of a CSV file, of one JSON list, or of JSON lines."""
+    path = Path(path)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix.lower() == ".csv":
+                return list(csv.DictReader(file))
+            text = file.read()
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): download it again") from None
+
+
+def is_table(path):
+    """Whether a file is CSV or one JSON list, not JSON lines."""
+    if Path(path).suffix.lower() == ".csv":
+        return True
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return file.read(4096).lstrip().startswith("[")

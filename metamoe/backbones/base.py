@@ -1,7 +1,6 @@
 """The interface that the stages use: features, routing vectors, experts; the choice of device and dtype."""
 
 import contextlib
-import functools
 import warnings
 from pathlib import Path
 
@@ -24,7 +23,7 @@ def import_transformers():
 
 
 def machine(args):
-    """(device, dtype) of --device and --dtype."""
+    """(device, dtype) of a stage's flags."""
     device = pick_device(args.device)
     return device, pick_dtype(args.dtype, device)
 
@@ -46,12 +45,10 @@ def pick_device(name="auto"):
 def pick_dtype(name, device):
     """The torch dtype of a name. auto: bfloat16 where the hardware computes in it, else float32."""
     if name == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported()
-        else:
-            fast = torch.cpu._is_avx512_bf16_supported()
+        cuda = device.type == "cuda"
+        fast = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
         name = "bfloat16" if fast else "float32"
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(name, name)
+    return getattr(torch, name) if isinstance(name, str) else name
 
 
 class Backbone:
@@ -63,17 +60,14 @@ class Backbone:
 
     def autocast(self):
         # Enter it anew at every step: its cache of cast weights would hide the optimiser's updates.
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def shared_embed(self, records, label="embedding", skip=0):
         """Yield (indices, features, unreadable so far) batch by batch, as `embed`.
 
         Under `accelerate launch` the processes share the batches, and each gets the results of all.
         """
-        state = processes()
-        gather = list
+        state, gather = processes(), list
         if state is not ALONE:
             from accelerate.utils import gather_object as gather
         batches = self.embed(records, label, skip=skip + state.process_index, every=state.num_processes)
@@ -86,14 +80,13 @@ class Backbone:
 
     def features(self, records, label="embedding"):
         """Seed-model embeddings (n, d) float32 of a client's records; UserError if one cannot be read."""
-        out = np.full((len(records), self.width), np.nan, np.float32)
-        unreadable = ()
+        out, unreadable = np.empty((len(records), self.width), np.float32), ()
         for batch, values, found in self.shared_embed(records, label):
             out[batch] = values
             unreadable = found
         if unreadable:
-            message = unreadable[0][1]
-            raise UserError(f"private sample {message}: repair it or take it out of the client's data")
+            message = f"private sample {unreadable[0][1]}: repair it or take it out of the client's data"
+            raise UserError(message)
         return out
 
     @torch.no_grad()
@@ -107,15 +100,15 @@ class Backbone:
         dealt = state.num_processes > 1 and not sharding()
         sums = torch.zeros(len(self.ffn_names), self.width, dtype=torch.float64)
 
-        def add(layer, module, inputs):
-            sums[layer] += masked_mean(inputs[0].float(), mask).sum(0).double().cpu()
+        def add(ffn, inputs):
+            sums[layers[ffn]] += masked_mean(inputs[0].float(), tokens).sum(0).double().cpu()
 
+        layers = {unwrap(model).get_submodule(name): i for i, name in enumerate(self.ffn_names)}
         with contextlib.ExitStack() as hooks:
-            for i, name in enumerate(self.ffn_names):
-                ffn = unwrap(model).get_submodule(name)
-                hooks.callback(ffn.register_forward_pre_hook(functools.partial(add, i)).remove)
-            for number, (tokens, forward) in enumerate(self.prompt_batches(model, records, label)):
-                mask = tokens  # the hooks read it
+            for ffn in layers:
+                hooks.enter_context(ffn.register_forward_pre_hook(add))
+            for number, (mask, forward) in enumerate(self.prompt_batches(model, records, label)):
+                tokens = mask  # the hooks read it
                 if not dealt or number % state.num_processes == state.process_index:
                     with self.autocast():
                         forward()
@@ -144,14 +137,11 @@ class Backbone:
 
     def with_adapter(self, folder):
         """The model with a client's or the soup's expert: FOLDER/adapter (PEFT) or FOLDER/ffn.safetensors."""
-        adapter = Path(folder) / "adapter"
-        if adapter.exists():
+        if (Path(folder) / "adapter").exists():
             from peft import PeftModel
 
-            return PeftModel.from_pretrained(self.model, adapter).eval()
-        weights = load_file(Path(folder) / "ffn.safetensors")
-        weights = {name: weight.to(self.dtype) for name, weight in weights.items()}
-        self.model.load_state_dict(weights, strict=False)
+            return PeftModel.from_pretrained(self.model, Path(folder) / "adapter").eval()
+        self.model.load_state_dict(load_file(Path(folder) / "ffn.safetensors"), strict=False)
         return self.model.eval()
 
 

@@ -34,9 +34,8 @@ class ClipBackbone(Backbone):
 
         self.source, self.device, self.dtype = str(source), device, dtype
         self.template, self.resize, self.flip = preset["template"], preset["resize"], preset["flip"]
-        if workers is None:
-            workers = os.cpu_count() if device.type == "cuda" else 0
-        self.workers = workers
+        default = os.cpu_count() if device.type == "cuda" else 0
+        self.workers = default if workers is None else workers
         model, self.tokenizer = self._load(preset)
         self.model = model.to(device).eval().requires_grad_(False)
         visual = model.visual
@@ -52,7 +51,6 @@ class ClipBackbone(Backbone):
         self.class_features, self.unreadable = {}, []
 
     def _load(self, preset):
-        """(model, tokenizer) of the seed model's checkpoint."""
         import open_clip
 
         architecture = preset["architecture"]
@@ -67,10 +65,8 @@ class ClipBackbone(Backbone):
             raise
         except Exception as error:  # open_clip passes on what the hub, pickle, safetensors and torch raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"seed model {self.source}: open_clip cannot load it as {architecture} ({reason}); "
-                "give a local checkpoint with --seed-model"
-            ) from None
+            problem = f"seed model {self.source}: open_clip cannot load it as {architecture} ({reason})"
+            raise UserError(f"{problem}; give a local checkpoint with --seed-model") from None
 
     # --- images
 
@@ -149,8 +145,10 @@ class ClipBackbone(Backbone):
 
     @torch.no_grad()
     def embed(self, records, label="embedding", skip=0, every=1, batch=256):
-        """Yield (indices, features (b, d) float32): the post-LN CLS feature of each readable image;
-        after the first `skip` batches each `every`-th."""
+        """Yield (indices, features (b, d) float32): the post-LN CLS feature of each readable image.
+
+        After the first `skip` batches each `every`-th is embedded.
+        """
         batches = chunks(range(len(records)), batch)[skip::every]
         for indices, images in self.load(records, batches, label, skip * batch, strict=False):
             yield indices, self.pool(self.model, images).cpu().numpy()
@@ -201,23 +199,18 @@ class Images(Dataset):
     def __getitem__(self, key):
         """(index, image (3, H, W), "") or (index, None, what is wrong with it)."""
         index, step = key
+        image = self.records[index]["image"]
         try:
-            image = drawn_or_read(self.records[index]["image"])
+            if isinstance(image, dict) and "char" in image:  # a letter to draw
+                from metamoe.data.glyphs.world import draw  # here: it imports matplotlib
+
+                image = draw(image)
+            else:
+                image = open_image(image)
         except BadImage as error:
             return index, None, str(error)
-        rng = None
-        if self.seed is not None:
-            rng = np.random.default_rng([self.seed, step, index])
+        rng = None if self.seed is None else np.random.default_rng([self.seed, step, index])
         return index, self.transform(image, rng), ""
-
-
-def drawn_or_read(image):
-    """The PIL image of a record: a letter to draw, or a file."""
-    if isinstance(image, dict) and "char" in image:
-        from metamoe.data.glyphs import world  # here: it imports matplotlib, which nothing else needs
-
-        return world.draw(image)
-    return open_image(image)
 
 
 def chunks(items, size):

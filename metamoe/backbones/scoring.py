@@ -5,6 +5,7 @@ import re
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from metamoe.backbones.base import unwrap
 from metamoe.backbones.letters import lettered
@@ -27,9 +28,8 @@ class ScoringMixin:
         score, encoded = self._scored_form(records, scoring)
         result = [None] * len(records)
         with progress(total=len(records), desc=label, unit="text") as bar:
-            for batch in self.batches([length(pair) for pair in encoded]):
-                found = score(model, [encoded[i] for i in batch])
-                for i, values in zip(batch, found, strict=True):
+            for batch in self.batches(list(map(length, encoded))):
+                for i, values in zip(batch, score(model, [encoded[i] for i in batch]), strict=True):
                     result[i] = values
                 bar.update(len(batch))
         return result
@@ -40,13 +40,11 @@ class ScoringMixin:
             pairs = [self.encode(record, record["answer"]) for record in records]
             return self._score_answers, [(prompt, [answer]) for prompt, answer in pairs]
         if scoring == "likelihood":
-            return self._score_choices, [self._encode_choices(record) for record in records]
+            choices = [[self.encode(record, c)[1] for c in record["choices"]] for record in records]
+            prompts = [self.encode(record)[0] for record in records]
+            return self._score_choices, list(zip(prompts, choices, strict=True))
         score = self._score_letters if scoring == "letters" else self._generate
         return score, [(self.encode(lettered(r), " A")[0], [[]] * len(r["choices"])) for r in records]
-
-    def _encode_choices(self, record):
-        prompt, _ = self.encode(record)
-        return prompt, [self.encode(record, choice)[1] for choice in record["choices"]]
 
     def _score_choices(self, model, encoded):
         # The router's context is the prompt for every choice's tokens, even in a model whose router otherwise
@@ -56,7 +54,7 @@ class ScoringMixin:
 
     def _score_answers(self, model, encoded):
         found = self._token_log_probs(model, encoded, self.whole_text)  # the context as in training
-        return [np.array(tokens) for (tokens,) in found]
+        return [tokens for (tokens,) in found]
 
     def _score_letters(self, model, encoded):
         shared, letters = self.letter_ids()
@@ -100,7 +98,7 @@ class ScoringMixin:
         return self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
     def _token_log_probs(self, model, encoded, whole):
-        """Log-probability of each token of each choice: [[[float, ...] a choice] a record].
+        """Log-probability of each token of each choice: [[array a choice] a record].
 
         Prompt and choices make one sequence. A choice sees the prompt and itself, and its positions follow
         the prompt's. So the prompt is computed once, and the result is that of one sequence for every choice.
@@ -119,12 +117,9 @@ class ScoringMixin:
             states = self.hidden(model, ids, prompt, part >= 0 if whole else prompt, **extra)
             logits = unwrap(model).lm_head(states[rows, before])  # (scored tokens, V)
         log_probs = F.log_softmax(logits.float(), -1).gather(1, ids[rows, columns][:, None])[:, 0]
-        values = [[[] for _ in choices] for _, choices in encoded]
-        for row, owner, value in zip(
-            rows.tolist(), owners.tolist(), log_probs.double().tolist(), strict=True
-        ):
-            values[row][owner - 1].append(value)
-        return values
+        lengths = [len(tokens) for _, choices in encoded for tokens in choices]
+        values = iter(log_probs.double().cpu().split(lengths))  # one choice after another
+        return [[next(values).numpy() for _ in choices] for _, choices in encoded]
 
 
 def length(pair):
@@ -138,19 +133,16 @@ def pack(encoded, pad):
 
     part: 0 for the prompt, 1, 2, ... for that choice, -1 for padding.
     """
-    ids = torch.full((len(encoded), max(map(length, encoded))), pad)
-    part = torch.full_like(ids, -1)
-    position = torch.zeros_like(ids)
-    for row, (prompt, choices) in enumerate(encoded):
-        end = 0
-        for number, tokens in enumerate([prompt, *choices]):
-            span = slice(end, end + len(tokens))
-            first = 0 if number == 0 else len(prompt)
-            ids[row, span] = torch.tensor(tokens)
-            part[row, span] = number
-            position[row, span] = torch.arange(first, first + len(tokens))
-            end += len(tokens)
-    return ids, part, position
+    rows = []
+    for prompt, choices in encoded:
+        ids, part, position = [*prompt], [0] * len(prompt), [*range(len(prompt))]
+        for number, tokens in enumerate(choices, 1):
+            ids += tokens
+            part += [number] * len(tokens)
+            position += range(len(prompt), len(prompt) + len(tokens))
+        rows.append([torch.tensor(each, dtype=torch.int64) for each in (ids, part, position)])
+    columns = zip(zip(*rows, strict=True), (pad, -1, 0), strict=True)
+    return [pad_sequence(column, batch_first=True, padding_value=fill) for column, fill in columns]
 
 
 def tree_mask(part, dtype):

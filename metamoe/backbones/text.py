@@ -1,8 +1,7 @@
 """Causal language models: texts as tokens, embeddings, losses. A batch holds texts of like length."""
 
-import functools
 import os
-import string
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metamoe.backbones.base import Backbone, import_transformers, masked_mean, unwrap
 from metamoe.backbones.distributed import processes
-from metamoe.backbones.letters import lettered
+from metamoe.backbones.letters import LETTERS, lettered
 from metamoe.backbones.scoring import ScoringMixin, pack
 from metamoe.backbones.training import epoch_batches
 from metamoe.errors import UserError
@@ -31,41 +30,36 @@ class TextBackbone(ScoringMixin, Backbone):
     def __init__(self, preset, source, device, dtype, answers, loss):
         self.source, self.device, self.dtype = str(source), device, dtype
         self.max_length, self.embedded = preset["max_length"], preset["embed"]
-        self.letters = answers == "letters"
-        self.whole_text = loss == "text"
+        self.letters, self.whole_text = answers == "letters", loss == "text"
         self.tokenizer, model = self._load()
         self.ffn_names = [name for name, _ in model.named_modules() if name.endswith(".mlp")]
         ffns = [model.get_submodule(name) for name in self.ffn_names]
         if not ffns or not all(hasattr(ffn, linear) for ffn in ffns for linear in self.ffn_linears):
+            lacks = f"a {type(model).__name__} has no FFNs of gate_proj, up_proj and down_proj in every layer"
             raise UserError(
-                f"seed model {self.source}: a {type(model).__name__} has no FFNs of gate_proj, up_proj and "
-                "down_proj in every layer; LLaMA, Mistral, Qwen, SmolLM and their like do"
+                f"seed model {self.source}: {lacks}; LLaMA, Mistral, Qwen, SmolLM and their like do"
             )
         self.model = model.to(device).eval().requires_grad_(False)
         self.width = model.config.hidden_size
-        self.pad = self.tokenizer.pad_token_id
-        if self.pad is None:
-            self.pad = self.tokenizer.eos_token_id
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        self.pad = end if pad is None else pad
 
     def _load(self):
         """(tokenizer, model) of the seed model's folder or hub id."""
         transformers = import_transformers()
         # Eager attention on the CPU: the fused kernel's backward is twice as slow on short texts.
         attention = "eager" if self.device.type == "cpu" else "sdpa"
+        # Frozen weights are stored in the compute dtype; autocast then casts only the small trained ones.
+        options = {"dtype": self.dtype, "attn_implementation": attention}
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.source)
-            # Frozen weights are stored in the compute dtype; autocast then casts only the small trained ones.
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                self.source, dtype=self.dtype, attn_implementation=attention
-            )
+            return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(self.source, **options)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"seed model {self.source}: cannot be loaded as a causal language model ({reason}); "
-                "name a local folder with --seed-model, or log in to the hub (hf auth login) "
-                "where it asks for that"
-            ) from None
-        return tokenizer, model
+            reason = f"cannot be loaded as a causal language model ({str(error).splitlines()[0]})"
+            remedy = (
+                "name a local folder with --seed-model, or log in to the hub (hf auth login) where it asks"
+            )
+            raise UserError(f"seed model {self.source}: {reason}; {remedy} for that") from None
 
     def public_classes(self, folder):
         return []  # the label set is the vocabulary
@@ -78,12 +72,11 @@ class TextBackbone(ScoringMixin, Backbone):
         A prompt that is too long keeps its end, and its BOS, which language models rely on. An answer that is
         too long keeps its beginning.
         """
-        prompt = self.tokenizer(record["prompt"])["input_ids"]
-        room = self.max_length // 2
-        if self.whole_text:  # an answer may have all that a short prompt leaves
-            room = max(room, self.max_length - 1 - len(prompt))
-        ids = []
+        prompt, ids = self.tokenizer(record["prompt"])["input_ids"], []
         if answer is not None:
+            room = self.max_length // 2
+            if self.whole_text:  # an answer may have all that a short prompt leaves
+                room = max(room, self.max_length - 1 - len(prompt))
             ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"][:room]
         room = self.max_length - len(ids) - 1
         if len(prompt) > room:
@@ -106,15 +99,12 @@ class TextBackbone(ScoringMixin, Backbone):
 
         In many vocabularies " A" is one token, and the first list is empty; in others it is two tokens.
         """
-        texts = [f" {letter}" for letter in string.ascii_uppercase]
-        letters = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        letters = self.tokenizer(LETTERS, add_special_tokens=False)["input_ids"]
         shared = os.path.commonprefix(letters)
         ids = [letter[len(shared)] for letter in letters if len(letter) > len(shared)]
         if len(set(ids)) < len(letters):
-            raise UserError(
-                f"seed model {self.source}: its tokenizer does not tell the letters A to Z apart: "
-                "score with --scoring likelihood"
-            )
+            problem = "its tokenizer does not tell the letters A to Z apart"
+            raise UserError(f"seed model {self.source}: {problem}: score with --scoring likelihood")
         return shared, ids
 
     def collate(self, encoded):
@@ -157,11 +147,8 @@ class TextBackbone(ScoringMixin, Backbone):
         the input (the preset's `embed`). The batches are always the same; after the first `skip` each
         `every`-th is embedded.
         """
-
-        def form(record):
-            return {"prompt": record[self.embedded]}
-
-        for number, (indices, encoded) in enumerate(self.windows(records, form, label)):
+        batches = self.windows(records, lambda record: {"prompt": record[self.embedded]}, label)
+        for number, (indices, encoded) in enumerate(batches):
             if number >= skip and (number - skip) % every == 0:
                 ids, real, prompts, _ = self.collate(encoded)
                 with self.autocast():
@@ -172,7 +159,7 @@ class TextBackbone(ScoringMixin, Backbone):
         """Yield (token mask (B, T), a function that runs the prompts through the model) batch by batch."""
         for _, encoded in self.windows(records, self.form, label):
             ids, real, prompts, _ = self.collate(encoded)
-            yield real, functools.partial(self.hidden, model, ids, real, prompts)
+            yield real, partial(self.hidden, model, ids, real, prompts)
 
     def windows(self, records, form, label):
         """Yield (indices, encoded prompts of form(record)) batch by batch.
@@ -213,11 +200,9 @@ class TextBackbone(ScoringMixin, Backbone):
 
         The head runs on the positions that predict these tokens and on no others.
         """
-        ids, real, prompts, labels = self.collate(encoded)
-        context = prompts
+        ids, real, context, labels = self.collate(encoded)
         if self.whole_text:
-            labels = ids.masked_fill(~real, -100)
-            context = real  # the router's context is the prefix
+            context, labels = real, ids.masked_fill(~real, -100)  # the router's context is the prefix
         with self.autocast():
             states = self.hidden(model, ids, real, context)  # (B, T, d)
             predicts = labels[:, 1:] != -100

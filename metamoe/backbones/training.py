@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import torch
+from torch.nn.utils import vector_to_parameters
 from torch.optim.lr_scheduler import LambdaLR
 
 from metamoe.backbones.base import unwrap
@@ -18,9 +19,8 @@ def use_checkpointing(flag, run, backbone):
     """Whether to recompute activations: --gradient-checkpointing, or the preset's value where it is None."""
     if flag and not hasattr(backbone, "checkpoint"):
         raise UserError("--gradient-checkpointing is for language models: leave it out")
-    if flag is None:
-        return PRESETS[run["backbone"]].get("gradient_checkpointing", False)
-    return flag
+    own = PRESETS[run["backbone"]].get("gradient_checkpointing", False)
+    return own if flag is None else flag
 
 
 def train(
@@ -60,7 +60,9 @@ def train(
             warmup.step()
             if after_step:
                 after_step()
-            check_finite(losses, label)
+            if not math.isfinite(losses[-1]):
+                step = f"the loss became {losses[-1]} at step {len(losses)}"
+                raise UserError(f"{label}: {step}: lower the learning rate")
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             bar.update()
     model.eval().requires_grad_(False)
@@ -89,11 +91,9 @@ def sum_over_processes(loss, parameters):
     from accelerate.utils import reduce
 
     grads = [p.grad for p in parameters if p.grad is not None]
-    total = reduce(torch.cat([loss.detach().view(1), *(g.flatten() for g in grads)]), "sum")
-    parts = total[1:].split([g.numel() for g in grads])
-    for grad, new in zip(grads, parts, strict=True):
-        grad.copy_(new.view_as(grad))
-    return total[0]
+    summed = reduce(torch.cat([loss.detach().view(1), *(g.flatten() for g in grads)]), "sum")
+    vector_to_parameters(summed[1:], grads)
+    return summed[0]
 
 
 def shard(model):
@@ -106,12 +106,6 @@ def shard(model):
     trained = {p for p in model.parameters() if p.requires_grad}
     for layer in unwrap(model).model.layers:
         fully_shard(layer, ignored_params=trained, reshard_after_forward=True)
-
-
-def check_finite(losses, label):
-    loss = losses[-1]
-    if not math.isfinite(loss):
-        raise UserError(f"{label}: the loss became {loss} at step {len(losses)}: lower the learning rate")
 
 
 @contextlib.contextmanager

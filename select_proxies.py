@@ -22,6 +22,7 @@ from metamoe.errors import UserError, run_main
 from metamoe.federation import check_sizes, known_clients, read_data, start_run, write_data
 from metamoe.presets import PRESETS
 from metamoe.records import read_records, usable_public
+from metamoe.report.statistics import log_det, unit
 from metamoe.rundir import atomic, finished, write_json
 
 MOST_PRIVATE = 20_000  # private samples that a relevance head is fitted on
@@ -191,13 +192,11 @@ def client_relevance(run_dir, run, backbone, features, usable, name):
 
 def describe(features, scores, proxies, m):
     """Both terms of Eq. 4 for the chosen set, and its overlap with the m most relevant."""
-    unit = features[proxies].astype(np.float64)
-    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     top = set(np.argsort(-scores, kind="stable")[:m].tolist())
     chosen = set(proxies.tolist())
     return {
         "relevance_term": float(2 * np.log(scores[proxies]).sum()),  # Eq. 4, first term
-        "diversity_term": float(np.linalg.slogdet(unit @ unit.T)[1]),  # Eq. 4, second term
+        "diversity_term": log_det(unit(features[proxies])),  # Eq. 4, second term
         "jaccard_similarity": len(chosen & top) / len(chosen | top),
     }
 

@@ -16,17 +16,15 @@ DATA = ("aligned", "private", "proxies")
 def stage_parser(doc, **run_dir):
     """A parser with the stage's docstring above its flags, and --run-dir."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options = {"help": "folder of the run", **run_dir}
-    parser.add_argument("--run-dir", required=True, **options)
+    parser.add_argument("--run-dir", required=True, **{"help": "folder of the run", **run_dir})
     return parser
 
 
 def add_machine_flags(parser):
     """Where and how a stage computes, and --print-config."""
     flag = parser.add_argument
-    flag(
-        "--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)"
-    )
+    workers = "processes that decode images (default: one a core with CUDA, else none)"
+    flag("--workers", type=int, help=workers)
     flag("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
     dtypes = ["auto", "float32", "bfloat16"]
     flag("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 where the hardware computes in it")

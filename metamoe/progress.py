@@ -34,12 +34,7 @@ def progress(iterable=None, show=True, **options):
     if sys.stderr.isatty():
         return tqdm(iterable, **options)
     layout = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {elapsed} so far, {remaining} left"
-    return tqdm(
-        iterable,
-        file=Lines(sys.stderr),
-        bar_format=layout,
-        delay=SECONDS,  # a step that ends sooner says nothing
-        mininterval=SECONDS,
-        maxinterval=SECONDS,
-        **options,
-    )
+    options |= dict.fromkeys(
+        ("delay", "mininterval", "maxinterval"), SECONDS
+    )  # delay: a shorter step is silent
+    return tqdm(iterable, file=Lines(sys.stderr), bar_format=layout, **options)

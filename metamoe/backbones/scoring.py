@@ -28,7 +28,7 @@ class ScoringMixin:
         score, encoded = self._scored_form(records, scoring)
         result = [None] * len(records)
         with progress(total=len(records), desc=label, unit="text") as bar:
-            for batch in self.batches(list(map(length, encoded))):
+            for batch in self.batches([len(prompt) + sum(map(len, choices)) for prompt, choices in encoded]):
                 for i, values in zip(batch, score(model, [encoded[i] for i in batch]), strict=True):
                     result[i] = values
                 bar.update(len(batch))
@@ -53,15 +53,14 @@ class ScoringMixin:
         return [np.array([np.cumsum([0.0, *tokens])[-1] for tokens in choices]) for choices in found]
 
     def _score_answers(self, model, encoded):
-        found = self._token_log_probs(model, encoded, self.whole_text)  # the context as in training
-        return [tokens for (tokens,) in found]
+        # the context as in training
+        return [tokens for (tokens,) in self._token_log_probs(model, encoded, self.whole_text)]
 
     def _score_letters(self, model, encoded):
         shared, letters = self.letter_ids()
         ids, real, prompts, _ = self.collate([(prompt, shared) for prompt, _ in encoded])
-        context = real if self.whole_text else prompts
         with self.autocast():
-            states = self.hidden(model, ids, real, context)  # (B, T, d)
+            states = self.hidden(model, ids, real, real if self.whole_text else prompts)  # (B, T, d)
         last = states[range(len(encoded)), real.sum(1) - 1]  # (B, d)
         # In float32: bfloat16 would tie likely letters.
         logits = last.float() @ unwrap(model).lm_head.weight[letters].float().T  # (B, 26)
@@ -69,33 +68,26 @@ class ScoringMixin:
         return [row[: len(choices)] for row, (_, choices) in zip(rows, encoded, strict=True)]
 
     def _generate(self, model, encoded):
-        texts = self._generate_texts(model, [prompt for prompt, _ in encoded])
-        values = []
+        from transformers import GenerationConfig
+
+        lm = unwrap(model)
+        width = max(len(prompt) for prompt, _ in encoded)
+        padded = [[self.pad] * (width - len(prompt)) + prompt for prompt, _ in encoded]  # on the left
+        real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in encoded]
+        ids, real = torch.tensor([padded, real], device=self.device)  # (B, width)
+        # Not the seed model's own configuration, which may sample or punish repetition.
+        config = GenerationConfig(max_new_tokens=16, do_sample=False, use_cache=lm.config.use_cache)
+        config.pad_token_id, config.eos_token_id = self.pad, self.tokenizer.eos_token_id
+        if hasattr(lm, "routing"):
+            lm.routing.context_mask = lm.routing.token_mask = None
+        with self.autocast():
+            out = lm.generate(input_ids=ids, attention_mask=real, generation_config=config)
+        texts, values = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), []
         for text, (_, choices) in zip(texts, encoded, strict=True):
             found = re.search(r"\b[A-Z]\b", text)
             number = ord(found.group()) - ord("A") if found else len(choices)
             values.append(np.eye(len(choices))[number] if number < len(choices) else np.array([]))
         return values
-
-    def _generate_texts(self, model, prompts):
-        """What the model generates after each prompt (ids): 16 tokens at most, greedily."""
-        from transformers import GenerationConfig
-
-        lm = unwrap(model)
-        width = max(map(len, prompts))
-        padding = [width - len(prompt) for prompt in prompts]  # on the left
-        ids = [[self.pad] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]
-        ids = torch.tensor(ids, device=self.device)  # (B, width)
-        real = torch.arange(width, device=self.device) >= torch.tensor(padding, device=self.device)[:, None]
-        # Not the seed model's own configuration, which may sample or punish repetition.
-        config = GenerationConfig(max_new_tokens=16, do_sample=False, use_cache=lm.config.use_cache)
-        config.pad_token_id = self.pad
-        config.eos_token_id = self.tokenizer.eos_token_id
-        if hasattr(lm, "routing"):
-            lm.routing.context_mask = lm.routing.token_mask = None
-        with self.autocast():
-            out = lm.generate(input_ids=ids, attention_mask=real.long(), generation_config=config)
-        return self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
     def _token_log_probs(self, model, encoded, whole):
         """Log-probability of each token of each choice: [[array a choice] a record].
@@ -107,9 +99,8 @@ class ScoringMixin:
         ids, part, position = (t.to(self.device) for t in pack(encoded, self.pad))
         prompt = part == 0
         rows, columns = (part > 0).nonzero(as_tuple=True)  # of the tokens to score
-        owners = part[rows, columns]
         # A token is predicted at the one before it; a choice's first token at the prompt's last.
-        first = part[rows, columns - 1] != owners
+        first = part[rows, columns - 1] != part[rows, columns]
         before = torch.where(first, prompt.sum(1)[rows] - 1, columns - 1)
         extra = {"attention_mask": tree_mask(part, self.dtype), "position_ids": position}
         with self.autocast():
@@ -120,12 +111,6 @@ class ScoringMixin:
         lengths = [len(tokens) for _, choices in encoded for tokens in choices]
         values = iter(log_probs.double().cpu().split(lengths))  # one choice after another
         return [[next(values).numpy() for _ in choices] for _, choices in encoded]
-
-
-def length(pair):
-    """Tokens of a (prompt ids, [ids of each choice])."""
-    prompt, choices = pair
-    return len(prompt) + sum(map(len, choices))
 
 
 def pack(encoded, pad):

@@ -24,8 +24,7 @@ class TextBackbone(ScoringMixin, Backbone):
 
     ffn_linears = ["gate_proj", "up_proj", "down_proj"]
     task_type = "CAUSAL_LM"
-    unreadable = ()
-    seconds = 0.0
+    unreadable, seconds = (), 0.0  # of images
 
     def __init__(self, preset, source, device, dtype, answers, loss):
         self.source, self.device, self.dtype = str(source), device, dtype
@@ -35,9 +34,11 @@ class TextBackbone(ScoringMixin, Backbone):
         self.ffn_names = [name for name, _ in model.named_modules() if name.endswith(".mlp")]
         ffns = [model.get_submodule(name) for name in self.ffn_names]
         if not ffns or not all(hasattr(ffn, linear) for ffn in ffns for linear in self.ffn_linears):
-            lacks = f"a {type(model).__name__} has no FFNs of gate_proj, up_proj and down_proj in every layer"
+            lacks = (
+                f"a {type(model).__name__} has no FFNs of gate_proj, up_proj and down_proj in every layer; "
+            )
             raise UserError(
-                f"seed model {self.source}: {lacks}; LLaMA, Mistral, Qwen, SmolLM and their like do"
+                f"seed model {self.source}: {lacks}LLaMA, Mistral, Qwen, SmolLM and their like do"
             )
         self.model = model.to(device).eval().requires_grad_(False)
         self.width = model.config.hidden_size
@@ -45,7 +46,6 @@ class TextBackbone(ScoringMixin, Backbone):
         self.pad = end if pad is None else pad
 
     def _load(self):
-        """(tokenizer, model) of the seed model's folder or hub id."""
         transformers = import_transformers()
         # Eager attention on the CPU: the fused kernel's backward is twice as slow on short texts.
         attention = "eager" if self.device.type == "cpu" else "sdpa"
@@ -56,10 +56,8 @@ class TextBackbone(ScoringMixin, Backbone):
             return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(self.source, **options)
         except (OSError, ValueError) as error:
             reason = f"cannot be loaded as a causal language model ({str(error).splitlines()[0]})"
-            remedy = (
-                "name a local folder with --seed-model, or log in to the hub (hf auth login) where it asks"
-            )
-            raise UserError(f"seed model {self.source}: {reason}; {remedy} for that") from None
+            remedy = "name a local folder with --seed-model, or log in to the hub (hf auth login) where it "
+            raise UserError(f"seed model {self.source}: {reason}; {remedy}asks for that") from None
 
     def public_classes(self, folder):
         return []  # the label set is the vocabulary

@@ -55,6 +55,6 @@ def unit(features):
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
-def log_det(units):
-    """log det L_S of a set of unit rows (m, d), Eq. 4's diversity."""
-    return float(np.linalg.slogdet(units @ units.T)[1])
+def log_det(z):
+    """log det L_S of a set of unit vectors z (m, d), Eq. 4's diversity."""
+    return float(np.linalg.slogdet(z @ z.T)[1])

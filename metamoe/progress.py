@@ -34,7 +34,5 @@ def progress(iterable=None, show=True, **options):
     if sys.stderr.isatty():
         return tqdm(iterable, **options)
     layout = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {elapsed} so far, {remaining} left"
-    options |= dict.fromkeys(
-        ("delay", "mininterval", "maxinterval"), SECONDS
-    )  # delay: a shorter step is silent
+    options |= dict.fromkeys(("delay", "mininterval", "maxinterval"), SECONDS)  # a shorter step says nothing
     return tqdm(iterable, file=Lines(sys.stderr), bar_format=layout, **options)

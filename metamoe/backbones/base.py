@@ -38,8 +38,7 @@ def pick_device(name="auto"):
         raise UserError(f"--device {name}: unknown, choose auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device here; use --device cpu")
-    state = processes(device.type)
-    return device if state is ALONE else state.device
+    return getattr(processes(device.type), "device", device)
 
 
 def pick_dtype(name, device):
@@ -154,3 +153,8 @@ def masked_mean(values, mask):
     """Mean over tokens (B, T, d), (B, T) -> (B, d)."""
     weight = mask[..., None].to(values.dtype)
     return (values * weight).sum(1) / weight.sum(1)
+
+
+def chunks(items, size):
+    """Slices of `size` items each, the last of what is left."""
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
-from metamoe.backbones.base import Backbone, unwrap
+from metamoe.backbones.base import Backbone, chunks, unwrap
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import epoch_batches
 from metamoe.data.decoding import BadImage, open_image
@@ -211,8 +211,3 @@ class Images(Dataset):
             return index, None, str(error)
         rng = None if self.seed is None else np.random.default_rng([self.seed, step, index])
         return index, self.transform(image, rng), ""
-
-
-def chunks(items, size):
-    """Slices of `size` items each, the last of what is left."""
-    return [items[start : start + size] for start in range(0, len(items), size)]

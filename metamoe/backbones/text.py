@@ -34,12 +34,9 @@ class TextBackbone(ScoringMixin, Backbone):
         self.ffn_names = [name for name, _ in model.named_modules() if name.endswith(".mlp")]
         ffns = [model.get_submodule(name) for name in self.ffn_names]
         if not ffns or not all(hasattr(ffn, linear) for ffn in ffns for linear in self.ffn_linears):
-            lacks = (
-                f"a {type(model).__name__} has no FFNs of gate_proj, up_proj and down_proj in every layer; "
-            )
-            raise UserError(
-                f"seed model {self.source}: {lacks}LLaMA, Mistral, Qwen, SmolLM and their like do"
-            )
+            lacks = f"a {type(model).__name__} has no FFNs of gate_proj, up_proj and down_proj in every layer"
+            others = "LLaMA, Mistral, Qwen, SmolLM and their like do"
+            raise UserError(f"seed model {self.source}: {lacks}; {others}")
         self.model = model.to(device).eval().requires_grad_(False)
         self.width = model.config.hidden_size
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id

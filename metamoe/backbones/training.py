@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils import vector_to_parameters
 from torch.optim.lr_scheduler import LambdaLR
 
-from metamoe.backbones.base import unwrap
+from metamoe.backbones.base import chunks, unwrap
 from metamoe.backbones.distributed import ALONE, processes, sharding
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
@@ -113,24 +113,18 @@ def enough_memory(label):
     try:
         yield
     except torch.OutOfMemoryError:
-        raise UserError(
-            f"{label}: the GPU's memory is full: use --gradient-checkpointing, a smaller --batch-size, "
-            "or several GPUs (accelerate launch)"
-        ) from None
+        remedy = "use --gradient-checkpointing, a smaller --batch-size, or several GPUs (accelerate launch)"
+        raise UserError(f"{label}: the GPU's memory is full: {remedy}") from None
 
 
 def epoch_batches(lengths, batch_size, steps, seed):
     """Yield `steps` batches of indices of like length, epoch after epoch; seed: the random seed."""
     generator = np.random.default_rng(seed)
-    lengths = np.asarray(lengths)
-    left = steps
+    lengths, left = np.asarray(lengths), steps
     while left > 0:
-        order = generator.permutation(len(lengths))
         epoch = []  # sorted by length within windows of eight batches
-        for start in range(0, len(order), 8 * batch_size):
-            window = order[start : start + 8 * batch_size]
-            window = window[np.argsort(lengths[window], kind="stable")]
-            epoch += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+        for window in chunks(generator.permutation(len(lengths)), 8 * batch_size):
+            epoch += chunks(window[np.argsort(lengths[window], kind="stable")], batch_size)
         for i in generator.permutation(len(epoch))[::-1][:left]:
             yield epoch[i].tolist()
         left -= len(epoch)

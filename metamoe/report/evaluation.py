@@ -129,11 +129,10 @@ class Evaluation:
         """{MoE: {expert left out: {client: accuracy or perplexity}}}; "": none is left out."""
         tables = {}
         for row, names in left_out.items():
-            tables[row] = {}
-            for name in ["", *names]:
+            tables[row] = {name: {} for name in ["", *names]}
+            for name, values in tables[row].items():
                 scores = self.score(row, self.run_dir / "moe" / row, name)["scores"]
-                cells = {
-                    client: client_result(scores[client], self.records[client]) for client in self.records
-                }
-                tables[row][name] = {n: c.get("accuracy", c.get("perplexity")) for n, c in cells.items()}
+                for client, records in self.records.items():
+                    cell = client_result(scores[client], records)
+                    values[client] = cell.get("accuracy", cell.get("perplexity"))
         return tables

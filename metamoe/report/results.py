@@ -31,9 +31,8 @@ def result_rows(run, found, records):
     choices = [name for name in run["clients"] if is_choice(records[name])]
     rows = []
     for name, scored in found.items():
-        cells = {
-            client: client_result(scored["scores"][client], records[client]) for client in run["clients"]
-        }
+        scores = scored["scores"]
+        cells = {client: client_result(scores[client], records[client]) for client in run["clients"]}
         average = float(np.mean([cells[client]["accuracy"] for client in choices])) if choices else None
         row = {"model": name, "title": title(name, run), "clients": cells, "average": average}
         if scored.get("routing"):

@@ -79,10 +79,7 @@ def check_at_least(settings, least):
 
 
 def announce(args, stage, settings):
-    """Print the stage's settings with the device and dtype that it computes on; returns them all.
-
-    With --print-config they are printed as JSON, and the program ends.
-    """
+    """Print and return the settings with device and dtype; with --print-config print them as JSON and end."""
     device, dtype = machine(args)
     settings = settings | {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     if args.print_config:

@@ -20,8 +20,7 @@ def known_clients(backbone):
 
 
 def start_run(args):
-    """(settings of RUN/run.json, names to select for): made from the flags and the backbone's preset, or
-    checked against them.
+    """(settings of RUN/run.json, names to select for): made of flags and preset, or checked against flags.
 
     run.json has "own" where clients bring their own data: {NAME: {"path", "train", "validation", "test"}},
     sizes of 0 are shares of 80/10/10. Nothing is written yet: data and seed model may still be missing.
@@ -95,8 +94,7 @@ def given_settings(args, backbone):
 
 
 def given_sources(args, backbone):
-    """run.json's "sources": {NAME: folder or hub id, "root": folder or None, "public": path or None}; None
-    without a flag."""
+    """run.json's "sources": {NAME: folder or hub id, "root": folder, "public": path}; None without a flag."""
     if not (args.data_root or args.dataset or args.public):
         return None
     if (args.data_root or args.dataset) and not FAMILIES[PRESETS[backbone]["data"]].files:
@@ -112,8 +110,7 @@ def given_sources(args, backbone):
 
 
 def own_client(args, path, found):
-    """run.json's entry of an own client. Sizes that are not given come from `found`, its entry there, else
-    they are shares."""
+    """run.json's entry of an own client; sizes that are not given are those of `found`, else shares."""
     entry = {"path": path}
     for part in PARTS:
         size = getattr(args, f"{part}_size")
@@ -140,8 +137,7 @@ def with_defaults(settings, backbone, only_own):
 
 
 def check_numbers(run, files, only_own):
-    """UserError where a number is out of its range, or a client stands there twice. A size of 0 is for data
-    that has an end: `files`, or the user's own."""
+    """UserError where a number is out of range, or a client twice. Sizes of 0 need data that have an end."""
     for key, least in LEAST.items():
         own = run.get("sources", {}).get("public") if key == "public_size" else only_own
         may_be_0 = key.endswith("_size") and (files or own)
@@ -170,8 +166,7 @@ def check_sizes(run, count, what):
 
 
 def join_run(args, settings, found, name, path):
-    """As start_run, for --join: the run with one client more. The run's own settings must be as they are;
-    sizes are the client's."""
+    """As start_run, for --join: the run with one client more, whose sizes the flags give."""
     check_join(args, found, name, path)
     clients, own = found["clients"], found.get("own", {})
     run, before = {**found, "clients": list(dict.fromkeys([*clients, name]))}, own.get(name, {})
@@ -197,22 +192,21 @@ def check_join(args, found, name, path):
     there, before = name in found.get("clients", []), found.get("own", {}).get(name, {})
     why = None
     if not found:
-        why = f"--run-dir {args.run_dir} holds no run yet (no run.json): "
-        why += "name its clients with --client or --clients"
+        why = "holds no run yet (no run.json): name its clients with --client or --clients"
+        why = f"--run-dir {args.run_dir} {why}"
     elif args.client or args.clients or args.public:
         why = "one client joins a run as it is: leave out --client, --clients and --public"
     elif not path and name not in known and not there:
         why = f"{found['backbone']} has {', '.join(known)}; data of your own: --join {name}=PATH"
     elif there and path and path != before.get("path"):
-        why = f"a client of that name is in {Path(args.run_dir) / 'run.json'} already, with other data: "
-        why += "take another name"
+        where = Path(args.run_dir) / "run.json"
+        why = f"a client of that name is in {where} already, with other data: take another name"
     if why:
         raise UserError(f"--join {name}: {why}")
 
 
 def read_data(run_dir, run, skip_bad=False):
-    """(D_0 or None, {client: parts}) of what the run has not got yet. In a real federation each party holds
-    its own; here one archive does."""
+    """(D_0 or None, {client: parts}) of what the run has not got yet."""
     preset, own, sources = PRESETS[run["backbone"]], run.get("own", {}), run.get("sources", {})
     family, by_kind = FAMILIES[preset["data"]], OWN[preset["kind"]]
     clients, public, parts = run_dir / "clients", None, {}

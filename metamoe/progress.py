@@ -25,11 +25,8 @@ class Lines:
 
 
 def progress(iterable=None, show=True, **options):
-    """tqdm(iterable, **options), readable in a log too. show: False for a step too short to be worth it.
-
-    Under `accelerate launch` only the main process reports.
-    """
-    if not show or FOLLOWER:
+    """tqdm(iterable, **options), readable in a log too. show: False for a step too short to be worth it."""
+    if not show or FOLLOWER:  # of several processes only the main one reports
         return tqdm(iterable, disable=True, **options)
     if sys.stderr.isatty():
         return tqdm(iterable, **options)

@@ -51,10 +51,19 @@ def pick_dtype(name, device):
 
 
 class Backbone:
-    """What a language model and a CLIP share.
+    """What a language model and a CLIP share. Each kind adds these methods:
 
-    Attributes of both: source, device, dtype, model (the frozen seed model), ffn_names (module paths of its
-    FFNs), ffn_linears (names of the linears in each), width (d of features and routing vectors).
+    embed(records, label, skip, every): yields (indices, features (b, d) float32) batch by batch. The batches
+        are always the same; after the first `skip` each `every`-th is embedded.
+    prompt_batches(model, records, label): yields (token mask (B, T), a function that runs the batch).
+    losses(model, records, classes, batch_size, steps, seed): yields each step's loss with its graph. Under
+        `accelerate launch` it is this process's part: the sum over processes is the mean over the batch.
+    scores(model, records, label, scoring): a list of float64 arrays, one a record.
+    public_classes(folder): the class names of RUN/public/ that an image classifier is trained on.
+
+    Attributes: source, device, dtype, model (the frozen seed model), ffn_names (module paths of its FFNs),
+    ffn_linears (names of the linears in each), width (d of features and routing vectors), unreadable
+    ((index, message) of the images that were left out), seconds (spent waiting for decoded images).
     """
 
     def autocast(self):
@@ -62,10 +71,7 @@ class Backbone:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def shared_embed(self, records, label="embedding", skip=0):
-        """Yield (indices, features, unreadable so far) batch by batch, as `embed`.
-
-        Under `accelerate launch` the processes share the batches, and each gets the results of all.
-        """
+        """As embed, with the unreadable so far. Processes share the batches, each gets the results of all."""
         state, gather = processes(), list
         if state is not ALONE:
             from accelerate.utils import gather_object as gather

@@ -88,8 +88,7 @@ class ClipBackbone(Backbone):
         """Yield (indices, images (b, 3, size, size) on the device) batch by batch, decoded by the workers.
 
         An image that cannot be decoded raises UserError, or without `strict` is left out and goes to
-        self.unreadable as (index, message). self.seconds is the time spent waiting for decoded images.
-        label, start: of the progress bar.
+        self.unreadable. label, start: of the progress bar.
         """
         self.unreadable, self.seconds = [], 0.0
         keys = [[(index, step) for index in batch] for step, batch in enumerate(batches)]
@@ -141,30 +140,23 @@ class ClipBackbone(Backbone):
         self.class_features |= zip(classes, load_file(cache)["features"].to(self.device), strict=True)
         return classes
 
-    # --- the interface that the stages use
+    # --- the interface that the stages use (base.Backbone)
 
     @torch.no_grad()
     def embed(self, records, label="embedding", skip=0, every=1, batch=256):
-        """Yield (indices, features (b, d) float32): the post-LN CLS feature of each readable image.
-
-        After the first `skip` batches each `every`-th is embedded.
-        """
+        """The post-LN CLS feature of each readable image."""
         batches = chunks(range(len(records)), batch)[skip::every]
         for indices, images in self.load(records, batches, label, skip * batch, strict=False):
             yield indices, self.pool(self.model, images).cpu().numpy()
 
     def prompt_batches(self, model, records, label):
-        """Yield (token mask (B, T), a function that runs the images through the model) batch by batch."""
         width = self.model.visual.positional_embedding.shape[0]
         for indices, images in self.load(records, chunks(range(len(records)), 128), label):
             tokens = torch.ones(len(indices), width, dtype=torch.bool, device=self.device)
             yield tokens, partial(self.pool, model, images)
 
     def losses(self, model, records, classes, batch_size, steps, seed):
-        """Yield each step's loss (with its graph): cross-entropy over `classes`.
-
-        Under `accelerate launch` it is this process's part: the sum over processes is the batch's mean.
-        """
+        """Each step's cross-entropy over `classes`."""
         texts = self.text_features(classes)
         numbers = {name: i for i, name in enumerate(classes)}
         targets = torch.tensor([numbers[record["answer"]] for record in records], device=self.device)
@@ -182,7 +174,7 @@ class ClipBackbone(Backbone):
 
     @torch.no_grad()
     def scores(self, model, records, label="scoring", scoring=None):
-        """Logits of each record's choices: a list of float64 arrays, one per record."""
+        """Logits of each record's choices."""
         texts = self.text_features(records[0]["choices"])
         result = []
         for _, images in self.load(records, chunks(range(len(records)), 128), label):

@@ -119,7 +119,7 @@ class TextBackbone(ScoringMixin, Backbone):
         if batch:
             yield batch
 
-    # --- the interface that the stages use
+    # --- the interface that the stages use (base.Backbone)
 
     def hidden(self, model, ids, real, context, **kwargs):
         """Last hidden states (B, T, d).
@@ -136,12 +136,7 @@ class TextBackbone(ScoringMixin, Backbone):
 
     @torch.no_grad()
     def embed(self, records, label="embedding", skip=0, every=1):
-        """Yield (indices, features (b, d) float32) batch by batch.
-
-        A feature is the mean of the seed model's last hidden states over the tokens of the prompt, or of
-        the input (the preset's `embed`). The batches are always the same; after the first `skip` each
-        `every`-th is embedded.
-        """
+        """The mean of the last hidden states over the tokens of the prompt, or the input (preset `embed`)."""
         batches = self.windows(records, lambda record: {"prompt": record[self.embedded]}, label)
         for number, (indices, encoded) in enumerate(batches):
             if number >= skip and (number - skip) % every == 0:
@@ -151,7 +146,6 @@ class TextBackbone(ScoringMixin, Backbone):
                 yield indices, masked_mean(states.float(), real).cpu().numpy()
 
     def prompt_batches(self, model, records, label):
-        """Yield (token mask (B, T), a function that runs the prompts through the model) batch by batch."""
         for _, encoded in self.windows(records, self.form, label):
             ids, real, prompts, _ = self.collate(encoded)
             yield real, partial(self.hidden, model, ids, real, prompts)
@@ -169,11 +163,7 @@ class TextBackbone(ScoringMixin, Backbone):
                     bar.update(len(batch))
 
     def losses(self, model, records, classes, batch_size, steps, seed):
-        """Yield each step's loss (with its graph) over a batch of texts of like length.
-
-        Under `accelerate launch` it is this process's part: the sum over processes is the mean over all
-        tokens of the batch.
-        """
+        """Each step's loss over a batch of texts of like length, a mean over all tokens of the batch."""
         state = processes()
         bar = progress(records, desc="measuring lengths", unit="text", show=len(records) > 10_000)
         # Only the lengths are kept: the tokens of all records may not fit in memory.
@@ -191,16 +181,13 @@ class TextBackbone(ScoringMixin, Backbone):
         return len(prompt) + len(answer) - 1 if self.whole_text else len(answer)
 
     def loss(self, model, encoded):
-        """Mean cross-entropy over the answers' tokens, or with `loss` "text" over all tokens but the first.
-
-        The head runs on the positions that predict these tokens and on no others.
-        """
+        """Mean cross-entropy over the answers' tokens; with `loss` "text" over all tokens but the first."""
         ids, real, context, labels = self.collate(encoded)
         if self.whole_text:
             context, labels = real, ids.masked_fill(~real, -100)  # the router's context is the prefix
         with self.autocast():
             states = self.hidden(model, ids, real, context)  # (B, T, d)
-            predicts = labels[:, 1:] != -100
+            predicts = labels[:, 1:] != -100  # the head runs on these positions alone
             return head_loss(unwrap(model).lm_head, states[:, :-1][predicts], labels[:, 1:][predicts])
 
     def checkpoint(self, model):

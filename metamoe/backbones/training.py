@@ -97,10 +97,7 @@ def sum_over_processes(loss, parameters):
 
 
 def shard(model):
-    """FSDP: shard each decoder layer's frozen weights over the processes; they are gathered while it runs.
-
-    The trained weights are small and stay whole on each process: the rest of the training is data parallel.
-    """
+    """FSDP: shard each decoder layer's frozen weights over the processes; trained ones, small, stay whole."""
     from torch.distributed.fsdp import fully_shard
 
     trained = {p for p in model.parameters() if p.requires_grad}

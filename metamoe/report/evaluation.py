@@ -26,8 +26,7 @@ class Evaluation:
 
     scoring: of multiple choice by language models (evaluate.py --scoring); None for an image model.
     records: {client: its records of the split}.
-    load_backbone: makes a new backbone; called only for a model without scores, since PEFT and the MoE
-        change a model in place.
+    load_backbone: makes a new backbone for each model that has no scores: all change the seed model in place.
     """
 
     run_dir: Path

@@ -21,7 +21,7 @@ def title(row, run):
 
 
 def list_models(run_dir, run, only=None):
-    """{row: its folder, None for the seed model} of all models or `only` these; UserError where one is not."""
+    """{row: folder, None for the seed model} of all models or `only` these; UserError where one is not."""
     rows = table_order(run_dir, run)
     for row in only or []:
         if row not in rows:

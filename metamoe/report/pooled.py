@@ -66,7 +66,7 @@ def accuracy_table(runs, measured, gaps):
     for labelled in zip(*runs, strict=True):
         label, rows = labelled[0][0], [row for _, row in labelled]
         cells = [spread([r["clients"][name][kind] for r in rows], 2) for name, kind in measured.items()]
-        cells.append(spread([row["average"] for row in rows], 2) if "accuracy" in measured.values() else "")
+        cells.append(spread([row["average"] for row in rows], 2))
         lines.append((label, [*cells, gap_cell(gaps.get(rows[0]["model"]))]))
     return grid([*client_heads(measured), "Average", "MetaMoE minus this"], lines)
 
@@ -77,16 +77,17 @@ def coverage_table(runs, clients):
     for rule in sorted(set().union(*runs[0].values())):
         cells = []
         for name in clients:
-            found = [coverage[name][rule] for coverage in runs if rule in coverage[name]]
-            cell = ""
-            if len(found) == len(runs):
-                distance = spread([each["distance"] for each in found], 4)
-                cell = f"{distance}; {spread([each['log_det'] for each in found], 1)}"
-            cells.append(cell)
+            found = [coverage[name].get(rule, {}) for coverage in runs]
+            both = [
+                spread([each.get(key) for each in found], n) for key, n in (("distance", 4), ("log_det", 1))
+            ]
+            cells.append("; ".join(filter(None, both)))
         lines.append((rule, cells))
     return grid(clients, lines)
 
 
 def spread(values, digits):
-    """Mean and standard deviation over the runs."""
+    """Mean and standard deviation over the runs; empty where one has none."""
+    if None in values:
+        return ""
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"

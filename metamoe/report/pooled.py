@@ -78,10 +78,9 @@ def coverage_table(runs, clients):
         cells = []
         for name in clients:
             found = [coverage[name].get(rule, {}) for coverage in runs]
-            both = [
-                spread([each.get(key) for each in found], n) for key, n in (("distance", 4), ("log_det", 1))
-            ]
-            cells.append("; ".join(filter(None, both)))
+            distance = spread([each.get("distance") for each in found], 4)
+            log_det = spread([each.get("log_det") for each in found], 1)
+            cells.append(f"{distance}; {log_det}" if distance else "")
         lines.append((rule, cells))
     return grid(clients, lines)
 

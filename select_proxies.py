@@ -21,6 +21,7 @@ from metamoe.cli import add_machine_flags, announce, save_settings, stage_parser
 from metamoe.errors import UserError, run_main
 from metamoe.federation import check_sizes, read_data, start_run, write_data
 from metamoe.records import read_records, usable_public
+from metamoe.report.statistics import log_det, unit
 from metamoe.run_flags import add_client_flags, add_setting_flags
 from metamoe.rundir import atomic, finished, write_json
 
@@ -130,13 +131,11 @@ def client_relevance(run_dir, run, backbone, features, usable, name):
 
 def describe(features, scores, proxies, m):
     """Both terms of Eq. 4 for the chosen set, and its overlap with the m most relevant."""
-    unit = features[proxies].astype(np.float64)
-    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     top = set(np.argsort(-scores, kind="stable")[:m].tolist())
     chosen = set(proxies.tolist())
     return {
         "relevance_term": float(2 * np.log(scores[proxies]).sum()),  # Eq. 4, first term
-        "diversity_term": float(np.linalg.slogdet(unit @ unit.T)[1]),  # Eq. 4, second term
+        "diversity_term": log_det(unit(features[proxies])),  # Eq. 4, second term
         "jaccard_similarity": len(chosen & top) / len(chosen | top),
     }
 

@@ -16,17 +16,15 @@ DATA = ("aligned", "private", "proxies")
 def stage_parser(doc, **run_dir):
     """A parser with the stage's docstring above its flags, and --run-dir."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options = {"help": "folder of the run", **run_dir}
-    parser.add_argument("--run-dir", required=True, **options)
+    parser.add_argument("--run-dir", required=True, **{"help": "folder of the run", **run_dir})
     return parser
 
 
 def add_machine_flags(parser):
     """Where and how a stage computes, and --print-config."""
     flag = parser.add_argument
-    flag(
-        "--workers", type=int, help="processes that decode images (default: one a core with CUDA, else none)"
-    )
+    workers = "processes that decode images (default: one a core with CUDA, else none)"
+    flag("--workers", type=int, help=workers)
     flag("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
     dtypes = ["auto", "float32", "bfloat16"]
     flag("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 where the hardware computes in it")
@@ -81,10 +79,7 @@ def check_at_least(settings, least):
 
 
 def announce(args, stage, settings):
-    """Print the stage's settings with the device and dtype that it computes on; returns them all.
-
-    With --print-config they are printed as JSON, and the program ends.
-    """
+    """Print and return the settings with device and dtype; with --print-config print them as JSON and end."""
     device, dtype = machine(args)
     settings = settings | {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     if args.print_config:

@@ -1,5 +1,4 @@
-"""Which clients take part in a run, and whose data they bring: run.json from the flags, and the data of each
-party."""
+"""Which clients take part in a run, and whose data they bring: run.json from the flags, each party's data."""
 
 from pathlib import Path
 
@@ -21,8 +20,7 @@ def known_clients(backbone):
 
 
 def start_run(args):
-    """(settings of RUN/run.json, names to select for): made from the flags and the backbone's preset, or
-    checked against them.
+    """(settings of RUN/run.json, names to select for): made of flags and preset, or checked against flags.
 
     run.json has "own" where clients bring their own data: {NAME: {"path", "train", "validation", "test"}},
     sizes of 0 are shares of 80/10/10. Nothing is written yet: data and seed model may still be missing.
@@ -32,36 +30,34 @@ def start_run(args):
     found = read_json(run_file) if run_file.exists() else {}
     backbone = found["backbone"] if found else args.backbone or "smollm2-135m"
     check_names(args, backbone)
-    settings = given_settings(args, backbone, found)
-    if args.clients or own:
-        settings["clients"] = (args.clients or []) + list(own)
+    settings = given_settings(args, backbone)
     if joined:
         return join_run(args, settings, found, *joined)
     if own:
         before = found.get("own", {})
         settings["own"] = {name: own_client(args, path, before.get(name, {})) for name, path in own.items()}
-    only_own = bool(own) and not args.clients or bool(found) and all_own(found)
+        settings["clients"] = (args.clients or []) + list(own)
+    only_own = all_own(found) if found else bool(own) and not args.clients
     if not found:
         settings = with_defaults(settings, backbone, only_own)
     run = found or settings
     check_numbers(run, FAMILIES[PRESETS[backbone]["data"]].files, only_own)
     for name in alone:
         check_client(run, name)
-    check_candidates(run)
-    return open_run(args.run_dir, create=False, **settings), alone or run["clients"]
+    return open_run(args.run_dir, **settings), alone or run["clients"]
 
 
 def client_flags(args):
-    """({NAME: PATH} of the --client NAME=PATH, the names of the --client NAME, (NAME, PATH or "") of --join
-    or None)."""
-    own, alone = {}, []
+    """({NAME: PATH} and [NAME] of the --client, (NAME, PATH or "") of --join or None)."""
+    own, alone, joined = {}, [], None
     for value in args.client or []:
         name, path = name_and_path("--client", value, "each NAME once,", own)
         if path:
             own[name] = path
         else:
             alone.append(name)
-    joined = name_and_path("--join", args.join, "NAME", own) if args.join else None
+    if args.join:
+        joined = name_and_path("--join", args.join, "NAME", own)
     return own, alone, joined
 
 
@@ -85,52 +81,36 @@ def check_names(args, backbone):
             raise UserError(f"--clients {name}: unknown, {backbone} has {', '.join(known)} ({own})")
 
 
-def given_settings(args, backbone, found):
+def given_settings(args, backbone):
     """The settings of run.json that the flags give, None where they do not."""
-    settings = {
-        "backbone": args.backbone,
-        "seed_model": args.seed_model,
-        "seed": args.seed,
-        "clients": None,
-        "sources": given_sources(args, backbone),
-        **{key: getattr(args, key) for key in LEAST},
-    }
+    settings = {key: getattr(args, key) for key in ("backbone", "seed_model", "seed", "clients")}
+    settings["sources"] = given_sources(args, backbone)
+    settings |= {key: getattr(args, key) for key in LEAST}
     if PRESETS[backbone]["kind"] == "text":
-        settings |= {"answers": args.answers, "loss": args.loss}
-    elif args.answers or args.loss:
+        return settings | {"answers": args.answers, "loss": args.loss}
+    if args.answers or args.loss:
         raise UserError(f"--answers and --loss are for language models: {backbone} has neither")
-    for key, was in (("answers", "text"), ("loss", "answer")):  # of a run made before it was a setting
-        if found and key not in found and settings.pop(key, None) not in (None, was):
-            raise UserError(
-                f"--run-dir {args.run_dir} was made with {key} {was!r}, now {getattr(args, key)!r}: use "
-                "another --run-dir"
-            )
     return settings
 
 
 def given_sources(args, backbone):
-    """run.json's "sources": {NAME: folder or hub id, "root": folder or None, "public": path or None}; None
-    without a flag."""
+    """run.json's "sources": {NAME: folder or hub id, "root": folder, "public": path}; None without a flag."""
     if not (args.data_root or args.dataset or args.public):
         return None
     if (args.data_root or args.dataset) and not FAMILIES[PRESETS[backbone]["data"]].files:
-        raise UserError(
-            f"--data-root and --dataset name the paper's datasets: {backbone} brings its data (your own: "
-            "--client NAME=PATH)"
-        )
+        own = f"{backbone} brings its data (your own: --client NAME=PATH)"
+        raise UserError(f"--data-root and --dataset name the paper's datasets: {own}")
     known = known_clients(backbone)
     sources = dict(pair.partition("=")[::2] for pair in args.dataset or [])
     for name, source in sources.items():
         if name not in known or not source:
-            raise UserError(
-                f"--dataset {name}={source}: give NAME=FOLDER_OR_DATASET, NAME one of {', '.join(known)}"
-            )
+            give = f"give NAME=FOLDER_OR_DATASET, NAME one of {', '.join(known)}"
+            raise UserError(f"--dataset {name}={source}: {give}")
     return sources | {"root": args.data_root, "public": args.public}
 
 
 def own_client(args, path, found):
-    """run.json's entry of an own client. Sizes that are not given come from `found`, its entry there, else
-    they are shares."""
+    """run.json's entry of an own client; sizes that are not given are those of `found`, else shares."""
     entry = {"path": path}
     for part in PARTS:
         size = getattr(args, f"{part}_size")
@@ -157,8 +137,7 @@ def with_defaults(settings, backbone, only_own):
 
 
 def check_numbers(run, files, only_own):
-    """UserError where a size or the random seed is out of its range, or a client stands there twice. A size
-    of 0 is for data that has an end: `files`, or the user's own."""
+    """UserError where a number is out of range, or a client twice. Sizes of 0 need data that have an end."""
     for key, least in LEAST.items():
         own = run.get("sources", {}).get("public") if key == "public_size" else only_own
         may_be_0 = key.endswith("_size") and (files or own)
@@ -168,11 +147,7 @@ def check_numbers(run, files, only_own):
         raise UserError(f"--seed {run['seed']}: must lie in 0 to 4294967295")
     if len(set(run["clients"])) < len(run["clients"]):
         raise UserError(f"--clients {' '.join(run['clients'])}: each client once")
-
-
-def check_candidates(run):
-    """UserError unless m <= n <= |D_0|; an n or a |D_0| of 0 is all there is."""
-    m, n, most = run["proxies"], run["candidates"], run["public_size"]
+    m, n, most = run["proxies"], run["candidates"], run["public_size"]  # n or |D_0| 0: all there is
     if m > n > 0:
         raise UserError(f"--proxies {m} is more than --candidates {n}: m must be at most n")
     if most > 0:
@@ -191,12 +166,10 @@ def check_sizes(run, count, what):
 
 
 def join_run(args, settings, found, name, path):
-    """As start_run, for --join: the run with one client more. The run's own settings must be as they are;
-    sizes are the client's."""
+    """As start_run, for --join: the run with one client more, whose sizes the flags give."""
     check_join(args, found, name, path)
     clients, own = found["clients"], found.get("own", {})
-    run = {**found, "clients": clients if name in clients else [*clients, name]}
-    before = own.get(name, {})
+    run, before = {**found, "clients": list(dict.fromkeys([*clients, name]))}, own.get(name, {})
     entry = own_client(args, path or before.get("path"), before)
     if before and entry != before:
         raise UserError(f"--join {name}: joined with other sizes before ({before}): take another name")
@@ -209,7 +182,7 @@ def join_run(args, settings, found, name, path):
     if settings["sources"]:
         given = {key: value for key, value in settings["sources"].items() if value and key in (name, "root")}
         run["sources"] = found.get("sources", {}) | given
-    open_run(args.run_dir, create=False, **settings | {"clients": None, "sources": None})
+    open_run(args.run_dir, **settings | {"clients": None, "sources": None})
     return run, [name]
 
 
@@ -219,38 +192,36 @@ def check_join(args, found, name, path):
     there, before = name in found.get("clients", []), found.get("own", {}).get(name, {})
     why = None
     if not found:
-        why = f"--run-dir {args.run_dir} holds no run yet (no run.json): "
-        why += "name its clients with --client or --clients"
+        why = "holds no run yet (no run.json): name its clients with --client or --clients"
+        why = f"--run-dir {args.run_dir} {why}"
     elif args.client or args.clients or args.public:
         why = "one client joins a run as it is: leave out --client, --clients and --public"
     elif not path and name not in known and not there:
         why = f"{found['backbone']} has {', '.join(known)}; data of your own: --join {name}=PATH"
     elif there and path and path != before.get("path"):
-        why = f"a client of that name is in {Path(args.run_dir) / 'run.json'} already, with other data: "
-        why += "take another name"
+        where = Path(args.run_dir) / "run.json"
+        why = f"a client of that name is in {where} already, with other data: take another name"
     if why:
         raise UserError(f"--join {name}: {why}")
 
 
 def read_data(run_dir, run, skip_bad=False):
-    """(D_0 or None, {client: parts}) of what the run has not got yet. In a real federation each party holds
-    its own; here one archive does."""
-    clients = run_dir / "clients"
-    new = [name for name in run["clients"] if not (clients / name / "private" / "done.json").exists()]
-    new_public = not (run_dir / "public" / "done.json").exists()
+    """(D_0 or None, {client: parts}) of what the run has not got yet."""
     preset, own, sources = PRESETS[run["backbone"]], run.get("own", {}), run.get("sources", {})
     family, by_kind = FAMILIES[preset["data"]], OWN[preset["kind"]]
-    brought, named = sources.get("public"), [name for name in new if name not in own]
-    parts, public = {}, None
+    clients, public, parts = run_dir / "clients", None, {}
+    new = [name for name in run["clients"] if not (clients / name / "private" / "done.json").exists()]
+    new_public = not (run_dir / "public" / "done.json").exists()
     for name in [name for name in new if name in own]:  # first: what is wrong in it shows at once
         sizes = {part: own[name][part] for part in PARTS}
         parts[name] = by_kind.client(name, own[name]["path"], sizes, run["seed"], skip_bad)
-    if named or new_public and not brought:
+    named = [name for name in new if name not in own]
+    if named or new_public and not sources.get("public"):
         source = family.source(sources, datasets_of(preset["data"]))
     sizes = {part: run[f"{part}_size"] for part in PARTS}
     for name in named:
         parts[name] = DATASETS[name].load(name, sizes, run["seed"], source)
-    if new_public and brought:
+    if new_public and sources.get("public"):
         public = by_kind.public(run["public_size"], sources, skip_bad)
     elif new_public:
         public = family.public(run["public_size"], source, skip_bad)

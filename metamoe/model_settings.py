@@ -53,9 +53,7 @@ def resolve(args, run_dir, run):
         switches += ["context", "init", "train", "samples", "seed_expert", "weighting", "top_k", "offset"]
     settings = {"name": name, "method": args.method, "seed": run["seed"], "dtype": args.dtype}
     settings["full_ffn"] = args.full_ffn
-    for switch in switches:
-        value = getattr(args, switch)
-        settings[switch] = getattr(method, switch) if value is None else value
+    settings |= from_preset(args, vars(method), {switch: switch for switch in switches})
     settings["variant"] = upload_variant(settings["data"], settings["selection"], args.full_ffn)
     if method.merge != "moe":
         return settings

@@ -25,21 +25,11 @@ class Lines:
 
 
 def progress(iterable=None, show=True, **options):
-    """tqdm(iterable, **options), readable in a log too. show: False for a step too short to be worth it.
-
-    Under `accelerate launch` only the main process reports.
-    """
-    if not show or FOLLOWER:
+    """tqdm(iterable, **options), readable in a log too. show: False for a step too short to be worth it."""
+    if not show or FOLLOWER:  # of several processes only the main one reports
         return tqdm(iterable, disable=True, **options)
     if sys.stderr.isatty():
         return tqdm(iterable, **options)
     layout = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {elapsed} so far, {remaining} left"
-    return tqdm(
-        iterable,
-        file=Lines(sys.stderr),
-        bar_format=layout,
-        delay=SECONDS,  # a step that ends sooner says nothing
-        mininterval=SECONDS,
-        maxinterval=SECONDS,
-        **options,
-    )
+    options |= dict.fromkeys(("delay", "mininterval", "maxinterval"), SECONDS)  # a shorter step says nothing
+    return tqdm(iterable, file=Lines(sys.stderr), bar_format=layout, **options)

@@ -3,6 +3,7 @@
 import json
 from array import array
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from metamoe.errors import UserError
@@ -35,8 +36,7 @@ class Records(Sequence):
         chosen = range(len(self))[index]  # a number, or a range for a slice; IndexError as a list's
         if isinstance(index, slice):
             return list(self._read(chosen))
-        (record,) = self._read([chosen])
-        return record
+        return list(self._read([chosen]))[0]
 
     def __iter__(self):
         return self._read(range(len(self)))
@@ -58,12 +58,8 @@ class Records(Sequence):
 
 def line_starts(path):
     """The byte offset of every line of a file, an array of 8 bytes each."""
-    starts, position = array("q"), 0
     with open(path, "rb") as lines:
-        for line in lines:
-            starts.append(position)
-            position += len(line)
-    return starts
+        return array("q", accumulate(map(len, lines), initial=0))[:-1]
 
 
 def read_records(path):

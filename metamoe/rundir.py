@@ -24,6 +24,8 @@ from pathlib import Path
 
 from metamoe.errors import UserError
 
+OLD = {"answers": "text", "loss": "answer"}  # settings of runs from before they were settings
+
 
 @contextlib.contextmanager
 def atomic(path):
@@ -69,19 +71,17 @@ def _remove(path):
 
 def write_json(path, value):
     """Write `value` as JSON, atomically, with a fixed layout (same value: same bytes)."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     with atomic(path) as temporary:
-        temporary.write_text(
-            json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(
-            f"{path} is damaged ({error}): remove it and run the stage that writes it again"
-        ) from None
+        remedy = "remove it and run the stage that writes it again"
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
 
 
 def sha256(path):
@@ -94,56 +94,39 @@ def finished(folder, settings, force=False):
 
     A result under other settings is removed with `force`, to be made again; without it, UserError.
     """
-    folder = Path(folder)
-    if not (folder / "done.json").exists():
+    done = Path(folder) / "done.json"
+    if not done.exists():
         return False
-    found = read_json(folder / "done.json")
-    settings = json.loads(json.dumps(settings))
-    if found == settings:
+    found, now = read_json(done), json.loads(json.dumps(settings))
+    if found == now:
         return True
     if force:
-        _remove(folder)
+        _remove(done.parent)
         return False
-    differs = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
-    what = ", ".join(f"{key} {found.get(key)!r} there, {settings.get(key)!r} now" for key in differs)
-    raise UserError(
-        f"{folder} was made with other settings ({what}): pass --force to redo it, or use another --run-dir"
-    )
+    differs = sorted(key for key in found.keys() | now.keys() if found.get(key) != now.get(key))
+    what = ", ".join(f"{key} {found.get(key)!r} there, {now.get(key)!r} now" for key in differs)
+    remedy = "pass --force to redo it, or use another --run-dir"
+    raise UserError(f"{folder} was made with other settings ({what}): {remedy}")
 
 
-def open_run(run_dir, create=True, **settings):
-    """Create RUN/run.json, or check that the run directory was made with these settings (None: take its own).
+def open_run(run_dir, **settings):
+    """RUN/run.json, checked to be of these settings (None: any); of a run that is not there yet the settings.
 
-    Without `create` a new run is checked and not written yet.
+    UserError where they differ, or cannot start a run here: one is not given, or the folder is not empty.
     """
-    path = Path(run_dir) / "run.json"
-    if not path.exists():
-        _check_new_run(run_dir, settings)
-        if not create:
-            return settings
-        write_json(path, settings)
-    found = read_json(path)
-    for key, value in settings.items():
-        if value is not None and found.get(key) != value:
-            raise UserError(
-                f"--run-dir {run_dir} was made with {key} {found.get(key)!r}, now {value!r}: "
-                "use another --run-dir"
-            )
-    return found
-
-
-def _check_new_run(run_dir, settings):
-    """UserError unless these settings can start a run here: all are given, and the folder is empty."""
-    folder = Path(run_dir)
-    if any(value is None for value in settings.values()):
-        raise UserError(f"--run-dir {run_dir} holds no run yet (no run.json): run select_proxies.py first")
-    taken = folder.is_file()
-    if folder.is_dir():
-        taken = any(not p.name.startswith(".") for p in folder.iterdir())
-    if taken:
-        raise UserError(
-            f"--run-dir {run_dir} is not empty and not a run directory (no run.json): name another folder"
-        )
+    folder, where = Path(run_dir), f"--run-dir {run_dir}"
+    if (folder / "run.json").exists():
+        found = read_json(folder / "run.json")
+        for key, value in settings.items():
+            was = found.get(key, OLD.get(key))
+            if value not in (None, was):
+                raise UserError(f"{where} was made with {key} {was!r}, now {value!r}: use another --run-dir")
+        return found
+    if None in settings.values():
+        raise UserError(f"{where} holds no run yet (no run.json): run select_proxies.py first")
+    if folder.is_file() or any(folder.glob("[!.]*")):
+        raise UserError(f"{where} is not empty and not a run directory (no run.json): name another folder")
+    return settings
 
 
 def is_name(text):

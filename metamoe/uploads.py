@@ -1,6 +1,5 @@
 """What a client uploads: proxy indices, expert, routing vectors, and a manifest with every file's hash."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,15 +12,18 @@ from metamoe.rundir import atomic, read_json, sha256, write_json
 
 def upload_variant(data, selection, full_ffn=False):
     """The folder name of an upload below clients/NAME/upload/: client and server must agree on it."""
-    return f"{data}-{selection}" + "-full" * full_ffn
+    return f"{data}-{selection}" + ("-full" if full_ffn else "")
+
+
+def files_of(folder):
+    """{path inside `folder`: file} of all files in it, sorted."""
+    return {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def write_manifest(upload, about):
     """Close an upload folder: `manifest.json` with the hash of every file in it."""
-    files = sorted(p for p in upload.rglob("*") if p.is_file())
-    write_json(
-        upload / "manifest.json", {**about, "files": {str(p.relative_to(upload)): sha256(p) for p in files}}
-    )
+    hashes = {name: sha256(path) for name, path in files_of(upload).items()}
+    write_json(upload / "manifest.json", {**about, "files": hashes})
 
 
 def read_manifest(upload):
@@ -30,48 +32,43 @@ def read_manifest(upload):
     if not (upload / "manifest.json").exists():
         raise UserError(f"upload {upload} is missing: run train_expert.py for that client and variant")
     manifest = read_json(upload / "manifest.json")
-    present = {str(p.relative_to(upload)) for p in upload.rglob("*") if p.is_file()} - {"manifest.json"}
+    present, remedy = files_of(upload).keys() - {"manifest.json"}, "have the client upload it again"
     for name in sorted(present ^ manifest["files"].keys()):
         problem = "not in the manifest" if name in present else "missing"
-        raise UserError(f"upload {upload}: {name} is {problem}: have the client upload it again")
+        raise UserError(f"upload {upload}: {name} is {problem}: {remedy}")
     for name, digest in manifest["files"].items():
         if sha256(upload / name) != digest:
-            raise UserError(
-                f"upload {upload}: {name} was changed after the upload (its hash differs): "
-                "have the client upload it again"
-            )
+            changed = f"{name} was changed after the upload (its hash differs)"
+            raise UserError(f"upload {upload}: {changed}: {remedy}")
     return manifest
 
 
 def read_expert(upload):
     """An uploaded expert for moe.unify: {FFN name: {"gate_proj.lora_A": tensor, ..., "scaling": float}}."""
-    expert = {}
-    if (Path(upload) / "adapter").exists():
-        config = json.loads((Path(upload) / "adapter" / "adapter_config.json").read_text())
-        scaling = config["lora_alpha"] / config["r"]
-        for key, tensor in load_file(Path(upload) / "adapter" / "adapter_model.safetensors").items():
-            ffn, linear, factor = key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 2)
-            expert.setdefault(ffn, {"scaling": scaling})[f"{linear}.{factor}"] = tensor
-    else:
-        for key, tensor in load_file(Path(upload) / "ffn.safetensors").items():
-            ffn, linear, kind = key.rsplit(".", 2)
-            expert.setdefault(ffn, {})[f"{linear}.{kind}"] = tensor
+    file, scaling, expert = Path(upload) / "ffn.safetensors", {}, {}
+    adapter = Path(upload) / "adapter"
+    if adapter.exists():
+        file, config = adapter / "adapter_model.safetensors", read_json(adapter / "adapter_config.json")
+        scaling = {"scaling": config["lora_alpha"] / config["r"]}
+    for key, tensor in load_file(file).items():
+        if scaling:  # PEFT's names
+            key = key.removeprefix("base_model.model.").removesuffix(".weight")
+        ffn, linear, kind = key.rsplit(".", 2)
+        expert.setdefault(ffn, {**scaling})[f"{linear}.{kind}"] = tensor
     return expert
 
 
 def save_expert(model, backbone, folder, full_ffn):
     if full_ffn:
-        state = {
-            f"{ffn}.{key}": value.contiguous()
-            for ffn in backbone.ffn_names
-            for key, value in unwrap(model).get_submodule(ffn).state_dict().items()
-        }
+        state = {}
+        for ffn in backbone.ffn_names:
+            for key, value in unwrap(model).get_submodule(ffn).state_dict().items():
+                state[f"{ffn}.{key}"] = value.contiguous()
         save_file(state, folder / "ffn.safetensors")
     else:
         config = model.peft_config["default"]
         config.base_model_name_or_path = Path(backbone.source).name  # not the client's paths
-        # a set, which would be written in another order each time
-        config.target_modules = sorted(config.target_modules)
+        config.target_modules = sorted(config.target_modules)  # a set has another order each time
         model.save_pretrained(folder / "adapter", save_embedding_layers=False)
         (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's model-card template
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from metamoe.backbones.base import import_transformers, machine, pick_device, pick_dtype
+from metamoe.backbones.base import import_transformers, pick_device, pick_dtype
 from metamoe.backbones.clip import ClipBackbone
 from metamoe.backbones.text import TextBackbone
 from metamoe.data.fetch import SMOLLM2, cache_dir, fetch, open_gguf
@@ -15,7 +15,6 @@ def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=No
     """The backbone `name` of PRESETS.
 
     seed_model: hub id, local folder or checkpoint of the seed model (None: the preset's).
-    device, dtype: names, or what `machine` returns.
     answers, loss: those of run.json, for a language model (None: the preset's).
     """
     if name not in PRESETS:
@@ -31,9 +30,8 @@ def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=No
 
 def run_backbone(run, args):
     """The backbone of run.json, with a stage's --device, --dtype and --workers."""
-    device, dtype = machine(args)
-    answers, loss = run.get("answers"), run.get("loss")
-    return load_backbone(run["backbone"], run["seed_model"], device, dtype, args.workers, answers, loss)
+    how = args.device, args.dtype, args.workers, run.get("answers"), run.get("loss")
+    return load_backbone(run["backbone"], run["seed_model"], *how)
 
 
 def default_seed(name):
@@ -43,9 +41,8 @@ def default_seed(name):
         transformers = import_transformers()
         gguf = open_gguf(fetch(**SMOLLM2))
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            **source, quantization_config=transformers.GgufConfig(dequantize=True), dtype=torch.float32
-        )
+        options = {"quantization_config": transformers.GgufConfig(dequantize=True), "dtype": torch.float32}
+        model = transformers.AutoModelForCausalLM.from_pretrained(**source, **options)
         with atomic(folder) as temporary:
             model.save_pretrained(temporary)
             transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)

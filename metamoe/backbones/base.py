@@ -1,7 +1,6 @@
 """The interface that the stages use: features, routing vectors, experts; the choice of device and dtype."""
 
 import contextlib
-import functools
 import warnings
 from pathlib import Path
 
@@ -24,7 +23,7 @@ def import_transformers():
 
 
 def machine(args):
-    """(device, dtype) of --device and --dtype."""
+    """(device, dtype) of a stage's flags."""
     device = pick_device(args.device)
     return device, pick_dtype(args.dtype, device)
 
@@ -39,41 +38,41 @@ def pick_device(name="auto"):
         raise UserError(f"--device {name}: unknown, choose auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device here; use --device cpu")
-    state = processes(device.type)
-    return device if state is ALONE else state.device
+    return getattr(processes(device.type), "device", device)
 
 
 def pick_dtype(name, device):
     """The torch dtype of a name. auto: bfloat16 where the hardware computes in it, else float32."""
     if name == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported()
-        else:
-            fast = torch.cpu._is_avx512_bf16_supported()
+        cuda = device.type == "cuda"
+        fast = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
         name = "bfloat16" if fast else "float32"
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(name, name)
+    return getattr(torch, name) if isinstance(name, str) else name
 
 
 class Backbone:
-    """What a language model and a CLIP share.
+    """What a language model and a CLIP share. Each kind adds these methods:
 
-    Attributes of both: source, device, dtype, model (the frozen seed model), ffn_names (module paths of its
-    FFNs), ffn_linears (names of the linears in each), width (d of features and routing vectors).
+    embed(records, label, skip, every): yields (indices, features (b, d) float32) batch by batch. The batches
+        are always the same; after the first `skip` each `every`-th is embedded.
+    prompt_batches(model, records, label): yields (token mask (B, T), a function that runs the batch).
+    losses(model, records, classes, batch_size, steps, seed): yields each step's loss with its graph. Under
+        `accelerate launch` it is this process's part: the sum over processes is the mean over the batch.
+    scores(model, records, label, scoring): a list of float64 arrays, one a record.
+    public_classes(folder): the class names of RUN/public/ that an image classifier is trained on.
+
+    Attributes: source, device, dtype, model (the frozen seed model), ffn_names (module paths of its FFNs),
+    ffn_linears (names of the linears in each), width (d of features and routing vectors), unreadable
+    ((index, message) of the images that were left out), seconds (spent waiting for decoded images).
     """
 
     def autocast(self):
         # Enter it anew at every step: its cache of cast weights would hide the optimiser's updates.
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def shared_embed(self, records, label="embedding", skip=0):
-        """Yield (indices, features, unreadable so far) batch by batch, as `embed`.
-
-        Under `accelerate launch` the processes share the batches, and each gets the results of all.
-        """
-        state = processes()
-        gather = list
+        """As embed, with the unreadable so far. Processes share the batches, each gets the results of all."""
+        state, gather = processes(), list
         if state is not ALONE:
             from accelerate.utils import gather_object as gather
         batches = self.embed(records, label, skip=skip + state.process_index, every=state.num_processes)
@@ -86,14 +85,13 @@ class Backbone:
 
     def features(self, records, label="embedding"):
         """Seed-model embeddings (n, d) float32 of a client's records; UserError if one cannot be read."""
-        out = np.full((len(records), self.width), np.nan, np.float32)
-        unreadable = ()
+        out, unreadable = np.empty((len(records), self.width), np.float32), ()
         for batch, values, found in self.shared_embed(records, label):
             out[batch] = values
             unreadable = found
         if unreadable:
-            message = unreadable[0][1]
-            raise UserError(f"private sample {message}: repair it or take it out of the client's data")
+            message = f"private sample {unreadable[0][1]}: repair it or take it out of the client's data"
+            raise UserError(message)
         return out
 
     @torch.no_grad()
@@ -107,15 +105,15 @@ class Backbone:
         dealt = state.num_processes > 1 and not sharding()
         sums = torch.zeros(len(self.ffn_names), self.width, dtype=torch.float64)
 
-        def add(layer, module, inputs):
-            sums[layer] += masked_mean(inputs[0].float(), mask).sum(0).double().cpu()
+        def add(ffn, inputs):
+            sums[layers[ffn]] += masked_mean(inputs[0].float(), tokens).sum(0).double().cpu()
 
+        layers = {unwrap(model).get_submodule(name): i for i, name in enumerate(self.ffn_names)}
         with contextlib.ExitStack() as hooks:
-            for i, name in enumerate(self.ffn_names):
-                ffn = unwrap(model).get_submodule(name)
-                hooks.callback(ffn.register_forward_pre_hook(functools.partial(add, i)).remove)
-            for number, (tokens, forward) in enumerate(self.prompt_batches(model, records, label)):
-                mask = tokens  # the hooks read it
+            for ffn in layers:
+                hooks.enter_context(ffn.register_forward_pre_hook(add))
+            for number, (mask, forward) in enumerate(self.prompt_batches(model, records, label)):
+                tokens = mask  # the hooks read it
                 if not dealt or number % state.num_processes == state.process_index:
                     with self.autocast():
                         forward()
@@ -144,14 +142,11 @@ class Backbone:
 
     def with_adapter(self, folder):
         """The model with a client's or the soup's expert: FOLDER/adapter (PEFT) or FOLDER/ffn.safetensors."""
-        adapter = Path(folder) / "adapter"
-        if adapter.exists():
+        if (Path(folder) / "adapter").exists():
             from peft import PeftModel
 
-            return PeftModel.from_pretrained(self.model, adapter).eval()
-        weights = load_file(Path(folder) / "ffn.safetensors")
-        weights = {name: weight.to(self.dtype) for name, weight in weights.items()}
-        self.model.load_state_dict(weights, strict=False)
+            return PeftModel.from_pretrained(self.model, Path(folder) / "adapter").eval()
+        self.model.load_state_dict(load_file(Path(folder) / "ffn.safetensors"), strict=False)
         return self.model.eval()
 
 
@@ -164,3 +159,8 @@ def masked_mean(values, mask):
     """Mean over tokens (B, T, d), (B, T) -> (B, d)."""
     weight = mask[..., None].to(values.dtype)
     return (values * weight).sum(1) / weight.sum(1)
+
+
+def chunks(items, size):
+    """Slices of `size` items each, the last of what is left."""
+    return [items[start : start + size] for start in range(0, len(items), size)]

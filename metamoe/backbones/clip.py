@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
-from metamoe.backbones.base import Backbone, unwrap
+from metamoe.backbones.base import Backbone, chunks, unwrap
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import epoch_batches
 from metamoe.data.decoding import BadImage, open_image
@@ -34,9 +34,8 @@ class ClipBackbone(Backbone):
 
         self.source, self.device, self.dtype = str(source), device, dtype
         self.template, self.resize, self.flip = preset["template"], preset["resize"], preset["flip"]
-        if workers is None:
-            workers = os.cpu_count() if device.type == "cuda" else 0
-        self.workers = workers
+        default = os.cpu_count() if device.type == "cuda" else 0
+        self.workers = default if workers is None else workers
         model, self.tokenizer = self._load(preset)
         self.model = model.to(device).eval().requires_grad_(False)
         visual = model.visual
@@ -52,7 +51,6 @@ class ClipBackbone(Backbone):
         self.class_features, self.unreadable = {}, []
 
     def _load(self, preset):
-        """(model, tokenizer) of the seed model's checkpoint."""
         import open_clip
 
         architecture = preset["architecture"]
@@ -67,10 +65,8 @@ class ClipBackbone(Backbone):
             raise
         except Exception as error:  # open_clip passes on what the hub, pickle, safetensors and torch raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"seed model {self.source}: open_clip cannot load it as {architecture} ({reason}); "
-                "give a local checkpoint with --seed-model"
-            ) from None
+            problem = f"seed model {self.source}: open_clip cannot load it as {architecture} ({reason})"
+            raise UserError(f"{problem}; give a local checkpoint with --seed-model") from None
 
     # --- images
 
@@ -92,8 +88,7 @@ class ClipBackbone(Backbone):
         """Yield (indices, images (b, 3, size, size) on the device) batch by batch, decoded by the workers.
 
         An image that cannot be decoded raises UserError, or without `strict` is left out and goes to
-        self.unreadable as (index, message). self.seconds is the time spent waiting for decoded images.
-        label, start: of the progress bar.
+        self.unreadable. label, start: of the progress bar.
         """
         self.unreadable, self.seconds = [], 0.0
         keys = [[(index, step) for index in batch] for step, batch in enumerate(batches)]
@@ -145,28 +140,23 @@ class ClipBackbone(Backbone):
         self.class_features |= zip(classes, load_file(cache)["features"].to(self.device), strict=True)
         return classes
 
-    # --- the interface that the stages use
+    # --- the interface that the stages use (base.Backbone)
 
     @torch.no_grad()
     def embed(self, records, label="embedding", skip=0, every=1, batch=256):
-        """Yield (indices, features (b, d) float32): the post-LN CLS feature of each readable image;
-        after the first `skip` batches each `every`-th."""
+        """The post-LN CLS feature of each readable image."""
         batches = chunks(range(len(records)), batch)[skip::every]
         for indices, images in self.load(records, batches, label, skip * batch, strict=False):
             yield indices, self.pool(self.model, images).cpu().numpy()
 
     def prompt_batches(self, model, records, label):
-        """Yield (token mask (B, T), a function that runs the images through the model) batch by batch."""
         width = self.model.visual.positional_embedding.shape[0]
         for indices, images in self.load(records, chunks(range(len(records)), 128), label):
             tokens = torch.ones(len(indices), width, dtype=torch.bool, device=self.device)
             yield tokens, partial(self.pool, model, images)
 
     def losses(self, model, records, classes, batch_size, steps, seed):
-        """Yield each step's loss (with its graph): cross-entropy over `classes`.
-
-        Under `accelerate launch` it is this process's part: the sum over processes is the batch's mean.
-        """
+        """Each step's cross-entropy over `classes`."""
         texts = self.text_features(classes)
         numbers = {name: i for i, name in enumerate(classes)}
         targets = torch.tensor([numbers[record["answer"]] for record in records], device=self.device)
@@ -184,7 +174,7 @@ class ClipBackbone(Backbone):
 
     @torch.no_grad()
     def scores(self, model, records, label="scoring", scoring=None):
-        """Logits of each record's choices: a list of float64 arrays, one per record."""
+        """Logits of each record's choices."""
         texts = self.text_features(records[0]["choices"])
         result = []
         for _, images in self.load(records, chunks(range(len(records)), 128), label):
@@ -201,25 +191,15 @@ class Images(Dataset):
     def __getitem__(self, key):
         """(index, image (3, H, W), "") or (index, None, what is wrong with it)."""
         index, step = key
+        image = self.records[index]["image"]
         try:
-            image = drawn_or_read(self.records[index]["image"])
+            if isinstance(image, dict) and "char" in image:  # a letter to draw
+                from metamoe.data.glyphs.world import draw  # here: it imports matplotlib
+
+                image = draw(image)
+            else:
+                image = open_image(image)
         except BadImage as error:
             return index, None, str(error)
-        rng = None
-        if self.seed is not None:
-            rng = np.random.default_rng([self.seed, step, index])
+        rng = None if self.seed is None else np.random.default_rng([self.seed, step, index])
         return index, self.transform(image, rng), ""
-
-
-def drawn_or_read(image):
-    """The PIL image of a record: a letter to draw, or a file."""
-    if isinstance(image, dict) and "char" in image:
-        from metamoe.data.glyphs import world  # here: it imports matplotlib, which nothing else needs
-
-        return world.draw(image)
-    return open_image(image)
-
-
-def chunks(items, size):
-    """Slices of `size` items each, the last of what is left."""
-    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -16,19 +16,20 @@ def public_features(run_dir, backbone, records, dtype):
     """
     path = run_dir / "public" / "features.npy"
     part, note = path.with_name(".features.npy"), path.with_name(".progress.json")
-    if not path.exists():
-        try:
-            state = embed_public(part, note, backbone, records, dtype)
-        except OSError:  # a full disk: nothing half-written stays on it
-            part.unlink(missing_ok=True)
-            note.unlink(missing_ok=True)
-            raise
-        if processes().is_main_process:
-            write_json(path.with_name("unreadable.json"), sorted(index for index, _ in state["unreadable"]))
-            write_json(path.with_name("timing.json"), {"embedding_seconds": state["seconds"]})
-            os.replace(part, path)
-            note.unlink()
-        processes().wait_for_everyone()
+    if path.exists():
+        return np.load(path, mmap_mode="r")
+    try:
+        state = embed_public(part, note, backbone, records, dtype)
+    except OSError:  # a full disk: nothing half-written stays on it
+        part.unlink(missing_ok=True)
+        note.unlink(missing_ok=True)
+        raise
+    if processes().is_main_process:
+        write_json(path.with_name("unreadable.json"), sorted(index for index, _ in state["unreadable"]))
+        write_json(path.with_name("timing.json"), {"embedding_seconds": state["seconds"]})
+        os.replace(part, path)
+        note.unlink()
+    processes().wait_for_everyone()
     return np.load(path, mmap_mode="r")
 
 
@@ -38,9 +39,8 @@ def embed_public(part, note, backbone, records, dtype):
     with processes().main_process_first():
         state = begin(part, note, (len(records), backbone.width), dtype)
     out = np.load(part, mmap_mode="r+")
-    before, earlier = list(state["unreadable"]), state["seconds"]
-    count, start = 0, time.perf_counter()
-    saved = start
+    before, earlier, count = list(state["unreadable"]), state["seconds"], 0
+    start = saved = time.perf_counter()
     for indices, values, unreadable in backbone.shared_embed(records, "embedding D_0", state["batches"]):
         if not main:
             continue
@@ -58,7 +58,11 @@ def embed_public(part, note, backbone, records, dtype):
         seconds = time.perf_counter() - start
         state["seconds"] = earlier + seconds
         write_json(note, state)
-        report(count, seconds, backbone.seconds, state["unreadable"])
+        line = f"select_proxies: embedded {count} public samples, {count / seconds:.1f} a second"
+        if backbone.seconds:
+            line += f", {100 * backbone.seconds / seconds:.0f}% of the time waiting for decoded images"
+        skipped = [f"    skipped: {message}" for _, message in state["unreadable"]]
+        print("\n".join([line, *skipped]))
     return state
 
 
@@ -75,12 +79,3 @@ def begin(part, note, shape, dtype):
             with open(part, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
     return {"dtype": dtype, "batches": 0, "unreadable": [], "seconds": 0.0}
-
-
-def report(count, seconds, decoding, unreadable):
-    line = f"select_proxies: embedded {count} public samples, {count / seconds:.1f} a second"
-    if decoding:
-        line += f", {100 * decoding / seconds:.0f}% of the time waiting for decoded images"
-    print(line)
-    for _, message in unreadable:
-        print(f"    skipped: {message}")

@@ -4,6 +4,8 @@ import string
 
 from metamoe.errors import UserError
 
+LETTERS = [f" {letter}" for letter in string.ascii_uppercase]
+
 
 def lettered(record):
     """A multiple-choice record as letters; a record without choices as it is. UserError beyond 26 choices.
@@ -14,16 +16,13 @@ def lettered(record):
         return record
     choices = record["choices"]
     if len(choices) > 26:
-        raise UserError(
-            f"a record has {len(choices)} choices, letters reach 26: make the run with --answers text "
-            f"and score with --scoring likelihood (its prompt: {record['prompt'][:60]!r})"
-        )
-    letters = [f" {letter}" for letter in string.ascii_uppercase[: len(choices)]]
+        remedy = "make the run with --answers text and score with --scoring likelihood"
+        where = f"(its prompt: {record['prompt'][:60]!r})"
+        raise UserError(f"a record has {len(choices)} choices, letters reach 26: {remedy} {where}")
+    letters = LETTERS[: len(choices)]
     head, _, last = record["prompt"].rpartition("\n")
     if not last.endswith(":"):
         head, last = record["prompt"], "Answer:"
-    lines = [head] if head else []
-    lines.append("Choices:")
-    lines += [f"{letter.strip()}. {choice.strip()}" for letter, choice in zip(letters, choices, strict=True)]
-    prompt = "\n".join([*lines, last])
+    lines = [f"{letter.strip()}. {choice.strip()}" for letter, choice in zip(letters, choices, strict=True)]
+    prompt = "\n".join([*filter(None, [head]), "Choices:", *lines, last])
     return record | {"prompt": prompt, "choices": letters, "answer": letters[choices.index(record["answer"])]}

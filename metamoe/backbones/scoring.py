@@ -5,6 +5,7 @@ import re
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from metamoe.backbones.base import unwrap
 from metamoe.backbones.letters import lettered
@@ -27,9 +28,8 @@ class ScoringMixin:
         score, encoded = self._scored_form(records, scoring)
         result = [None] * len(records)
         with progress(total=len(records), desc=label, unit="text") as bar:
-            for batch in self.batches([length(pair) for pair in encoded]):
-                found = score(model, [encoded[i] for i in batch])
-                for i, values in zip(batch, found, strict=True):
+            for batch in self.batches([len(prompt) + sum(map(len, choices)) for prompt, choices in encoded]):
+                for i, values in zip(batch, score(model, [encoded[i] for i in batch]), strict=True):
                     result[i] = values
                 bar.update(len(batch))
         return result
@@ -40,13 +40,11 @@ class ScoringMixin:
             pairs = [self.encode(record, record["answer"]) for record in records]
             return self._score_answers, [(prompt, [answer]) for prompt, answer in pairs]
         if scoring == "likelihood":
-            return self._score_choices, [self._encode_choices(record) for record in records]
+            choices = [[self.encode(record, c)[1] for c in record["choices"]] for record in records]
+            prompts = [self.encode(record)[0] for record in records]
+            return self._score_choices, list(zip(prompts, choices, strict=True))
         score = self._score_letters if scoring == "letters" else self._generate
         return score, [(self.encode(lettered(r), " A")[0], [[]] * len(r["choices"])) for r in records]
-
-    def _encode_choices(self, record):
-        prompt, _ = self.encode(record)
-        return prompt, [self.encode(record, choice)[1] for choice in record["choices"]]
 
     def _score_choices(self, model, encoded):
         # The router's context is the prompt for every choice's tokens, even in a model whose router otherwise
@@ -55,15 +53,14 @@ class ScoringMixin:
         return [np.array([np.cumsum([0.0, *tokens])[-1] for tokens in choices]) for choices in found]
 
     def _score_answers(self, model, encoded):
-        found = self._token_log_probs(model, encoded, self.whole_text)  # the context as in training
-        return [np.array(tokens) for (tokens,) in found]
+        # the context as in training
+        return [tokens for (tokens,) in self._token_log_probs(model, encoded, self.whole_text)]
 
     def _score_letters(self, model, encoded):
         shared, letters = self.letter_ids()
         ids, real, prompts, _ = self.collate([(prompt, shared) for prompt, _ in encoded])
-        context = real if self.whole_text else prompts
         with self.autocast():
-            states = self.hidden(model, ids, real, context)  # (B, T, d)
+            states = self.hidden(model, ids, real, real if self.whole_text else prompts)  # (B, T, d)
         last = states[range(len(encoded)), real.sum(1) - 1]  # (B, d)
         # In float32: bfloat16 would tie likely letters.
         logits = last.float() @ unwrap(model).lm_head.weight[letters].float().T  # (B, 26)
@@ -71,36 +68,29 @@ class ScoringMixin:
         return [row[: len(choices)] for row, (_, choices) in zip(rows, encoded, strict=True)]
 
     def _generate(self, model, encoded):
-        texts = self._generate_texts(model, [prompt for prompt, _ in encoded])
-        values = []
+        from transformers import GenerationConfig
+
+        lm = unwrap(model)
+        width = max(len(prompt) for prompt, _ in encoded)
+        padded = [[self.pad] * (width - len(prompt)) + prompt for prompt, _ in encoded]  # on the left
+        real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in encoded]
+        ids, real = torch.tensor([padded, real], device=self.device)  # (B, width)
+        # Not the seed model's own configuration, which may sample or punish repetition.
+        config = GenerationConfig(max_new_tokens=16, do_sample=False, use_cache=lm.config.use_cache)
+        config.pad_token_id, config.eos_token_id = self.pad, self.tokenizer.eos_token_id
+        if hasattr(lm, "routing"):
+            lm.routing.context_mask = lm.routing.token_mask = None
+        with self.autocast():
+            out = lm.generate(input_ids=ids, attention_mask=real, generation_config=config)
+        texts, values = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), []
         for text, (_, choices) in zip(texts, encoded, strict=True):
             found = re.search(r"\b[A-Z]\b", text)
             number = ord(found.group()) - ord("A") if found else len(choices)
             values.append(np.eye(len(choices))[number] if number < len(choices) else np.array([]))
         return values
 
-    def _generate_texts(self, model, prompts):
-        """What the model generates after each prompt (ids): 16 tokens at most, greedily."""
-        from transformers import GenerationConfig
-
-        lm = unwrap(model)
-        width = max(map(len, prompts))
-        padding = [width - len(prompt) for prompt in prompts]  # on the left
-        ids = [[self.pad] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]
-        ids = torch.tensor(ids, device=self.device)  # (B, width)
-        real = torch.arange(width, device=self.device) >= torch.tensor(padding, device=self.device)[:, None]
-        # Not the seed model's own configuration, which may sample or punish repetition.
-        config = GenerationConfig(max_new_tokens=16, do_sample=False, use_cache=lm.config.use_cache)
-        config.pad_token_id = self.pad
-        config.eos_token_id = self.tokenizer.eos_token_id
-        if hasattr(lm, "routing"):
-            lm.routing.context_mask = lm.routing.token_mask = None
-        with self.autocast():
-            out = lm.generate(input_ids=ids, attention_mask=real.long(), generation_config=config)
-        return self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-
     def _token_log_probs(self, model, encoded, whole):
-        """Log-probability of each token of each choice: [[[float, ...] a choice] a record].
+        """Log-probability of each token of each choice: [[array a choice] a record].
 
         Prompt and choices make one sequence. A choice sees the prompt and itself, and its positions follow
         the prompt's. So the prompt is computed once, and the result is that of one sequence for every choice.
@@ -109,9 +99,8 @@ class ScoringMixin:
         ids, part, position = (t.to(self.device) for t in pack(encoded, self.pad))
         prompt = part == 0
         rows, columns = (part > 0).nonzero(as_tuple=True)  # of the tokens to score
-        owners = part[rows, columns]
         # A token is predicted at the one before it; a choice's first token at the prompt's last.
-        first = part[rows, columns - 1] != owners
+        first = part[rows, columns - 1] != part[rows, columns]
         before = torch.where(first, prompt.sum(1)[rows] - 1, columns - 1)
         extra = {"attention_mask": tree_mask(part, self.dtype), "position_ids": position}
         with self.autocast():
@@ -119,18 +108,9 @@ class ScoringMixin:
             states = self.hidden(model, ids, prompt, part >= 0 if whole else prompt, **extra)
             logits = unwrap(model).lm_head(states[rows, before])  # (scored tokens, V)
         log_probs = F.log_softmax(logits.float(), -1).gather(1, ids[rows, columns][:, None])[:, 0]
-        values = [[[] for _ in choices] for _, choices in encoded]
-        for row, owner, value in zip(
-            rows.tolist(), owners.tolist(), log_probs.double().tolist(), strict=True
-        ):
-            values[row][owner - 1].append(value)
-        return values
-
-
-def length(pair):
-    """Tokens of a (prompt ids, [ids of each choice])."""
-    prompt, choices = pair
-    return len(prompt) + sum(map(len, choices))
+        lengths = [len(tokens) for _, choices in encoded for tokens in choices]
+        values = iter(log_probs.double().cpu().split(lengths))  # one choice after another
+        return [[next(values).numpy() for _ in choices] for _, choices in encoded]
 
 
 def pack(encoded, pad):
@@ -138,19 +118,16 @@ def pack(encoded, pad):
 
     part: 0 for the prompt, 1, 2, ... for that choice, -1 for padding.
     """
-    ids = torch.full((len(encoded), max(map(length, encoded))), pad)
-    part = torch.full_like(ids, -1)
-    position = torch.zeros_like(ids)
-    for row, (prompt, choices) in enumerate(encoded):
-        end = 0
-        for number, tokens in enumerate([prompt, *choices]):
-            span = slice(end, end + len(tokens))
-            first = 0 if number == 0 else len(prompt)
-            ids[row, span] = torch.tensor(tokens)
-            part[row, span] = number
-            position[row, span] = torch.arange(first, first + len(tokens))
-            end += len(tokens)
-    return ids, part, position
+    rows = []
+    for prompt, choices in encoded:
+        ids, part, position = [*prompt], [0] * len(prompt), [*range(len(prompt))]
+        for number, tokens in enumerate(choices, 1):
+            ids += tokens
+            part += [number] * len(tokens)
+            position += range(len(prompt), len(prompt) + len(tokens))
+        rows.append([torch.tensor(each, dtype=torch.int64) for each in (ids, part, position)])
+    columns = zip(zip(*rows, strict=True), (pad, -1, 0), strict=True)
+    return [pad_sequence(column, batch_first=True, padding_value=fill) for column, fill in columns]
 
 
 def tree_mask(part, dtype):

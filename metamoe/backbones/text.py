@@ -1,8 +1,7 @@
 """Causal language models: texts as tokens, embeddings, losses. A batch holds texts of like length."""
 
-import functools
 import os
-import string
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metamoe.backbones.base import Backbone, import_transformers, masked_mean, unwrap
 from metamoe.backbones.distributed import processes
-from metamoe.backbones.letters import lettered
+from metamoe.backbones.letters import LETTERS, lettered
 from metamoe.backbones.scoring import ScoringMixin, pack
 from metamoe.backbones.training import epoch_batches
 from metamoe.errors import UserError
@@ -25,47 +24,37 @@ class TextBackbone(ScoringMixin, Backbone):
 
     ffn_linears = ["gate_proj", "up_proj", "down_proj"]
     task_type = "CAUSAL_LM"
-    unreadable = ()
-    seconds = 0.0
+    unreadable, seconds = (), 0.0  # of images
 
     def __init__(self, preset, source, device, dtype, answers, loss):
         self.source, self.device, self.dtype = str(source), device, dtype
         self.max_length, self.embedded = preset["max_length"], preset["embed"]
-        self.letters = answers == "letters"
-        self.whole_text = loss == "text"
+        self.letters, self.whole_text = answers == "letters", loss == "text"
         self.tokenizer, model = self._load()
         self.ffn_names = [name for name, _ in model.named_modules() if name.endswith(".mlp")]
         ffns = [model.get_submodule(name) for name in self.ffn_names]
         if not ffns or not all(hasattr(ffn, linear) for ffn in ffns for linear in self.ffn_linears):
-            raise UserError(
-                f"seed model {self.source}: a {type(model).__name__} has no FFNs of gate_proj, up_proj and "
-                "down_proj in every layer; LLaMA, Mistral, Qwen, SmolLM and their like do"
-            )
+            lacks = f"a {type(model).__name__} has no FFNs of gate_proj, up_proj and down_proj in every layer"
+            others = "LLaMA, Mistral, Qwen, SmolLM and their like do"
+            raise UserError(f"seed model {self.source}: {lacks}; {others}")
         self.model = model.to(device).eval().requires_grad_(False)
         self.width = model.config.hidden_size
-        self.pad = self.tokenizer.pad_token_id
-        if self.pad is None:
-            self.pad = self.tokenizer.eos_token_id
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        self.pad = end if pad is None else pad
 
     def _load(self):
-        """(tokenizer, model) of the seed model's folder or hub id."""
         transformers = import_transformers()
         # Eager attention on the CPU: the fused kernel's backward is twice as slow on short texts.
         attention = "eager" if self.device.type == "cpu" else "sdpa"
+        # Frozen weights are stored in the compute dtype; autocast then casts only the small trained ones.
+        options = {"dtype": self.dtype, "attn_implementation": attention}
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.source)
-            # Frozen weights are stored in the compute dtype; autocast then casts only the small trained ones.
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                self.source, dtype=self.dtype, attn_implementation=attention
-            )
+            return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(self.source, **options)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"seed model {self.source}: cannot be loaded as a causal language model ({reason}); "
-                "name a local folder with --seed-model, or log in to the hub (hf auth login) "
-                "where it asks for that"
-            ) from None
-        return tokenizer, model
+            reason = f"cannot be loaded as a causal language model ({str(error).splitlines()[0]})"
+            remedy = "name a local folder with --seed-model, or log in to the hub (hf auth login) where it "
+            raise UserError(f"seed model {self.source}: {reason}; {remedy}asks for that") from None
 
     def public_classes(self, folder):
         return []  # the label set is the vocabulary
@@ -78,12 +67,11 @@ class TextBackbone(ScoringMixin, Backbone):
         A prompt that is too long keeps its end, and its BOS, which language models rely on. An answer that is
         too long keeps its beginning.
         """
-        prompt = self.tokenizer(record["prompt"])["input_ids"]
-        room = self.max_length // 2
-        if self.whole_text:  # an answer may have all that a short prompt leaves
-            room = max(room, self.max_length - 1 - len(prompt))
-        ids = []
+        prompt, ids = self.tokenizer(record["prompt"])["input_ids"], []
         if answer is not None:
+            room = self.max_length // 2
+            if self.whole_text:  # an answer may have all that a short prompt leaves
+                room = max(room, self.max_length - 1 - len(prompt))
             ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"][:room]
         room = self.max_length - len(ids) - 1
         if len(prompt) > room:
@@ -106,15 +94,12 @@ class TextBackbone(ScoringMixin, Backbone):
 
         In many vocabularies " A" is one token, and the first list is empty; in others it is two tokens.
         """
-        texts = [f" {letter}" for letter in string.ascii_uppercase]
-        letters = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        letters = self.tokenizer(LETTERS, add_special_tokens=False)["input_ids"]
         shared = os.path.commonprefix(letters)
         ids = [letter[len(shared)] for letter in letters if len(letter) > len(shared)]
         if len(set(ids)) < len(letters):
-            raise UserError(
-                f"seed model {self.source}: its tokenizer does not tell the letters A to Z apart: "
-                "score with --scoring likelihood"
-            )
+            problem = "its tokenizer does not tell the letters A to Z apart"
+            raise UserError(f"seed model {self.source}: {problem}: score with --scoring likelihood")
         return shared, ids
 
     def collate(self, encoded):
@@ -134,7 +119,7 @@ class TextBackbone(ScoringMixin, Backbone):
         if batch:
             yield batch
 
-    # --- the interface that the stages use
+    # --- the interface that the stages use (base.Backbone)
 
     def hidden(self, model, ids, real, context, **kwargs):
         """Last hidden states (B, T, d).
@@ -151,17 +136,9 @@ class TextBackbone(ScoringMixin, Backbone):
 
     @torch.no_grad()
     def embed(self, records, label="embedding", skip=0, every=1):
-        """Yield (indices, features (b, d) float32) batch by batch.
-
-        A feature is the mean of the seed model's last hidden states over the tokens of the prompt, or of
-        the input (the preset's `embed`). The batches are always the same; after the first `skip` each
-        `every`-th is embedded.
-        """
-
-        def form(record):
-            return {"prompt": record[self.embedded]}
-
-        for number, (indices, encoded) in enumerate(self.windows(records, form, label)):
+        """The mean of the last hidden states over the tokens of the prompt, or the input (preset `embed`)."""
+        batches = self.windows(records, lambda record: {"prompt": record[self.embedded]}, label)
+        for number, (indices, encoded) in enumerate(batches):
             if number >= skip and (number - skip) % every == 0:
                 ids, real, prompts, _ = self.collate(encoded)
                 with self.autocast():
@@ -169,10 +146,9 @@ class TextBackbone(ScoringMixin, Backbone):
                 yield indices, masked_mean(states.float(), real).cpu().numpy()
 
     def prompt_batches(self, model, records, label):
-        """Yield (token mask (B, T), a function that runs the prompts through the model) batch by batch."""
         for _, encoded in self.windows(records, self.form, label):
             ids, real, prompts, _ = self.collate(encoded)
-            yield real, functools.partial(self.hidden, model, ids, real, prompts)
+            yield real, partial(self.hidden, model, ids, real, prompts)
 
     def windows(self, records, form, label):
         """Yield (indices, encoded prompts of form(record)) batch by batch.
@@ -187,11 +163,7 @@ class TextBackbone(ScoringMixin, Backbone):
                     bar.update(len(batch))
 
     def losses(self, model, records, classes, batch_size, steps, seed):
-        """Yield each step's loss (with its graph) over a batch of texts of like length.
-
-        Under `accelerate launch` it is this process's part: the sum over processes is the mean over all
-        tokens of the batch.
-        """
+        """Each step's loss over a batch of texts of like length, a mean over all tokens of the batch."""
         state = processes()
         bar = progress(records, desc="measuring lengths", unit="text", show=len(records) > 10_000)
         # Only the lengths are kept: the tokens of all records may not fit in memory.
@@ -209,18 +181,13 @@ class TextBackbone(ScoringMixin, Backbone):
         return len(prompt) + len(answer) - 1 if self.whole_text else len(answer)
 
     def loss(self, model, encoded):
-        """Mean cross-entropy over the answers' tokens, or with `loss` "text" over all tokens but the first.
-
-        The head runs on the positions that predict these tokens and on no others.
-        """
-        ids, real, prompts, labels = self.collate(encoded)
-        context = prompts
+        """Mean cross-entropy over the answers' tokens; with `loss` "text" over all tokens but the first."""
+        ids, real, context, labels = self.collate(encoded)
         if self.whole_text:
-            labels = ids.masked_fill(~real, -100)
-            context = real  # the router's context is the prefix
+            context, labels = real, ids.masked_fill(~real, -100)  # the router's context is the prefix
         with self.autocast():
             states = self.hidden(model, ids, real, context)  # (B, T, d)
-            predicts = labels[:, 1:] != -100
+            predicts = labels[:, 1:] != -100  # the head runs on these positions alone
             return head_loss(unwrap(model).lm_head, states[:, :-1][predicts], labels[:, 1:][predicts])
 
     def checkpoint(self, model):

@@ -5,9 +5,10 @@ import math
 
 import numpy as np
 import torch
+from torch.nn.utils import vector_to_parameters
 from torch.optim.lr_scheduler import LambdaLR
 
-from metamoe.backbones.base import unwrap
+from metamoe.backbones.base import chunks, unwrap
 from metamoe.backbones.distributed import ALONE, processes, sharding
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
@@ -18,9 +19,8 @@ def use_checkpointing(flag, run, backbone):
     """Whether to recompute activations: --gradient-checkpointing, or the preset's value where it is None."""
     if flag and not hasattr(backbone, "checkpoint"):
         raise UserError("--gradient-checkpointing is for language models: leave it out")
-    if flag is None:
-        return PRESETS[run["backbone"]].get("gradient_checkpointing", False)
-    return flag
+    own = PRESETS[run["backbone"]].get("gradient_checkpointing", False)
+    return own if flag is None else flag
 
 
 def train(
@@ -60,7 +60,9 @@ def train(
             warmup.step()
             if after_step:
                 after_step()
-            check_finite(losses, label)
+            if not math.isfinite(losses[-1]):
+                step = f"the loss became {losses[-1]} at step {len(losses)}"
+                raise UserError(f"{label}: {step}: lower the learning rate")
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             bar.update()
     model.eval().requires_grad_(False)
@@ -89,18 +91,13 @@ def sum_over_processes(loss, parameters):
     from accelerate.utils import reduce
 
     grads = [p.grad for p in parameters if p.grad is not None]
-    total = reduce(torch.cat([loss.detach().view(1), *(g.flatten() for g in grads)]), "sum")
-    parts = total[1:].split([g.numel() for g in grads])
-    for grad, new in zip(grads, parts, strict=True):
-        grad.copy_(new.view_as(grad))
-    return total[0]
+    summed = reduce(torch.cat([loss.detach().view(1), *(g.flatten() for g in grads)]), "sum")
+    vector_to_parameters(summed[1:], grads)
+    return summed[0]
 
 
 def shard(model):
-    """FSDP: shard each decoder layer's frozen weights over the processes; they are gathered while it runs.
-
-    The trained weights are small and stay whole on each process: the rest of the training is data parallel.
-    """
+    """FSDP: shard each decoder layer's frozen weights over the processes; trained ones, small, stay whole."""
     from torch.distributed.fsdp import fully_shard
 
     trained = {p for p in model.parameters() if p.requires_grad}
@@ -108,35 +105,23 @@ def shard(model):
         fully_shard(layer, ignored_params=trained, reshard_after_forward=True)
 
 
-def check_finite(losses, label):
-    loss = losses[-1]
-    if not math.isfinite(loss):
-        raise UserError(f"{label}: the loss became {loss} at step {len(losses)}: lower the learning rate")
-
-
 @contextlib.contextmanager
 def enough_memory(label):
     try:
         yield
     except torch.OutOfMemoryError:
-        raise UserError(
-            f"{label}: the GPU's memory is full: use --gradient-checkpointing, a smaller --batch-size, "
-            "or several GPUs (accelerate launch)"
-        ) from None
+        remedy = "use --gradient-checkpointing, a smaller --batch-size, or several GPUs (accelerate launch)"
+        raise UserError(f"{label}: the GPU's memory is full: {remedy}") from None
 
 
 def epoch_batches(lengths, batch_size, steps, seed):
     """Yield `steps` batches of indices of like length, epoch after epoch; seed: the random seed."""
     generator = np.random.default_rng(seed)
-    lengths = np.asarray(lengths)
-    left = steps
+    lengths, left = np.asarray(lengths), steps
     while left > 0:
-        order = generator.permutation(len(lengths))
         epoch = []  # sorted by length within windows of eight batches
-        for start in range(0, len(order), 8 * batch_size):
-            window = order[start : start + 8 * batch_size]
-            window = window[np.argsort(lengths[window], kind="stable")]
-            epoch += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+        for window in chunks(generator.permutation(len(lengths)), 8 * batch_size):
+            epoch += chunks(window[np.argsort(lengths[window], kind="stable")], batch_size)
         for i in generator.permutation(len(epoch))[::-1][:left]:
             yield epoch[i].tolist()
         left -= len(epoch)

@@ -9,7 +9,7 @@ import moe
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
 from metamoe.report.models import expert_upload
-from metamoe.report.results import opt_out_row
+from metamoe.report.results import client_result
 from metamoe.report.statistics import is_choice
 from metamoe.rivals.btm import ensemble
 from metamoe.rundir import read_json, sha256, write_json
@@ -26,8 +26,7 @@ class Evaluation:
 
     scoring: of multiple choice by language models (evaluate.py --scoring); None for an image model.
     records: {client: its records of the split}.
-    load_backbone: makes a new backbone; called only for a model without scores, since PEFT and the MoE
-        change a model in place.
+    load_backbone: makes a new backbone for each model that has no scores: all change the seed model in place.
     """
 
     run_dir: Path
@@ -40,10 +39,7 @@ class Evaluation:
 
     def score_all(self, folders):
         """{row: its scores} of the models in `folders`."""
-        found = {}
-        for row, folder in folders.items():
-            found[row] = self.score_btm() if row == "btm" else self.score(row, folder)
-        return found
+        return {row: self.score(row, folder) for row, folder in folders.items()}
 
     def score(self, row, folder, without=""):
         """The scores of one model, from RUN/scores/ where they are there.
@@ -51,16 +47,23 @@ class Evaluation:
         folder: the model's, None for the seed model. without: an expert to leave out.
         Returns {"scores": {client: [[...], ...]}, "routing": {client: (L, K) counts}, "samples_per_second"}.
         """
+        if row == "btm":
+            return self.score_btm()
         name = f"{row}.without.{without}" if without else row
-        suffix = scoring_suffix(self.run, self.scoring)
-        path = self.run_dir / "scores" / f"{name}.{self.split}{suffix}.json"
-        identity = self.identity(row, folder)
+        name += f".{self.split}{scoring_suffix(self.run, self.scoring)}.json"
+        path, identity = self.run_dir / "scores" / name, self.identity(row, folder)
         if path.exists():
             kept = read_json(path)
             # a client that has joined since has no scores yet
             if kept["identity"] == identity and kept["scores"].keys() >= set(self.run["clients"]):
                 return kept
-        backbone, model = self.load(folder)
+        backbone = self.load_backbone()
+        if folder is None:
+            model = backbone.model
+        elif (folder / "moe_config.json").exists():
+            model = moe.load(folder, backbone.model)
+        else:
+            model = backbone.with_adapter(folder)
         if without:
             moe.disable_expert(model, without)
         found = {"identity": identity} | self.measure(row, backbone, model)
@@ -77,28 +80,17 @@ class Evaluation:
             identity["model"] = sha256(folder / made)
         return identity
 
-    def load(self, folder):
-        """A new backbone, and the model of `folder` on it."""
-        backbone = self.load_backbone()
-        if folder is None:
-            return backbone, backbone.model
-        if (folder / "moe_config.json").exists():
-            return backbone, moe.load(folder, backbone.model)
-        return backbone, backbone.with_adapter(folder)
-
     def measure(self, row, backbone, model):
         """Scores of every client's records; of a MoE also its routing."""
         # generation sends a prompt's tokens through the model again with every generated token
         routed = hasattr(model, "routing") and self.scoring != "generate"
         found, seconds = {"scores": {}, "routing": {}}, 0.0
-        for name in self.run["clients"]:
+        for name, records in self.records.items():
             if routed:
                 model.routing.record = True
                 moe.reset_counts(model)
             start = time.perf_counter()
-            scores = backbone.scores(
-                model, self.records[name], label=f"{row} on {name}", scoring=self.scoring
-            )
+            scores = backbone.scores(model, records, label=f"{row} on {name}", scoring=self.scoring)
             found["scores"][name] = [values.tolist() for values in scores]
             seconds += time.perf_counter() - start
             if routed:
@@ -136,7 +128,10 @@ class Evaluation:
         """{MoE: {expert left out: {client: accuracy or perplexity}}}; "": none is left out."""
         tables = {}
         for row, names in left_out.items():
-            folder = self.run_dir / "moe" / row
-            scores = {name: self.score(row, folder, name)["scores"] for name in ["", *names]}
-            tables[row] = opt_out_row(self.run, scores, self.records)
+            tables[row] = {name: {} for name in ["", *names]}
+            for name, values in tables[row].items():
+                scores = self.score(row, self.run_dir / "moe" / row, name)["scores"]
+                for client, records in self.records.items():
+                    cell = client_result(scores[client], records)
+                    values[client] = cell.get("accuracy", cell.get("perplexity"))
         return tables

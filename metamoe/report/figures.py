@@ -1,24 +1,18 @@
 """Figure 2, and how the proxies of each selection cover a client's data."""
 
-from typing import NamedTuple
-
 import numpy as np
 
 from metamoe.records import usable_public
+from metamoe.report.statistics import log_det, unit
 from metamoe.rundir import atomic, read_json, sha256, write_json
 
-
-class Label(NamedTuple):
-    short: str  # in the cost tables
-    long: str  # above a panel of Figure 2
-
-
-# The selection rules in the order of the figure. Another rule is called by its folder and comes after these.
+# The selection rules in the order of the figure, with their names in the cost tables and above a panel of
+# Figure 2. Another rule is called by its folder and comes after these.
 RULES = {
-    "random": Label("random", "random"),
-    "similarity": Label("similarity", "most relevant"),
-    "dpp": Label("DPP", "relevance-weighted DPP"),
-    "dpp-all": Label("DPP, whole public set", "DPP, whole public set"),
+    "random": ("random", "random"),
+    "similarity": ("similarity", "most relevant"),
+    "dpp": ("DPP", "relevance-weighted DPP"),
+    "dpp-all": ("DPP, whole public set", "DPP, whole public set"),
 }
 
 
@@ -39,18 +33,16 @@ def coverage(evaluation, draw):
 
     draw: measure it now, and draw Figure 2.
     """
-    run_dir, clients = evaluation.run_dir, evaluation.run["clients"]
-    path = run_dir / "scores" / f"coverage.{evaluation.split}.json"
+    path = evaluation.run_dir / "scores" / f"coverage.{evaluation.split}.json"
     identity = {}
-    for name in clients:
-        identity[name] = {rule: sha256(file) for rule, file in selections(run_dir, name).items()}
+    for name in evaluation.records:
+        files = selections(evaluation.run_dir, name)
+        identity[name] = {rule: sha256(file) for rule, file in files.items()}
     if draw:
         backbone = evaluation.load_backbone()
-        found = {name: cover_client(evaluation, backbone, name) for name in clients}
+        found = {name: cover_client(evaluation, backbone, name) for name in evaluation.records}
         write_json(path, {"identity": identity, "coverage": found})
-    if not path.exists():
-        return None
-    kept = read_json(path)
+    kept = read_json(path) if path.exists() else {"identity": None}
     return kept["coverage"] if kept["identity"] == identity else None
 
 
@@ -58,7 +50,6 @@ def cover_client(evaluation, backbone, client):
     """{rule: {"distance", "log_det"}} of the client's selections; draws its Figure 2.
 
     distance: mean over private test samples of 1 - cosine to the nearest proxy, on the seed model's features.
-    log_det: log det L_S of the proxies, Eq. 4's diversity.
     """
     public = np.load(evaluation.run_dir / "public" / "features.npy", mmap_mode="r")
     private = unit(backbone.features(evaluation.records[client], label=f"embedding {client}"))
@@ -66,10 +57,8 @@ def cover_client(evaluation, backbone, client):
     for rule, path in selections(evaluation.run_dir, client).items():
         proxies[rule] = np.array(read_json(path)["proxies"])
         z = unit(public[np.sort(proxies[rule])])
-        found[rule] = {
-            "distance": float((1 - (private @ z.T).max(1)).mean()),
-            "log_det": float(np.linalg.slogdet(z @ z.T)[1]),
-        }
+        distance = float((1 - (private @ z.T).max(1)).mean())
+        found[rule] = {"distance": distance, "log_det": log_det(z)}
     figure2(evaluation, client, private, public, proxies, found)
     return found
 
@@ -96,13 +85,11 @@ def figure2(evaluation, client, private, public, proxies, found):
         axis.scatter(*others.T, s=4, c="#c8c8c8", linewidths=0, label="public set")
         axis.scatter(*own.T, s=9, c="#1f77b4", linewidths=0, label=f"{client}, private test data")
         axis.scatter(*red.T, s=18, c="#d62728", edgecolors="white", linewidths=0.4, label="proxies")
-        label = RULES[rule].long if rule in RULES else rule
+        _, label = RULES.get(rule, (rule, rule))
         axis.set_title(label + "\ndistance {distance:.3f}, log det {log_det:.0f}".format(**found[rule]))
-        axis.set_xticks([])
-        axis.set_yticks([])
-    figure.suptitle(
-        f"{run['backbone']}: proxies for {client} (m = {run['proxies']}), t-SNE of the seed model's features"
-    )
+        axis.set(xticks=[], yticks=[])
+    what = f"proxies for {client} (m = {run['proxies']}), t-SNE of the seed model's features"
+    figure.suptitle(f"{run['backbone']}: {what}")
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     legend = axes[0][0].get_legend_handles_labels()
     figure.legend(*legend, loc="lower center", ncols=3, markerscale=2, frameon=False)
@@ -118,9 +105,3 @@ def project(points, seed):
 
     perplexity = min(30, (len(points) - 1) / 3)
     return TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed).fit_transform(points)
-
-
-def unit(features):
-    """Rows scaled to length 1, in float64."""
-    features = np.asarray(features, dtype=np.float64)
-    return features / np.linalg.norm(features, axis=1, keepdims=True)

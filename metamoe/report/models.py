@@ -17,32 +17,24 @@ def title(row, run):
         return method_title(row)
     name = row.removeprefix("expert-")
     number = run["clients"].index(name)
-    roman = ROMAN[number] if number < len(ROMAN) else number + 1
-    return f"Expert {roman} ({name})"
+    return f"Expert {ROMAN[number] if number < len(ROMAN) else number + 1} ({name})"
 
 
 def list_models(run_dir, run, only=None):
-    """{row: its model's folder, None for the seed model} in the paper's order.
-
-    only: the rows to keep; UserError where there is no such model.
-    """
+    """{row: folder, None for the seed model} of all models or `only` these; UserError where one is not."""
     rows = table_order(run_dir, run)
     for row in only or []:
         if row not in rows:
-            raise UserError(
-                f"--models {row}: there is no such model in {run_dir}; there are {', '.join(rows)}"
-            )
+            there = f"there is no such model in {run_dir}; there are {', '.join(rows)}"
+            raise UserError(f"--models {row}: {there}")
     folders = {}
     for row in rows:
         if only and row not in only:
             continue
-        if row == "zeroshot":
-            folders[row] = None
-        elif row.startswith("expert-"):
+        folders[row] = None if row == "zeroshot" else run_dir / "moe" / row
+        if row.startswith("expert-"):
             folders[row] = expert_upload(run_dir, row.removeprefix("expert-"))
             read_manifest(folders[row])
-        else:
-            folders[row] = run_dir / "moe" / row
     return folders
 
 
@@ -57,8 +49,8 @@ def table_order(run_dir, run):
 
 def expert_upload(run_dir, client):
     """A client's private-only expert: the upload that BTM combines."""
-    variant = upload_variant(METHODS["btm"].data, METHODS["btm"].selection)
     btm = run_dir / "moe" / "btm" / "done.json"
+    variant = upload_variant(METHODS["btm"].data, METHODS["btm"].selection)
     if btm.exists():
         variant = read_json(btm)["variant"]
     return run_dir / "clients" / client / "upload" / variant

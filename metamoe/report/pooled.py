@@ -6,8 +6,9 @@ import numpy as np
 
 from metamoe.errors import UserError
 from metamoe.report.costs import cost_tables
+from metamoe.report.results import right_of
 from metamoe.report.statistics import paired_bootstrap
-from metamoe.report.tables import client_heads, coverage_rules, gap_cell, grid, measures, sections
+from metamoe.report.tables import client_heads, gap_cell, grid, measures, sections
 from metamoe.rundir import read_json
 
 
@@ -18,8 +19,7 @@ def pool(run_dirs, file):
     measured = measures(run, rows)
     gaps = paired_gaps(runs, [name for name, measure in measured.items() if measure == "accuracy"])
     blocks = []
-    # the same table of each run
-    for tables in zip(*(sections(found["rows"]) for found in runs), strict=True):
+    for tables in zip(*(sections(found["rows"]) for found in runs), strict=True):  # the same of each run
         heading = tables[0][0]
         if heading:
             blocks.append(heading)
@@ -41,19 +41,12 @@ def read_runs(run_dirs, file):
         if not (Path(run_dir) / file).exists():
             raise UserError(f"--run-dir {run_dir}: holds no {file}: evaluate it alone first")
     runs = [read_json(Path(run_dir) / file) for run_dir in run_dirs]
-    first = comparable(runs[0])
-    for run_dir, found in zip(run_dirs, runs, strict=True):
-        if comparable(found) != first:
-            raise UserError(
-                f"--run-dir {run_dir}: made with other settings or models than {run_dirs[0]}; only the "
-                "random seed may differ"
-            )
+    made = [(found["run"] | {"seed": 0}, [row["model"] for row in found["rows"]]) for found in runs]
+    for run_dir, settings in zip(run_dirs, made, strict=True):
+        if settings != made[0]:
+            other = f"other settings or models than {run_dirs[0]}; only the random seed may differ"
+            raise UserError(f"--run-dir {run_dir}: made with {other}")
     return runs
-
-
-def comparable(results):
-    """What results must have in common to be pooled."""
-    return results["run"] | {"seed": 0}, [row["model"] for row in results["rows"]]
 
 
 def paired_gaps(runs, clients):
@@ -61,26 +54,19 @@ def paired_gaps(runs, clients):
     right = {}  # row -> {(client, random seed): 0.0 or 1.0 a sample}
     for found in runs:
         for row in found["rows"]:
-            for name in clients:
-                digits = row["clients"][name]["right"]
-                values = np.array([int(digit) for digit in digits], float)
+            for name, values in right_of(row, clients).items():
                 right.setdefault(row["model"], {})[name, found["run"]["seed"]] = values
-    if "metamoe" not in right:
-        return {}
-    ours = right.pop("metamoe")
-    return {row: paired_bootstrap(ours, theirs, 0) for row, theirs in right.items()}
+    ours = right.pop("metamoe", None)
+    return {row: paired_bootstrap(ours, theirs, 0) for row, theirs in right.items() if ours}
 
 
 def accuracy_table(runs, measured, gaps):
     """runs: [(label, row)] of each run."""
-    choices = "accuracy" in measured.values()
     lines = []
     for labelled in zip(*runs, strict=True):
         label, rows = labelled[0][0], [row for _, row in labelled]
-        cells = []
-        for name, measure in measured.items():
-            cells.append(spread([row["clients"][name][measure] for row in rows], 2))
-        cells.append(spread([row["average"] for row in rows], 2) if choices else "")
+        cells = [spread([r["clients"][name][kind] for r in rows], 2) for name, kind in measured.items()]
+        cells.append(spread([row["average"] for row in rows], 2))
         lines.append((label, [*cells, gap_cell(gaps.get(rows[0]["model"]))]))
     return grid([*client_heads(measured), "Average", "MetaMoE minus this"], lines)
 
@@ -88,19 +74,19 @@ def accuracy_table(runs, measured, gaps):
 def coverage_table(runs, clients):
     """runs: the coverage of each run."""
     lines = []
-    for rule in coverage_rules(runs[0]):
+    for rule in sorted(set().union(*runs[0].values())):
         cells = []
         for name in clients:
-            found = [coverage[name][rule] for coverage in runs if rule in coverage[name]]
-            cell = ""
-            if len(found) == len(runs):
-                distance = spread([each["distance"] for each in found], 4)
-                cell = f"{distance}; {spread([each['log_det'] for each in found], 1)}"
-            cells.append(cell)
+            found = [coverage[name].get(rule, {}) for coverage in runs]
+            distance = spread([each.get("distance") for each in found], 4)
+            log_det = spread([each.get("log_det") for each in found], 1)
+            cells.append(f"{distance}; {log_det}" if distance else "")
         lines.append((rule, cells))
     return grid(clients, lines)
 
 
 def spread(values, digits):
-    """Mean and standard deviation over the runs."""
+    """Mean and standard deviation over the runs; empty where one has none."""
+    if None in values:
+        return ""
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"

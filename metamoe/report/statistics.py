@@ -1,4 +1,4 @@
-"""Accuracies, their intervals, and paired differences."""
+"""Accuracies, their intervals, and paired differences; the geometry of a set of features."""
 
 import math
 
@@ -11,14 +11,11 @@ def is_choice(records):
 
 
 def is_right(scores, records):
-    """1.0 where the answer's text is the likeliest choice, else 0.0; also 0.0 where no letter was
-    generated."""
-    return np.array(
-        [
-            float(len(values) > 0 and record["choices"][int(np.argmax(values))] == record["answer"])
-            for values, record in zip(scores, records, strict=True)
-        ]
-    )
+    """1.0 where the likeliest choice has the answer's text, else 0.0, also where no letter was generated."""
+    right = []
+    for values, record in zip(scores, records, strict=True):
+        right.append(len(values) > 0 and record["choices"][int(np.argmax(values))] == record["answer"])
+    return np.array(right, float)
 
 
 def perplexity(scores):
@@ -34,20 +31,30 @@ def wilson(successes, n, z=1.959964):
 
 
 def paired_bootstrap(ours, theirs, seed, resamples=10_000):
-    """MetaMoE's average minus another row's, in points, and its 95% interval: test samples resampled within
-    each client."""
+    """MetaMoE's average minus another row's, in points, and its 95% interval.
+
+    ours, theirs: {client: 1.0 or 0.0 a test sample}; samples are resampled within each client.
+    """
     rng, draws = np.random.default_rng(seed), []
     differences = [ours[name] - theirs[name] for name in ours]
     for values in differences:
         draws.append(values[rng.integers(len(values), size=(resamples, len(values)))].mean(1))
-    low, high = np.percentile(100 * np.mean(draws, 0), [2.5, 97.5])
-    return {
-        "difference": 100 * float(np.mean([values.mean() for values in differences])),
-        "interval": [float(low), float(high)],
-    }
+    interval = np.percentile(100 * np.mean(draws, 0), [2.5, 97.5]).tolist()
+    return {"difference": 100 * float(np.mean([v.mean() for v in differences])), "interval": interval}
 
 
 def shares(counts):
     """Share of the tokens each expert got: (L, K) counts -> (L, K)."""
     counts = np.asarray(counts, float)
     return (counts / counts.sum(1, keepdims=True)).tolist()
+
+
+def unit(features):
+    """Rows scaled to length 1, in float64."""
+    features = np.asarray(features, dtype=np.float64)
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def log_det(z):
+    """log det L_S of a set of unit vectors z (m, d), Eq. 4's diversity."""
+    return float(np.linalg.slogdet(z @ z.T)[1])

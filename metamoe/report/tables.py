@@ -12,6 +12,18 @@ SCORINGS = {
     "generate": "scored by the generated letter",
     "likelihood": "scored by the answers' likelihood",
 }
+PERPLEXITY = "the perplexity of the answers: lower is better, and it is in no average and no difference."
+INTERVALS = "Wilson 95% intervals; MetaMoE's average minus the row's, in points, with a paired bootstrap 95% "
+INTERVALS += "interval."
+ROUTING = (
+    "Share of a client's prompt tokens that its own expert gets, mean over the layers (least and most of a "
+    "layer), percent; every layer and expert is in results.json."
+)
+OPT_OUT = "with one client's expert left out, without training: accuracy in percent."
+COVERAGE = (
+    "How the proxies cover a client's private test data: mean distance (1 - cosine) of a test sample to its "
+    "nearest proxy, and log det L_S of the proxies."
+)
 
 
 def grid(heads, rows, corner=""):
@@ -53,26 +65,27 @@ def gap_cell(gap):
 
 def markdown(results, run):
     """RUN/results.md: the paper's Table 3 layout, then ablations, intervals, routing, coverage, bytes."""
-    measured = measures(run, results["rows"])
+    rows, clients = results["rows"], run["clients"]
+    measured = measures(run, rows)
     heading = f"# {run['backbone']}, seed {run['seed']}, {results['split']} split"
     if results.get("scoring"):
         heading += f", {SCORINGS[results['scoring']]}"
     blocks = [heading, explanation(results, run, measured)]
-    for section, rows in sections(results["rows"]):
+    for section, labelled in sections(rows):
         if section:
             blocks.append(f"## {section}")
-        blocks.append(accuracy_table(rows, run, measured))
-    blocks += ["## Intervals", *interval_table(results, measured)]
-    routed = [row for row in results["rows"] if "routing" in row]
+        blocks.append(accuracy_table(labelled, run, measured))
+    blocks += ["## Intervals", INTERVALS, interval_table(results, measured)]
+    routed = [row for row in rows if "routing" in row]
     if routed:
-        blocks += routing_table(routed, run["clients"])
+        blocks += [ROUTING, routing_table(routed, clients)]
     for model, table in results.get("opt_out", {}).items():
-        blocks += opt_out_table(title(model, run), table, measured)
+        blocks.append(f"{title(model, run)} {OPT_OUT}")
+        blocks.append(opt_out_table(table, measured))
     if "coverage" in results:
-        blocks += coverage_table(results["coverage"], run["clients"])
+        blocks += [COVERAGE, coverage_table(results["coverage"], clients)]
     sizes = ", ".join(f"{name} {size:,}" for name, size in results["uploaded_bytes"].items())
-    blocks.append(f"Uploaded, in bytes: {sizes}.")
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join([*blocks, f"Uploaded, in bytes: {sizes}."]) + "\n"
 
 
 def explanation(results, run, measured):
@@ -83,12 +96,9 @@ def explanation(results, run, measured):
         changed = changed_settings(run)
         if changed:
             text += f" This run's {', '.join(changed)} are not the paper's."
-    perplexities = [name for name, measure in measured.items() if measure == "perplexity"]
+    perplexities = ", ".join(name for name, measure in measured.items() if measure == "perplexity")
     if perplexities:
-        text += (
-            f" Of {', '.join(perplexities)} the perplexity of the answers: lower is better, and it is in "
-            "no average and no difference."
-        )
+        text += f" Of {perplexities} {PERPLEXITY}"
     if results.get("scoring") == "generate" and any(row["model"] == "btm" for row in results["rows"]):
         text += " BTM combines the probabilities of the letters: its row is that of `--scoring letters`."
     return text
@@ -96,11 +106,8 @@ def explanation(results, run, measured):
 
 def changed_settings(run):
     """The settings of the run that are not its preset's."""
-    preset = PRESETS[run["backbone"]]
-    changed = [key for key in preset if key != "seed_model" and run.get(key, preset[key]) != preset[key]]
-    if run["seed_model"]:
-        changed.append("seed_model")
-    return changed
+    preset = PRESETS[run["backbone"]] | {"seed_model": ""}
+    return [key for key in preset if run.get(key, preset[key]) != preset[key]]
 
 
 def accuracy_table(rows, run, measured):
@@ -109,8 +116,7 @@ def accuracy_table(rows, run, measured):
         paper = paper_numbers(run, row["model"])
         values = {name: row["clients"][name][measure] for name, measure in measured.items()}
         values["average"] = row["average"]
-        cells = [number(value, paper.get(name)) for name, value in values.items()]
-        lines.append((label, cells))
+        lines.append((label, [number(value, paper.get(name)) for name, value in values.items()]))
     return grid([*client_heads(measured), "Average"], lines)
 
 
@@ -124,17 +130,10 @@ def number(value, paper):
 def interval_table(results, measured):
     lines = []
     for row in results["rows"]:
-        cells = []
-        for name, measure in measured.items():
-            wilson = row["clients"][name]["wilson"] if measure == "accuracy" else None
-            cells.append("{:.1f} to {:.1f}".format(*wilson) if wilson else "")
+        found = [row["clients"][name].get("wilson") for name in measured]
+        cells = ["{:.1f} to {:.1f}".format(*wilson) if wilson else "" for wilson in found]
         lines.append((row["title"], [*cells, gap_cell(row.get("metamoe_minus"))]))
-    heads = [f"{name} (n = {results['n'][name]})" for name in measured]
-    return [
-        "Wilson 95% intervals; MetaMoE's average minus the row's, in points, with a paired bootstrap 95% "
-        "interval.",
-        grid([*heads, "MetaMoE minus this"], lines),
-    ]
+    return grid([*(f"{name} (n = {results['n'][name]})" for name in measured), "MetaMoE minus this"], lines)
 
 
 def routing_table(rows, clients):
@@ -142,11 +141,7 @@ def routing_table(rows, clients):
     for row in rows:
         cells = [own_share(row, name) for name in clients]
         lines.append((row["title"], [*cells, f"{np.mean(row['lambda']):.3f}"]))
-    return [
-        "Share of a client's prompt tokens that its own expert gets, mean over the layers (least and "
-        "most of a layer), percent; every layer and expert is in results.json.",
-        grid([*clients, "lambda, mean"], lines),
-    ]
+    return grid([*clients, "lambda, mean"], lines)
 
 
 def own_share(row, client):
@@ -158,35 +153,22 @@ def own_share(row, client):
     return f"{np.mean(shares):.1f} ({min(shares):.1f} to {max(shares):.1f})"
 
 
-def opt_out_table(model, table, measured):
+def opt_out_table(table, measured):
     lines = []
     for without, values in table.items():
-        cells = [f"{values[name]:.2f}" for name in measured]
         accuracy = [values[name] for name, measure in measured.items() if measure == "accuracy"]
-        average = f"{np.mean(accuracy):.2f}" if accuracy else ""
-        lines.append((without or "none", [*cells, average]))
-    return [
-        f"{model} with one client's expert left out, without training: accuracy in percent.",
-        grid([*client_heads(measured), "Average"], lines, corner="left out"),
-    ]
-
-
-def coverage_rules(coverage):
-    """The selection rules of all clients, by name."""
-    return sorted({rule for found in coverage.values() for rule in found})
+        average = float(np.mean(accuracy)) if accuracy else None
+        cells = [number(value, None) for value in [*(values[name] for name in measured), average]]
+        lines.append((without or "none", cells))
+    return grid([*client_heads(measured), "Average"], lines, corner="left out")
 
 
 def coverage_table(coverage, clients):
     lines = []
-    for rule in coverage_rules(coverage):
+    for rule in sorted(set().union(*coverage.values())):  # of all clients, by name
         cells = []
         for name in clients:
             found = coverage[name].get(rule)
             cells += [f"{found['distance']:.4f}", f"{found['log_det']:.1f}"] if found else ["", ""]
         lines.append((rule, cells))
-    heads = [head for name in clients for head in (f"{name}: distance", "log det")]
-    return [
-        "How the proxies cover a client's private test data: mean distance (1 - cosine) of a test "
-        "sample to its nearest proxy, and log det L_S of the proxies.",
-        grid(heads, lines),
-    ]
+    return grid([head for name in clients for head in (f"{name}: distance", "log det")], lines)

@@ -51,13 +51,12 @@ def own_texts(raw):
         if raw.get(key) is None:
             hint = " (nor 'choices' and 'answer')" if key == "response" else ""
             raise BadRecord(f"no key {key!r}{hint}")
+    for key in ("prompt",) if several else ("prompt", "response"):
+        if not isinstance(raw[key], str):
+            raise BadRecord(f"{key!r} is not a string ({type(raw[key]).__name__})")
     prompt, texts = raw["prompt"], raw["choices"] if several else [raw["response"]]
-    if not isinstance(prompt, str):
-        raise BadRecord(f"'prompt' is not a string ({type(prompt).__name__})")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        if several:
-            raise BadRecord("'choices' is not a list of strings")
-        raise BadRecord(f"'response' is not a string ({type(texts[0]).__name__})")
+        raise BadRecord("'choices' is not a list of strings")
     if not prompt.strip():
         raise BadRecord("empty prompt")
     if not all(text.strip() for text in texts):
@@ -101,16 +100,15 @@ def parse(line, source, several):
 
 
 def own_file(path, flag, source, skip_bad, mixed=False):
-    """(Records, their lines' byte offsets (n,), hashes of their prompts (n,)) of an own JSON-lines file,
-    all of it checked.
+    """(Records, hashes of their prompts (n,)) of an own JSON-lines file, all of it checked.
 
     One streaming pass; empty lines do not count. `mixed`: multiple choice and instructions may stand in one
     file. The first bad record raises UserError with file, line number and reason; with `skip_bad` they are
     left out and counted.
     """
-    starts, keys, bad, first, several, position = array("q"), array("Q"), 0, None, None, 0
-    size = os.path.getsize(path)
-    bar = progress(total=size, desc=f"checking {source}", unit="B", unit_scale=True)
+    starts, keys, position = array("q"), array("Q"), 0
+    bad, first, several = 0, None, None
+    bar = progress(total=os.path.getsize(path), desc=f"checking {source}", unit="B", unit_scale=True)
     with open(path, "rb") as lines, bar:
         for number, line in enumerate(lines, 1):
             start, position = position, position + len(line)
@@ -121,10 +119,8 @@ def own_file(path, flag, source, skip_bad, mixed=False):
                 record = parse(line, source, several)
             except BadRecord as error:
                 if not skip_bad:
-                    raise UserError(
-                        f"{path}, line {number}: {error}: repair it, or leave such records out with "
-                        "--skip-bad-records"
-                    ) from None
+                    advice = "repair it, or leave such records out with --skip-bad-records"
+                    raise UserError(f"{path}, line {number}: {error}: {advice}") from None
                 bad, first = bad + 1, first or f"line {number}: {error}"
                 continue
             several = None if mixed else "choices" in record
@@ -134,8 +130,7 @@ def own_file(path, flag, source, skip_bad, mixed=False):
         print(f"select_proxies: {path}: {bad} bad records left out (the first: {first})")
     if len(starts) < LEAST:
         raise UserError(f"{flag}: {len(starts)} usable records, at least {LEAST} are needed")
-    starts = np.array(starts)
-    return Records(path, starts, partial(own_record, source=source)), starts, np.array(keys)
+    return Records(path, np.array(starts), partial(own_record, source=source)), np.array(keys)
 
 
 def own_text(name, path, sizes, seed, skip_bad=False):
@@ -143,33 +138,26 @@ def own_text(name, path, sizes, seed, skip_bad=False):
     `sizes`; no prompt is in two parts."""
     flag = f"--client {name}={path}"
     if not os.path.isfile(path):
-        raise UserError(
-            f"{flag}: no such file; name one of JSON lines, with `prompt`, `choices`, `answer` or "
-            "`prompt`, `response` in each"
-        )
-    records, starts, keys = own_file(path, flag, name, skip_bad)
+        keys = "`prompt`, `choices`, `answer` or `prompt`, `response`"
+        raise UserError(f"{flag}: no such file; name one of JSON lines, with {keys} in each")
+    records, keys = own_file(path, flag, name, skip_bad)
     order, keys = grouped(keys, rng_of(seed, name))
     parts = own_parts(order, keys, sizes, flag)
-    return {part: Records(path, starts[rows], records.convert) for part, rows in parts.items()}
+    return {part: Records(path, records.starts[rows], records.convert) for part, rows in parts.items()}
 
 
 def own_images(name, path, sizes, seed, skip_bad=False):
-    """{"train" | "validation" | "test": records} of an own client's folder CLASS/IMAGE, split as own_text,
-    of every class alike."""
+    """As own_text, of a folder CLASS/IMAGE; every part has about the same share of each class."""
     flag, what = f"--client {name}={path}", "a folder of images for each class"
     if not os.path.isdir(path):
         raise UserError(f"{flag}: no such folder; name one that holds {what}")
     names, labels, image_of = read_image_folder(path, flag, ["."], f"name the folder that holds {what}")
     names = class_names(names, flag)
     if len(set(names)) < max(2, len(names)):
-        raise UserError(
-            f"{flag}: {len(names)} classes, {len(set(names))} different names: two or more are needed, "
-            "each with a name of its own"
-        )
-    records = [
-        {"image": image_of(i), "answer": names[label], "source": name, "choices": names}
-        for i, label in enumerate(labels)
-    ]
+        counts = f"{len(names)} classes, {len(set(names))} different names"
+        raise UserError(f"{flag}: {counts}: two or more are needed, each with a name of its own")
+    answers, shared = [names[label] for label in labels], {"source": name, "choices": names}
+    records = [{"image": image_of(i), "answer": answer, **shared} for i, answer in enumerate(answers)]
     if skip_bad:
         bad = dict(bad_images(records, name))
         if bad:
@@ -196,17 +184,15 @@ def spread(labels, rng):
 
 
 def own_parts(order, keys, sizes, flag):
-    """{part: sorted rows} of an own client: in `order`, the test part, then validation, the rest is for
-    training."""
-    tenth, left, parts = max(1, round(len(order) / 10)), order, {"train": None}
-    for part in ("validation", "test"):
-        parts[part], left = hold_out(left, keys, sizes[part] or tenth)
-    parts["train"] = left[: sizes["train"] or len(left)]
+    """{part: sorted rows} of an own client: from `order` first validation, then test, then training."""
+    tenth = max(1, round(len(order) / 10))
+    validation, left = hold_out(order, keys, sizes["validation"] or tenth)
+    test, left = hold_out(left, keys, sizes["test"] or tenth)
+    parts = {"train": left[: sizes["train"] or len(left)], "validation": validation, "test": test}
     least = {"train": 2, "validation": tenth, "test": tenth}
     if any(len(rows) < (sizes[part] or least[part]) for part, rows in parts.items()):
-        raise UserError(
-            f"{flag}: {len(order)} records with {len(np.unique(keys[order]))} different prompts or images "
-            f"are too few for --train-size {sizes['train']}, --validation-size {sizes['validation']} and "
-            f"--test-size {sizes['test']} (0: 80/10/10): lower one of them"
-        )
+        found = f"{len(order)} records with {len(np.unique(keys[order]))} different prompts or images"
+        train, others = sizes["train"], f"{sizes['validation']} and --test-size {sizes['test']}"
+        wanted = f"--train-size {train}, --validation-size {others} (0: 80/10/10)"
+        raise UserError(f"{flag}: {found} are too few for {wanted}: lower one of them")
     return {part: np.sort(rows) for part, rows in parts.items()}

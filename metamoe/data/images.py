@@ -55,18 +55,19 @@ class ImageSet(NamedTuple):
         choices, found = self.read(name, seed, sources)
         parts = {}
         for part, size in sizes.items():
-            images, labels = found[part]
-            if size > len(images) or not images and part != "validation":
-                has = f"its {part} part has {len(images)} images, --{part}-size {size} asked for"
-                advice = "lower it (0: all there are)" if images else "name a dataset that has some"
+            items = found[part]
+            if size > len(items) or not items and part != "validation":
+                has = f"its {part} part has {len(items)} images, --{part}-size {size} asked for"
+                advice = "lower it (0: all there are)" if items else "name a dataset that has some"
                 raise UserError(f"client {name}: {has}: {advice}")
-            chosen = balanced(labels, size or len(labels), rng_of(seed, f"{name} {part}"))
+            labels = [label for _, label in items]
+            chosen = balanced(labels, size or len(items), rng_of(seed, f"{name} {part}"))
             shared = {"source": name, "choices": choices}
-            parts[part] = [{"image": images[i], "answer": choices[labels[i]], **shared} for i in chosen]
+            parts[part] = [{"image": items[i][0], "answer": choices[labels[i]], **shared} for i in chosen]
         return parts
 
     def read(self, name, seed, sources):
-        """(class names, {part: (images, labels)}) out of CoOp's files or a Hugging Face dataset."""
+        """(class names, {part: [(image, label)]}) out of CoOp's files or a Hugging Face dataset."""
         where, flag = locate(name, self.hub_id, self.spellings, sources)
         local, folder = os.path.isabs(where), Path(where)
         if local and (folder / self.split_file).exists():
@@ -110,8 +111,7 @@ CLIENTS = {
 
 
 def read_split(folder, split_file, image_folder):
-    """(class names, {part: (paths, labels)}) from a split file of CoOp's: lists of [path below the image
-    folder, label, class name]."""
+    """As ImageSet.read, of CoOp's split file: lists of [path below the image folder, label, class name]."""
     path = folder / split_file
     try:
         split = json.loads(path.read_text(encoding="utf-8"))
@@ -125,14 +125,14 @@ def read_split(folder, split_file, image_folder):
     if twice or any(names[label] != name for _, label, name in items):
         raise UserError(f"{path} is damaged (a label with two names, or an image listed twice): {AGAIN}")
     index = {label: i for i, label in enumerate(names)}
-    place = place_of(items, folder, image_folder)
-    for image in (os.path.join(place, file) for file, _, _ in items):
-        if not os.path.exists(image):
-            raise UserError(f"{image} is missing, {path} lists it: unpack the dataset's images into {place}")
-    return list(names.values()), {
-        part: ([os.path.join(place, file) for file, _, _ in found], [index[label] for _, label, _ in found])
-        for part, found in listed.items()
-    }
+    place, parts = place_of(items, folder, image_folder), {}
+    for part, found in listed.items():
+        parts[part] = [(os.path.join(place, file), index[label]) for file, label, _ in found]
+        for image, _ in parts[part]:
+            if not os.path.exists(image):
+                advice = f"unpack the dataset's images into {place}"
+                raise UserError(f"{image} is missing, {path} lists it: {advice}")
+    return list(names.values()), parts
 
 
 def place_of(items, folder, image_folder):
@@ -144,13 +144,13 @@ def place_of(items, folder, image_folder):
 
 
 def read_dataset(name, where, flag, seed):
-    """(class names, {part: (images, labels)}) of a Hugging Face dataset; a missing part is cut out of train.
+    """As ImageSet.read, of a Hugging Face dataset; a missing part is cut out of train.
 
     20% of it for test, then 10% of the rest for validation, of each class alike, fixed by the random seed.
     """
     at = dataset_at(where)
     splits = open_dataset(at, flag)
-    parts, names = {}, None  # of a part: fields of its images, rows (n,), labels (n,)
+    parts, names = {}, None
     for part, spellings in SPLIT_NAMES.items():
         split = next((s for s in spellings if s in splits), None)
         if not split:
@@ -160,17 +160,16 @@ def read_dataset(name, where, flag, seed):
             why = f"its splits train and {split} have different classes"
             raise UserError(f"{flag}: {why}: name a copy where they agree")
         names = found
-        parts[part] = {**at, "split": split, "column": column}, np.arange(len(labels)), labels
+        where = {**at, "split": split, "column": column}
+        parts[part] = [({**where, "row": row}, label) for row, label in enumerate(labels.tolist())]
     for part, share in (("test", 0.2), ("validation", 0.1)):
         if part not in parts:
-            image, rows, labels = parts["train"]
+            train = parts["train"]
+            labels = np.array([label for _, label in train])
             out = stratified(labels, share, rng_of(seed, f"{name} cut {part}"))
-            parts[part] = image, rows[out], labels[out]
-            parts["train"] = image, rows[~out], labels[~out]
-    return names, {
-        part: ([{**image, "row": row} for row in rows.tolist()], labels.tolist())
-        for part, (image, rows, labels) in parts.items()
-    }
+            parts[part] = [train[i] for i in np.flatnonzero(out)]
+            parts["train"] = [train[i] for i in np.flatnonzero(~out)]
+    return names, parts
 
 
 def public_images(size, sources, skip_bad=False):

@@ -164,10 +164,9 @@ def read_files(folder, flag, hub_id):
                 if re.fullmatch(rf"({'|'.join(names)})([-_.].*)?\.(jsonl|json|csv)", file.name):
                     found.setdefault(split, file)
     if "train" not in found:
-        none = (
-            "no saved Hugging Face dataset, no parquet files and no train file (train*.jsonl, .json or .csv)"
-        )
-        raise UserError(f"{flag}: {folder} holds {none}: put the dataset there (hub id: {hub_id})")
+        files = "no parquet files and no train file (train*.jsonl, .json or .csv)"
+        none = f"{folder} holds no saved Hugging Face dataset, {files}"
+        raise UserError(f"{flag}: {none}: put the dataset there (hub id: {hub_id})")
     return {split: read_rows_of(found[split]) for split in FILE_NAMES if split in found}
 
 

@@ -23,13 +23,11 @@ class BadRecord(Exception):
 
 
 def own_record(raw, source):
-    """A line of an own file as a record: {"prompt", "choices", "answer"} or {"prompt", "response"}, other
-    keys are left out.
+    """A line of an own file, {"prompt", "choices", "answer"} or {"prompt", "response"}, as a record.
 
     `answer` is the text of a choice or, as a whole number, its index from 0. Prompt and answer stay as they
-    are written; what stands between is one space, or the white space that the prompt ends with or the
-    response begins with (a space at the prompt's end moves to the answer, where tokenizers want it). Raises
-    BadRecord.
+    are written. Between them stands one space, or the white space that the prompt ends with or the response
+    begins with. A space at the prompt's end moves to the answer, where tokenizers want it. Raises BadRecord.
     """
     prompt, texts, several = own_texts(raw)
     gap = "" if prompt[-1].isspace() and prompt[-1] != " " else " "
@@ -42,25 +40,25 @@ def own_record(raw, source):
     return record | {"answer": response if response[0].isspace() else gap + response}
 
 
+def check(fine, reason):
+    if not fine:
+        raise BadRecord(reason)
+
+
 def own_texts(raw):
     """(prompt, choices or [response], whether it has choices) of a line, checked. Raises BadRecord."""
-    if not isinstance(raw, dict):
-        raise BadRecord(f"not a JSON object ({type(raw).__name__})")
+    check(isinstance(raw, dict), f"not a JSON object ({type(raw).__name__})")
     several = raw.get("choices") is not None
     for key in ("prompt", "choices", "answer") if several else ("prompt", "response"):
-        if raw.get(key) is None:
-            hint = " (nor 'choices' and 'answer')" if key == "response" else ""
-            raise BadRecord(f"no key {key!r}{hint}")
+        hint = " (nor 'choices' and 'answer')" if key == "response" else ""
+        check(raw.get(key) is not None, f"no key {key!r}{hint}")
     for key in ("prompt",) if several else ("prompt", "response"):
-        if not isinstance(raw[key], str):
-            raise BadRecord(f"{key!r} is not a string ({type(raw[key]).__name__})")
+        check(isinstance(raw[key], str), f"{key!r} is not a string ({type(raw[key]).__name__})")
     prompt, texts = raw["prompt"], raw["choices"] if several else [raw["response"]]
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise BadRecord("'choices' is not a list of strings")
-    if not prompt.strip():
-        raise BadRecord("empty prompt")
-    if not all(text.strip() for text in texts):
-        raise BadRecord("empty choice" if several else "empty response")
+    check(isinstance(texts, list), "'choices' is not a list of strings")
+    check(all(isinstance(text, str) for text in texts), "'choices' is not a list of strings")
+    check(prompt.strip(), "empty prompt")
+    check(all(text.strip() for text in texts), "empty choice" if several else "empty response")
     try:
         "".join([prompt, *texts]).encode()
     except UnicodeEncodeError:
@@ -70,32 +68,28 @@ def own_texts(raw):
 
 def chosen(answer, texts):
     """The text of the choice that `answer` names, by its text or its index. Raises BadRecord."""
-    if len(texts) < 2:
-        raise BadRecord("fewer than 2 choices")
-    if len(set(texts)) < len(texts):
-        raise BadRecord("two equal choices")
+    check(len(texts) > 1, "fewer than 2 choices")
+    check(len(set(texts)) == len(texts), "two equal choices")
     if isinstance(answer, int) and not isinstance(answer, bool):
-        if not 0 <= answer < len(texts):
-            raise BadRecord(f"'answer' {answer} is no index into the {len(texts)} choices (the first is 0)")
+        why = f"is no index into the {len(texts)} choices (the first is 0)"
+        check(0 <= answer < len(texts), f"'answer' {answer} {why}")
         return texts[answer]
-    if not isinstance(answer, str):
-        raise BadRecord(f"'answer' is neither a choice's text nor its index ({type(answer).__name__})")
-    if answer.strip() not in texts:
-        raise BadRecord(f"'answer' {answer.strip()[:40]!r} is not among the choices")
+    kind = type(answer).__name__
+    check(isinstance(answer, str), f"'answer' is neither a choice's text nor its index ({kind})")
+    check(answer.strip() in texts, f"'answer' {answer.strip()[:40]!r} is not among the choices")
     return answer.strip()
 
 
 def parse(line, source, several):
-    """A line as a record. Raises BadRecord, also where it has choices and the lines before had none (or the
-    other way round); `several`: whether they had, None where both may stand in one file."""
+    """A line as a record. `several`: whether it must have choices; None: it may. Raises BadRecord."""
     try:
         raw = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"not JSON ({error})") from None
     record = own_record(raw, source)
-    if several not in (None, "choices" in record):
-        which = "no" if several else "has"
-        raise BadRecord(f"{which} 'choices', unlike the records before it: a client is one or the other")
+    which = "no 'choices'" if several else "has 'choices'"
+    alike = several in (None, "choices" in record)
+    check(alike, f"{which}, unlike the records before it: a client is one or the other")
     return record
 
 
@@ -106,12 +100,11 @@ def own_file(path, flag, source, skip_bad, mixed=False):
     file. The first bad record raises UserError with file, line number and reason; with `skip_bad` they are
     left out and counted.
     """
-    starts, keys, position = array("q"), array("Q"), 0
+    starts, keys = array("q"), array("Q")
     bad, first, several = 0, None, None
     bar = progress(total=os.path.getsize(path), desc=f"checking {source}", unit="B", unit_scale=True)
     with open(path, "rb") as lines, bar:
         for number, line in enumerate(lines, 1):
-            start, position = position, position + len(line)
             bar.update(len(line))
             if not line.strip():
                 continue
@@ -124,7 +117,7 @@ def own_file(path, flag, source, skip_bad, mixed=False):
                 bad, first = bad + 1, first or f"line {number}: {error}"
                 continue
             several = None if mixed else "choices" in record
-            starts.append(start)
+            starts.append(lines.tell() - len(line))
             keys.append(digest(record["input"]))
     if bad:
         print(f"select_proxies: {path}: {bad} bad records left out (the first: {first})")
@@ -158,15 +151,14 @@ def own_images(name, path, sizes, seed, skip_bad=False):
         raise UserError(f"{flag}: {counts}: two or more are needed, each with a name of its own")
     answers, shared = [names[label] for label in labels], {"source": name, "choices": names}
     records = [{"image": image_of(i), "answer": answer, **shared} for i, answer in enumerate(answers)]
-    if skip_bad:
-        bad = dict(bad_images(records, name))
-        if bad:
-            first = next(iter(bad.values()))
-            print(f"select_proxies: {path}: {len(bad)} bad images left out (the first: {first})")
-        kept = [i for i in range(len(records)) if i not in bad]
-        records, labels = [records[i] for i in kept], labels[kept]
-    else:
+    if not skip_bad:
         check_images(records, name)
+    bad = dict(bad_images(records, name)) if skip_bad else {}
+    if bad:
+        first = next(iter(bad.values()))
+        print(f"select_proxies: {path}: {len(bad)} bad images left out (the first: {first})")
+    kept = [i for i in range(len(records)) if i not in bad]
+    records, labels = [records[i] for i in kept], labels[kept]
     if len(records) < LEAST:
         raise UserError(f"{flag}: {len(records)} usable images, at least {LEAST} are needed")
     order = spread(labels, rng_of(seed, name))

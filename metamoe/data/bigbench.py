@@ -16,8 +16,8 @@ from metamoe.errors import UserError
 
 TASKS = "bigbench-1.0.0/bigbench/benchmark_tasks/"  # in the archive
 
-KINDS = "positive, negative, neutral or ambivalent"
-SENTIMENT = f"Determine whether given opinion is {KINDS} in terms of its sentiment.\nQ: {{input}}\nA:"
+OPINION = "Determine whether given opinion is positive, negative, neutral or ambivalent"
+SENTIMENT = OPINION + " in terms of its sentiment.\nQ: {input}\nA:"
 
 
 class Task(NamedTuple):

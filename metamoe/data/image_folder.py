@@ -25,7 +25,8 @@ def read_image_folder(where, flag, below=IMAGENET_TRAIN, advice=UNPACK):
             break
     labels, files, kept = [], [], []
     for folder in folders:
-        names = [n for n in sorted(os.listdir(os.path.join(train, folder))) if is_image(n)]
+        listed = sorted(os.listdir(os.path.join(train, folder)))
+        names = [n for n in listed if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
         if names:  # no stat of a file: ImageNet has 1.3 million
             labels += [len(kept)] * len(names)
             files += names
@@ -51,10 +52,6 @@ def class_folders(train):
         return []
     others = ("val", "validation", "test")
     return sorted(entry.name for entry in os.scandir(train) if entry.is_dir() and entry.name not in others)
-
-
-def is_image(name):
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
 def names_of(train, folders):

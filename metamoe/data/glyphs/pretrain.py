@@ -87,7 +87,7 @@ def drawn(recipes):
     return glyph_model.to_tensor([draw(recipe) for recipe in recipes])
 
 
-class Run:
+class Trainer:
     """The model in training, and `state`, what a checkpoint holds besides."""
 
     def __init__(self, out, settings):
@@ -157,23 +157,23 @@ def train(out, *, steps, batch, seed, lr, warmup, log_every, checkpoint_every, d
         raise UserError(f"--steps, --warmup and --log-every start at 1, --batch lies between 2 and {most}")
     dtype = pick_dtype(dtype, torch.device("cpu"))
     settings = {"steps": steps, "batch": batch, "seed": seed, "lr": lr, "warmup": warmup}
-    run = Run(out, {**settings, "dtype": str(dtype).removeprefix("torch.")})
-    start = run.state["step"]
+    trainer = Trainer(out, {**settings, "dtype": str(dtype).removeprefix("torch.")})
+    start = trainer.state["step"]
     for step in progress(range(start, steps), initial=start, total=steps, desc="pretrain", unit="step"):
         recipes = sample_batch(training, batch, seed, step)
         share = min((step + 1) / warmup, (1 + math.cos(math.pi * step / steps)) / 2)
-        run.update(recipes, lr * share, dtype)
+        trainer.update(recipes, lr * share, dtype)
         if (step + 1) % log_every == 0 and step + 1 < steps:
-            run.write_row(held_out, limit)
-        if time.monotonic() - run.saved_at >= checkpoint_every:
-            run.save()
-    weights = {name: tensor.half() for name, tensor in run.model.state_dict().items()}
-    run.model.load_state_dict(weights)  # the last row is of the weights as they are written
-    run.write_row(held_out, limit)
+            trainer.write_row(held_out, limit)
+        if time.monotonic() - trainer.saved_at >= checkpoint_every:
+            trainer.save()
+    weights = {name: tensor.half() for name, tensor in trainer.model.state_dict().items()}
+    trainer.model.load_state_dict(weights)  # the last row is of the weights as they are written
+    trainer.write_row(held_out, limit)
     with atomic(out) as temporary:
         save_file(weights, temporary)
-    run.checkpoint.unlink(missing_ok=True)
-    return run.state["log"]
+    trainer.checkpoint.unlink(missing_ok=True)
+    return trainer.state["log"]
 
 
 def main(argv=None):

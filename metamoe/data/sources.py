@@ -64,7 +64,7 @@ def holds_dataset(path):
 
 
 def open_dataset(where, flag):
-    """{split: datasets.Dataset} of {"dataset": hub id or folder, "config": ...}; UserError without."""
+    """{split: datasets.Dataset} of {"dataset": hub id or folder, "config": ...}; UserError where it fails."""
     import datasets
 
     name = where["dataset"]

@@ -34,7 +34,7 @@ def hold_out(order, keys, size):
 
 
 def balanced(labels, n, rng):
-    """Sorted indices of `n` random items, as many of each label as possible; a smaller `n`: a subset."""
+    """Sorted indices of `n` random items, as many of each label as possible; fewer are a subset of more."""
     order, seen, turn = rng.permutation(len(labels)), Counter(), []
     for i in order:  # the first of every class, then the second of every class, ...
         turn.append(seen[labels[i]])

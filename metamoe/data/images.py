@@ -26,8 +26,7 @@ AGAIN = "download it again (CoOp's DATASETS.md links it)"
 
 
 def class_names(names, flag):
-    """Class names as prompts have them: lower-case, `_` and `-` as spaces. UserError where classes are
-    numbered: CLIP's text encoder needs names."""
+    """Class names as prompts have them: lower-case, `_` and `-` as spaces. UserError for numbered classes."""
     names = [" ".join(re.sub("[_-]", " ", name.lower()).split()) for name in names]
     for name in names:
         if re.fullmatch(r"n?[ _]?\d+", name):

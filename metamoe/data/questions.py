@@ -144,8 +144,7 @@ def cut(name, train, test, sizes, seed):
 
 
 def read_splits(where, flag, hub_id):
-    """{"train" and, where it is there, "validation": rows (dicts)} of a Hugging Face dataset (hub id, saved
-    folder, parquet) or of the files that a dataset's authors distribute."""
+    """{"train", "validation" where it is there: rows} of a Hugging Face dataset or of its authors' files."""
     if os.path.isfile(where):
         return {"train": read_rows_of(where)}
     if os.path.isabs(where) and not holds_dataset(where):
@@ -171,8 +170,7 @@ def read_files(folder, flag, hub_id):
 
 
 def read_rows_of(path):
-    """The rows of a CSV file with a header, of JSON lines or of one JSON list; a file NAME-labels.lst
-    beside it gives each its `label`."""
+    """The rows of a CSV or JSON file; a file NAME-labels.lst beside it gives each its `label`."""
     path = Path(path)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -197,8 +195,7 @@ def json_rows(text):
 
 
 def public_text(size, sources, skip_bad=False):
-    """D_0 of language models: `size` records (0: all), a uniform subset, of Alpaca or of the user's own
-    JSON lines (`own_record`)."""
+    """D_0: `size` records (0: all), a uniform subset, of Alpaca or of the user's own JSON lines."""
     where, flag = locate("public", ALPACA.hub_id, ALPACA.spellings, sources, file_ok=True)
     if os.path.isfile(where) and not alpaca_file(where):
         records, _ = own_file(where, flag, Path(where).stem, skip_bad, mixed=True)

@@ -127,8 +127,7 @@ def own_file(path, flag, source, skip_bad, mixed=False):
 
 
 def own_text(name, path, sizes, seed, skip_bad=False):
-    """{"train" | "validation" | "test": Records} of an own client: 80/10/10 of the file or, where not 0, of
-    `sizes`; no prompt is in two parts."""
+    """{part: Records} of an own client: 80/10/10 or, where not 0, `sizes`; no prompt is in two parts."""
     flag = f"--client {name}={path}"
     if not os.path.isfile(path):
         keys = "`prompt`, `choices`, `answer` or `prompt`, `response`"

@@ -126,16 +126,13 @@ def font(face, size):
 
 
 def glyph(char, face):
-    """`char` in white on a black canvas ("L"), shrunk if it is too large for it.
-
-    Centred across and set on one base line, which tells a capital from its small letter where the shape
-    does not.
-    """
+    """`char` in white on a black canvas ("L"), centred across, and shrunk if it is too large for it."""
     setting, room = font(face, EM), CANVAS - 2 * MARGIN
     left, top, right, bottom = setting.getbbox(char, anchor="ls")
     if max(right - left, bottom - top) > room:
         setting = font(face, EM * room // max(right - left, bottom - top))
         left, top, right, bottom = setting.getbbox(char, anchor="ls")
+    # one base line: it tells a capital from its small letter where the shape does not
     y = min(max(BASELINE, MARGIN - top), CANVAS - MARGIN - bottom)
     canvas = Image.new("L", (CANVAS, CANVAS))
     ImageDraw.Draw(canvas).text(((CANVAS - left - right) / 2, y), char, fill=255, font=setting, anchor="ls")

@@ -5,6 +5,7 @@ a space: they are appended to the prompt as they are.
 """
 
 import re
+from itertools import islice, product
 from typing import NamedTuple
 
 import numpy as np
@@ -15,10 +16,8 @@ from metamoe.errors import UserError
 
 TASKS = "bigbench-1.0.0/bigbench/benchmark_tasks/"  # in the archive
 
-SENTIMENT = (
-    "Determine whether given opinion is positive, negative, neutral or ambivalent in terms of its sentiment."
-    "\nQ: {input}\nA:"
-)
+OPINION = "Determine whether given opinion is positive, negative, neutral or ambivalent"
+SENTIMENT = OPINION + " in terms of its sentiment.\nQ: {input}\nA:"
 
 
 class Task(NamedTuple):
@@ -30,28 +29,19 @@ class Task(NamedTuple):
     family = "bigbench"
 
     def load(self, name, sizes, seed, archive):
-        """{"train" | "validation" | "test": records}, disjoint and fixed by the random seed.
-
-        No two records share a field (the same question with two answers), so nothing of the test part is
-        seen in training.
-        """
+        """{"train" | "validation" | "test": records}, fixed by the random seed; no two share a field."""
         examples = archive.examples[self.task]
         return split_client(name, [to_record(e, *self) for e in examples], sizes, seed)
 
 
-# The type of a question's answer: a generation task with a closed set of answers; records with several are
-# left out.
+# The type of a question's answer: a generation task with a closed set of answers.
 QUESTION = "natural_instructions/subtask046_miscellaenous_question_typing"
-QUESTION_TYPES = (
-    "Abbreviation Date Entity Event Facility Humans Law Location Money Organization Other Quantity Time"
-)
-
+TYPES = "Abbreviation Date Entity Event Facility Humans Law Location Money Organization Other Quantity Time"
 CLIENTS = {
     "intent": Task("intent_recognition", "{input}\nIntent:"),
     "hotels": Task("multiemo/hotels_sentence_en", SENTIMENT),
-    "question": Task(QUESTION, "{input}\nType:", [kind + "." for kind in QUESTION_TYPES.split()]),
+    "question": Task(QUESTION, "{input}\nType:", [kind + "." for kind in TYPES.split()]),
 }
-
 
 # public task -> (records, prompt): first relatives of the client tasks, then much that is unrelated. The
 # siblings multiemo/all_* and hotels_* hold the hotel client's sentences and are left out.
@@ -82,11 +72,9 @@ PUBLIC = {
     "natural_instructions/*": (2600, "{input}\nAnswer:"),
 }
 
-
 MAX_CHARS = 300  # of a prompt: keeps the default run on a CPU; about 70 tokens
 MAX_ANSWER_CHARS = 60
-# of a client's text: one-word sentences ("No.") stand in every corpus and say nothing about a copy
-MIN_WORDS = 4
+MIN_WORDS = 4  # of a client's text: one-word sentences ("No.") stand in every corpus and betray no copy
 
 
 def normalise(text):
@@ -95,35 +83,31 @@ def normalise(text):
 
 
 def client_texts(record):
-    """Texts that must not stand in the public set: the record's input and each field, a question without
-    its answer."""
-    whole = normalise(record["input"])
-    fields = [normalise(field.split(": ", 1)[-1]) for field in re.split(r"\n| \(Answer: ", record["input"])]
-    return [text for text in [whole, *fields] if len(text.split()) >= MIN_WORDS]
+    """Texts that must not stand in the public set: the input and each of its fields, without an answer."""
+    fields = [field.split(": ", 1)[-1] for field in re.split(r"\n| \(Answer: ", record["input"])]
+    texts = [normalise(text) for text in (record["input"], *fields)]
+    return [text for text in texts if len(text.split()) >= MIN_WORDS]
 
 
 def containment_filter(texts):
-    """A function that says whether a text contains one of `texts` (normalised) as whole words; near-linear
-    in its length."""
-    by_start = {}
+    """A function that says whether a text contains one of `texts` (normalised) as whole words."""
+    by_start = {}  # near-linear in the length of the text
     for words in {tuple(text.split()) for text in texts if text}:
-        by_start.setdefault(words[: min(4, len(words))], []).append(words)
+        by_start.setdefault(words[:4], []).append(words)
 
     def contains(text):
         words = tuple(normalise(text).split())
-        for i in range(len(words)):
-            for length in range(1, 5):
-                for candidate in by_start.get(words[i : i + length], ()):
-                    if words[i : i + len(candidate)] == candidate:
-                        return True
+        for i, length in product(range(len(words)), range(1, 5)):
+            for needle in by_start.get(words[i : i + length], ()):
+                if words[i : i + len(needle)] == needle:
+                    return True
         return False
 
     return contains
 
 
 def to_record(example, source, template, choices=None):
-    """A BIG-bench example as a record, or None where it has no single best answer or is too long for the
-    default."""
+    """A BIG-bench example as a record; None without a single best answer or where it is too long."""
     if choices and example["target"] not in ([choice] for choice in choices):
         return None
     text = example["input"].strip()
@@ -153,44 +137,38 @@ class Archive(NamedTuple):
 
 
 def read_archive(sources, clients):
-    """The Archive for these clients ({name: Task}) and the public set, read once for all."""
+    """The Archive for these clients ({name: Task}) and the public set; `sources` is not used."""
     private = [client.task for client in clients.values()]
-    examples = {}
+
+    def task_of(member):
+        return member.removeprefix(TASKS).removesuffix("/task.json")
 
     def is_wanted(member):
-        task = member.removeprefix(TASKS).removesuffix("/task.json")
+        task = task_of(member)
         wanted = task in private or task in PUBLIC or task.startswith("natural_instructions/subtask")
         return wanted and member.endswith("/task.json")
 
-    for member, content in read_members(fetch(**BIGBENCH), is_wanted):
-        examples[member.removeprefix(TASKS).removesuffix("/task.json")] = content["examples"]
-    return Archive(examples, private)
+    members = read_members(fetch(**BIGBENCH), is_wanted)
+    return Archive({task_of(member): content["examples"] for member, content in members}, private)
 
 
 def split_client(name, records, sizes, seed):
-    """Shuffle by random seed, drop records that share a field with an earlier one, and cut into the parts
-    of `sizes`."""
-    rng = rng_of(seed, name)
+    """The parts of `sizes`, in an order of the random seed, without records that share a field.
+
+    The same question stands there with two answers: nothing of the test part may be seen in training.
+    """
     kept, seen, need = [], set(), sum(sizes.values())
-    for i in rng.permutation(len(records)):
+    for i in rng_of(seed, name).permutation(len(records)):
         texts = client_texts(records[i]) if records[i] else []
-        if not texts or not seen.isdisjoint(texts):
-            continue
-        seen.update(texts)
-        kept.append(records[i])
-        if len(kept) == need:
-            break
+        if texts and seen.isdisjoint(texts):
+            seen.update(texts)
+            kept.append(records[i])
     if len(kept) < need:
         flags = " + ".join(f"--{part}-size {size}" for part, size in sizes.items())
-        raise UserError(
-            f"client {name}: {len(kept)} distinct usable records, {need} asked for ({flags}): lower one of "
-            "them"
-        )
-    parts, start = {}, 0
-    for part, size in sizes.items():
-        parts[part] = kept[start : start + size]
-        start += size
-    return parts
+        found = f"{len(kept)} distinct usable records, {need} asked for ({flags})"
+        raise UserError(f"client {name}: {found}: lower one of them")
+    rest = iter(kept)
+    return {part: list(islice(rest, size)) for part, size in sizes.items()}
 
 
 def public_records(size, archive, skip_bad=False):
@@ -200,19 +178,22 @@ def public_records(size, archive, skip_bad=False):
     """
     rng = np.random.default_rng(0)  # one public set for everybody
     private = [text for task in archive.private for e in archive.examples[task] for text in client_texts(e)]
-    contains_private = containment_filter(private)
+    contains_private, seen = containment_filter(private), set()
+
+    def is_usable(record):
+        text = normalise(record["prompt"])
+        if text in seen or contains_private(record["prompt"] + record["answer"]):
+            return False
+        seen.add(text)
+        return True
+
     total = sum(quota for quota, _ in PUBLIC.values())
-    records, spare, seen = [], [], set()
+    records, spare = [], []
     for task, (quota, template) in PUBLIC.items():
         sources = sources_of(task, archive)
         for source in sources:
             made = [to_record(example, source, template) for example in archive.examples[source]]
-            usable = []
-            for record in filter(None, made):
-                text = normalise(record["prompt"])
-                if text not in seen and not contains_private(record["prompt"] + record["answer"]):
-                    seen.add(text)
-                    usable.append(record)
+            usable = [record for record in made if record and is_usable(record)]
             usable = [usable[i] for i in rng.permutation(len(usable))]
             take = round(size * quota / total / len(sources))
             records += usable[:take]

@@ -15,37 +15,21 @@ class BadImage(Exception):
 _OPENED = {}  # datasets opened in this process
 
 
-def open_image(image, seen=None):
-    """The RGB PIL image of a record's `image`, pixels as stored (no turning by EXIF); `seen` keeps opened
-    datasets per process.
+def open_image(image, seen=_OPENED):
+    """The RGB PIL image of a record's `image`, pixels as stored (no turning by EXIF).
 
-    Raises BadImage where the image is missing or does not decode to its end, UserError where its dataset
-    does not load.
+    `seen` keeps opened datasets. Raises BadImage where the image is missing or does not decode to its end,
+    UserError where its dataset does not load.
     """
     from PIL import Image
 
-    if seen is None:
-        seen = _OPENED
-    name = image
-    if not isinstance(image, str):
-        import datasets
-
+    name = file = image
+    if isinstance(image, dict):
         name = f"row {image['row']} of {image['dataset']}, split {image['split']}"
-        key = tuple(image.get(field) for field in ("dataset", "config", "split", "column"))
-        if key not in seen:
-            dataset = open_dataset(image, name).get(image["split"])
-            if dataset is None or image["column"] not in dataset.features:
-                raise UserError(
-                    f"{name}: no such split or no column {image['column']} there any more: take the "
-                    "dataset that the run was made with"
-                )
-            seen[key] = dataset.select_columns([image["column"]]).cast_column(
-                image["column"], datasets.Image(decode=False)
-            )
+        dataset = dataset_of(image, name, seen)
     try:
-        file = image
-        if not isinstance(image, str):
-            cell = seen[key][image["row"]][image["column"]]
+        if isinstance(image, dict):
+            cell = dataset[image["row"]][image["column"]]
             file = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
         with Image.open(file) as opened:
             if opened.mode == "P" and "transparency" in opened.info:  # Pillow warns of the direct way
@@ -57,6 +41,20 @@ def open_image(image, seen=None):
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EISDIR):
             raise
         raise BadImage(f"{name}: {type(error).__name__}: {error}") from None
+
+
+def dataset_of(image, name, seen):
+    """The dataset that an image is a row of, with the column of undecoded images alone."""
+    import datasets
+
+    key = tuple(image.get(field) for field in ("dataset", "config", "split", "column"))
+    if key not in seen:
+        column, dataset = image["column"], open_dataset(image, name).get(image["split"])
+        if dataset is None or column not in dataset.features:
+            why = f"no such split or no column {column} there any more"
+            raise UserError(f"{name}: {why}: take the dataset that the run was made with")
+        seen[key] = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return seen[key]
 
 
 def bad_images(records, client):
@@ -71,6 +69,5 @@ def bad_images(records, client):
 def check_images(records, client):
     """UserError naming the first of a client's images that does not decode."""
     for _, error in bad_images(records, client):
-        raise UserError(
-            f"client {client}: bad image {error}: replace it, or take a whole copy of the dataset"
-        )
+        advice = "replace it, or take a whole copy of the dataset"
+        raise UserError(f"client {client}: bad image {error}: {advice}")

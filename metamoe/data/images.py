@@ -16,26 +16,22 @@ import numpy as np
 
 from metamoe.data.image_folder import read_image_folder
 from metamoe.data.sources import dataset_at, holds_dataset, locate, open_dataset, read_rows
-from metamoe.data.splits import balanced, rng_of, stratified
+from metamoe.data.splits import balanced, public_subset, rng_of, stratified
 from metamoe.errors import UserError
 
 # gated: its hub page asks to accept the terms
 IMAGENET = ("ILSVRC/imagenet-1k", ["imagenet", "imagenet-1k", "ILSVRC2012", "ILSVRC"])
-
-
 SPLIT_NAMES = {"train": ["train"], "validation": ["validation", "val", "valid", "dev"], "test": ["test"]}
+AGAIN = "download it again (CoOp's DATASETS.md links it)"
 
 
 def class_names(names, flag):
-    """Class names as prompts have them: lower-case, `_` and `-` as spaces. UserError where classes are
-    numbered: CLIP's text encoder needs names."""
+    """Class names as prompts have them: lower-case, `_` and `-` as spaces. UserError for numbered classes."""
     names = [" ".join(re.sub("[_-]", " ", name.lower()).split()) for name in names]
     for name in names:
         if re.fullmatch(r"n?[ _]?\d+", name):
-            raise UserError(
-                f"{flag}: a class is called {name!r} there, and CLIP needs names: take a copy of the "
-                "dataset whose labels are named"
-            )
+            why = f"a class is called {name!r} there, and CLIP needs names"
+            raise UserError(f"{flag}: {why}: take a copy of the dataset whose labels are named")
     return names
 
 
@@ -45,57 +41,49 @@ class ImageSet(NamedTuple):
     hub_id: str  # its ClassLabel `label` has the classes
     split_file: str  # CoOp's
     image_folder: str  # CoOp's, beside the split file
-    spellings: list  # names of the folder that holds both, CoOp's first; in any case and spelling of `_`, `-`
+    spellings: list  # names of the folder that holds both, CoOp's first
     renamed: dict = {}  # its class names, without spaces -> what CoOp's split file calls them
     family = "images"
 
     def load(self, name, sizes, seed, sources):
-        """{"train" | "validation" | "test": records}.
+        """{"train" | "validation" | "test": records}. `sources`: as for `locate`.
 
         A size below what there is gives a subset as balanced over the classes as can be, fixed by the
-        random seed; 0 means all. `sources`: {"root": folder of the data sets' folders, NAME or "public": a
-        folder or hub id (ID or ID:CONFIG)}, each may be None or absent; with neither a data set comes from
-        its default hub id. Raises UserError where data are missing, incomplete or fewer than asked for.
+        random seed; 0 means all. Raises UserError where data are missing or fewer than asked for.
         """
         choices, found = self.read(name, seed, sources)
         parts = {}
         for part, size in sizes.items():
-            images, labels = found[part]
-            if size > len(images) or not images and part != "validation":
-                advice = "lower it (0: all there are)" if images else "name a dataset that has some"
-                raise UserError(
-                    f"client {name}: its {part} part has {len(images)} images, --{part}-size {size} asked "
-                    f"for: {advice}"
-                )
-            rng = rng_of(seed, f"{name} {part}")
-            parts[part] = [
-                {"image": images[i], "answer": choices[labels[i]], "source": name, "choices": choices}
-                for i in balanced(labels, size or len(labels), rng)
-            ]
+            items = found[part]
+            if size > len(items) or not items and part != "validation":
+                has = f"its {part} part has {len(items)} images, --{part}-size {size} asked for"
+                advice = "lower it (0: all there are)" if items else "name a dataset that has some"
+                raise UserError(f"client {name}: {has}: {advice}")
+            labels = [label for _, label in items]
+            chosen = balanced(labels, size or len(items), rng_of(seed, f"{name} {part}"))
+            shared = {"source": name, "choices": choices}
+            parts[part] = [{"image": items[i][0], "answer": choices[labels[i]], **shared} for i in chosen]
         return parts
 
     def read(self, name, seed, sources):
-        """(class names, {part: (images, labels)}) out of CoOp's files or a Hugging Face dataset."""
+        """(class names, {part: [(image, label)]}) out of CoOp's files or a Hugging Face dataset."""
         where, flag = locate(name, self.hub_id, self.spellings, sources)
         local, folder = os.path.isabs(where), Path(where)
-        if local and not (folder / self.split_file).exists():  # the folder of the images itself was named
-            folder = folder.parent
-        coop = local and (folder / self.split_file).exists()
-        if not local or folder != Path(where) and holds_dataset(where):
-            names, parts = read_dataset(name, where, flag, seed)
-        elif coop:
+        if local and (folder / self.split_file).exists():
             names, parts = read_split(folder, self.split_file, self.image_folder)
+        elif not local or holds_dataset(where):
+            names, parts = read_dataset(name, where, flag, seed)
+        elif (folder.parent / self.split_file).exists():  # the folder of the images itself was named
+            names, parts = read_split(folder.parent, self.split_file, self.image_folder)
         else:
-            raise UserError(
-                f"{flag}: {where} holds neither {self.split_file} (CoOp's DATASETS.md links it; the images "
-                f"go into {self.image_folder}/ beside it) nor a Hugging Face dataset (hub id: {self.hub_id})"
-            )
+            links = f"CoOp's DATASETS.md links it; the images go into {self.image_folder}/ beside it"
+            neither = f"neither {self.split_file} ({links}) nor a Hugging Face dataset"
+            raise UserError(f"{flag}: {where} holds {neither} (hub id: {self.hub_id})")
         names = [self.renamed.get(n.replace(" ", ""), n) for n in class_names(names, flag)]
         if len(set(names)) < len(names):
             twice = Counter(names).most_common(1)[0][0]
-            raise UserError(
-                f"{flag}: two of its classes are called {twice!r}: every class needs a name of its own"
-            )
+            why = f"two of its classes are called {twice!r}"
+            raise UserError(f"{flag}: {why}: every class needs a name of its own")
         return names, parts
 
 
@@ -109,55 +97,40 @@ EUROSAT_NAMES = {
     "residential": "residential buildings",
     "sealake": "sea or lake",
 }
+EUROSAT = ["eurosat", "eurosat_rgb"]
+PETS = ["oxford_pets", "pets", "oxford-iiit-pet", "oxford-iiit-pets"]
+# the hub's copy has the original split (1020 / 1020 / 6149 images), CoOp's is 4093 / 1633 / 2463
+FLOWERS_ID = "dpdl-benchmark/oxford_flowers102"
+FLOWERS = ["oxford_flowers", "flowers", "flowers102", "oxford_flowers102", "102flowers"]
 CLIENTS = {
-    "pets": ImageSet(
-        "timm/oxford-iiit-pet",
-        "split_zhou_OxfordPets.json",
-        "images",
-        ["oxford_pets", "pets", "oxford-iiit-pet", "oxford-iiit-pets"],
-    ),
-    # the hub's copy has the original split (1020 / 1020 / 6149 images), CoOp's is 4093 / 1633 / 2463
-    "flowers": ImageSet(
-        "dpdl-benchmark/oxford_flowers102",
-        "split_zhou_OxfordFlowers.json",
-        "jpg",
-        ["oxford_flowers", "flowers", "flowers102", "oxford_flowers102", "102flowers"],
-    ),
-    "eurosat": ImageSet(
-        "timm/eurosat-rgb", "split_zhou_EuroSAT.json", "2750", ["eurosat", "eurosat_rgb"], EUROSAT_NAMES
-    ),
+    "pets": ImageSet("timm/oxford-iiit-pet", "split_zhou_OxfordPets.json", "images", PETS),
+    "flowers": ImageSet(FLOWERS_ID, "split_zhou_OxfordFlowers.json", "jpg", FLOWERS),
+    "eurosat": ImageSet("timm/eurosat-rgb", "split_zhou_EuroSAT.json", "2750", EUROSAT, EUROSAT_NAMES),
 }
 
 
 def read_split(folder, split_file, image_folder):
-    """(class names, {part: (paths, labels)}) from a split file of CoOp's: lists of [path below the image
-    folder, label, class name]."""
+    """As ImageSet.read, of CoOp's split file: lists of [path below the image folder, label, class name]."""
     path = folder / split_file
-    again = "download it again (CoOp's DATASETS.md links it)"
     try:
         split = json.loads(path.read_text(encoding="utf-8"))
-        listed = {
-            part: [(str(file), int(label), str(name)) for file, label, name in split[key]]
-            for part, key in (("train", "train"), ("validation", "val"), ("test", "test"))
-        }
+        keys = {"train": "train", "validation": "val", "test": "test"}
+        listed = {part: [(str(f), int(c), str(name)) for f, c, name in split[keys[part]]] for part in keys}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): {again}") from None
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): {AGAIN}") from None
     items = [item for part in listed.values() for item in part]
     names = dict(sorted({label: name for _, label, name in items}.items()))
     twice = len({file for file, _, _ in items}) < len(items)
     if twice or any(names[label] != name for _, label, name in items):
-        raise UserError(f"{path} is damaged (a label with two names, or an image listed twice): {again}")
+        raise UserError(f"{path} is damaged (a label with two names, or an image listed twice): {AGAIN}")
     index = {label: i for i, label in enumerate(names)}
-    place = place_of(items, folder, image_folder)
-    parts = {}
+    place, parts = place_of(items, folder, image_folder), {}
     for part, found in listed.items():
-        images = [os.path.join(place, file) for file, _, _ in found]
-        parts[part] = images, [index[label] for _, label, _ in found]
-        for image in images:
+        parts[part] = [(os.path.join(place, file), index[label]) for file, label, _ in found]
+        for image, _ in parts[part]:
             if not os.path.exists(image):
-                raise UserError(
-                    f"{image} is missing, {path} lists it: unpack the dataset's images into {place}"
-                )
+                advice = f"unpack the dataset's images into {place}"
+                raise UserError(f"{image} is missing, {path} lists it: {advice}")
     return list(names.values()), parts
 
 
@@ -170,39 +143,36 @@ def place_of(items, folder, image_folder):
 
 
 def read_dataset(name, where, flag, seed):
-    """(class names, {part: (images, labels)}) of a Hugging Face dataset; a missing part is cut out of train.
+    """As ImageSet.read, of a Hugging Face dataset; a missing part is cut out of train.
 
     20% of it for test, then 10% of the rest for validation, of each class alike, fixed by the random seed.
     """
     at = dataset_at(where)
     splits = open_dataset(at, flag)
-    parts, names = {}, None  # of a part: fields of its images, rows (n,), labels (n,)
+    parts, names = {}, None
     for part, spellings in SPLIT_NAMES.items():
         split = next((s for s in spellings if s in splits), None)
         if not split:
             continue
         column, found, labels = read_rows(splits[split], split, flag)
         if names not in (None, found):
-            raise UserError(
-                f"{flag}: its splits train and {split} have different classes: name a copy where they agree"
-            )
+            why = f"its splits train and {split} have different classes"
+            raise UserError(f"{flag}: {why}: name a copy where they agree")
         names = found
-        parts[part] = {**at, "split": split, "column": column}, np.arange(len(labels)), labels
+        where = {**at, "split": split, "column": column}
+        parts[part] = [({**where, "row": row}, label) for row, label in enumerate(labels.tolist())]
     for part, share in (("test", 0.2), ("validation", 0.1)):
         if part not in parts:
-            image, rows, labels = parts["train"]
+            train = parts["train"]
+            labels = np.array([label for _, label in train])
             out = stratified(labels, share, rng_of(seed, f"{name} cut {part}"))
-            parts[part] = image, rows[out], labels[out]
-            parts["train"] = image, rows[~out], labels[~out]
-    return names, {
-        part: ([{**image, "row": row} for row in rows.tolist()], labels.tolist())
-        for part, (image, rows, labels) in parts.items()
-    }
+            parts[part] = [train[i] for i in np.flatnonzero(out)]
+            parts["train"] = [train[i] for i in np.flatnonzero(~out)]
+    return names, parts
 
 
 def public_images(size, sources, skip_bad=False):
-    """D_0: `size` records of ImageNet's training set (0: all), a uniform subset in the dataset's order, the
-    same for every random seed.
+    """D_0: `size` records of ImageNet's training set (0: all), a uniform subset in the dataset's order.
 
     Read from an ImageFolder tree or a Hugging Face dataset. Of comma-separated synonyms the first is the
     class name; classes that share it ("crane") are one class to everybody.
@@ -218,10 +188,6 @@ def public_images(size, sources, skip_bad=False):
             return {**at, "split": "train", "row": row, "column": column}
 
     names = class_names([name.split(",")[0] for name in names], flag)
-    if size > len(labels):
-        raise UserError(f"--public-size {size}: {flag} has {len(labels)} images: lower it (0: all)")
-    chosen = np.arange(len(labels))
-    if size:
-        chosen = np.sort(np.random.default_rng(0).permutation(len(labels))[:size])
+    chosen = public_subset(len(labels), size, f"{flag} has {len(labels)} images")
     source = Path(where).name
     return [{"image": image_of(i), "answer": names[labels[i]], "source": source} for i in chosen.tolist()]

@@ -15,17 +15,14 @@ from typing import NamedTuple
 import numpy as np
 
 from metamoe.data.sources import dataset_at, holds_dataset, locate, open_dataset
-from metamoe.data.splits import digest, grouped, hold_out, rng_of
+from metamoe.data.splits import digest, grouped, hold_out, public_subset, rng_of
 from metamoe.data.user import own_file
 from metamoe.errors import UserError
 from metamoe.records import Records
 
 TRAIN_CAP = 10_000  # private samples a client, where --train-size does not say otherwise
 SPLIT_NAMES = {"train": ["train"], "validation": ["validation", "valid", "val", "dev"]}
-SPLIT_FILES = {
-    "train": r"(train|alpaca_data)([-_.].*)?\.(jsonl|json|csv)",
-    "validation": r"(validation|valid|val|dev)([-_.].*)?\.(jsonl|json|csv)",
-}
+FILE_NAMES = {"train": ["train", "alpaca_data"], "validation": SPLIT_NAMES["validation"]}
 
 
 def question_record(context, question, choices, number):
@@ -42,10 +39,9 @@ def question_record(context, question, choices, number):
 
 
 def commonsenseqa(row):
-    """A row of tau/commonsense_qa: `question`, `choices` {"label", "text"}, `answerKey`; in the authors'
-    file question and choices are nested."""
+    """A row of tau/commonsense_qa: `question`, `choices` {"label", "text"}, `answerKey`."""
     question, choices = row["question"], row.get("choices")
-    if isinstance(question, dict):
+    if isinstance(question, dict):  # in its authors' file
         question, choices = question["stem"], question["choices"]
     if isinstance(choices, list):
         choices = {key: [choice[key] for choice in choices] for key in ("label", "text")}
@@ -53,8 +49,7 @@ def commonsenseqa(row):
 
 
 def cosmosqa(row):
-    """A row of allenai/cosmos_qa, also as its authors' CSV has it: `context`, `question`, `answer0` ...
-    `answer3`, `label` from 0."""
+    """A row of allenai/cosmos_qa: `context`, `question`, `answer0` ... `answer3`, `label` from 0."""
     choices = [row[f"answer{i}"] for i in range(4)]
     return question_record(row["context"], row["question"], choices, int(row["label"]))
 
@@ -66,8 +61,7 @@ def socialiqa(row):
 
 
 def alpaca(row):
-    """A row of tatsu-lab/alpaca: `instruction`, `input` (often empty), `output`. None where the output is
-    empty."""
+    """A row of tatsu-lab/alpaca: `instruction`, `input` (often empty), `output`; None without an output."""
     instruction, given, output = row["instruction"].strip(), row["input"].strip(), row["output"].strip()
     if not output:
         return None
@@ -91,16 +85,14 @@ class TextSet(NamedTuple):
 
         The test part is the dataset's validation split (its test split has no labels), the validation part
         is cut out of train, no context in both. Sizes: a train of 0 is all that is left, up to TRAIN_CAP, a
-        test of 0 the whole validation split. `sources`: as for images.ImageSet. Raises UserError where data
-        are missing, damaged or fewer than asked for.
+        test of 0 the whole validation split. `sources`: as for `locate`. Raises UserError where data are
+        missing, damaged or fewer than asked for.
         """
         where, flag = locate(name, self.hub_id, self.spellings, sources)
         splits = read_splits(where, flag, self.hub_id)
         if "validation" not in splits:
-            raise UserError(
-                f"{flag}: no validation split there, which the paper tests on: name a copy that has it "
-                f"(hub id: {self.hub_id})"
-            )
+            why = "no validation split there, which the paper tests on"
+            raise UserError(f"{flag}: {why}: name a copy that has it (hub id: {self.hub_id})")
         train, test = (self.records(name, splits, split, flag) for split in ("train", "validation"))
         return cut(name, train, test, sizes, seed)
 
@@ -111,23 +103,21 @@ class TextSet(NamedTuple):
             try:
                 record = self.record(row)
             except (KeyError, ValueError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"{flag}: row {number} of its {split} split is not one of {self.hub_id} "
-                    f"({type(error).__name__}: {error}): name a copy of that dataset"
-                ) from None
+                why = f"is not one of {self.hub_id} ({type(error).__name__}: {error})"
+                place = f"row {number} of its {split} split"
+                raise UserError(f"{flag}: {place} {why}: name a copy of that dataset") from None
             if record:
                 records.append({"source": name, **record})
         return records
 
 
 ALPACA = TextSet("tatsu-lab/alpaca", ["alpaca", "alpaca_data.json", "stanford_alpaca"], alpaca)
-SOCIALIQA = ["socialiqa", "social_i_qa", "social_iqa", "siqa", "socialiqa-train-dev"]
+CSQA = ["commonsenseqa", "commonsense_qa", "csqa"]
+SIQA = ["socialiqa", "social_i_qa", "social_iqa", "siqa", "socialiqa-train-dev"]
 CLIENTS = {
-    "commonsenseqa": TextSet(
-        "tau/commonsense_qa", ["commonsenseqa", "commonsense_qa", "csqa"], commonsenseqa
-    ),
+    "commonsenseqa": TextSet("tau/commonsense_qa", CSQA, commonsenseqa),
     "cosmosqa": TextSet("allenai/cosmos_qa", ["cosmosqa", "cosmos_qa", "cosmos"], cosmosqa),
-    "socialiqa": TextSet("allenai/social_i_qa", SOCIALIQA, socialiqa),
+    "socialiqa": TextSet("allenai/social_i_qa", SIQA, socialiqa),
 }
 
 
@@ -136,17 +126,14 @@ def cut(name, train, test, sizes, seed):
     rng = rng_of(seed, name)
     order, keys = grouped([digest(record["input"].split("\n")[0]) for record in train], rng)
     if sizes["validation"] + max(sizes["train"], 2) > len(train) or sizes["test"] > len(test):
-        raise UserError(
-            f"client {name}: its train split has {len(train)} records for --train-size {sizes['train']} + "
-            f"--validation-size {sizes['validation']}, its validation split {len(test)} for --test-size "
-            f"{sizes['test']}: lower one of them"
-        )
+        flags = f"--train-size {sizes['train']} + --validation-size {sizes['validation']}"
+        has = f"its train split has {len(train)} records for {flags}"
+        tested = f"its validation split {len(test)} for --test-size {sizes['test']}"
+        raise UserError(f"client {name}: {has}, {tested}: lower one of them")
     validation, rest = hold_out(order, keys, sizes["validation"])
     if sizes["train"] > len(rest):
-        raise UserError(
-            f"client {name}: --train-size {sizes['train']}: {len(rest)} records share no context with "
-            "the validation part: lower it"
-        )
+        left = f"{len(rest)} records share no context with the validation part"
+        raise UserError(f"client {name}: --train-size {sizes['train']}: {left}: lower it")
     rest = rng.permutation(rest)[: sizes["train"] or TRAIN_CAP]
     chosen = rng.permutation(len(test))[: sizes["test"] or len(test)]
     return {
@@ -157,45 +144,33 @@ def cut(name, train, test, sizes, seed):
 
 
 def read_splits(where, flag, hub_id):
-    """{"train" and, where it is there, "validation": rows (dicts)} of a Hugging Face dataset (hub id, saved
-    folder, parquet) or of the files that a dataset's authors distribute."""
+    """{"train", "validation" where it is there: rows} of a Hugging Face dataset or of its authors' files."""
     if os.path.isfile(where):
         return {"train": read_rows_of(where)}
     if os.path.isabs(where) and not holds_dataset(where):
         return read_files(Path(where), flag, hub_id)
     splits = open_dataset(dataset_at(where), flag)
-    found = {}
-    for split, names in SPLIT_NAMES.items():
-        for name in names:
-            if name in splits:
-                found[split] = splits[name]
-    return found
+    return {part: splits[name] for part, names in SPLIT_NAMES.items() for name in names if name in splits}
 
 
 def read_files(folder, flag, hub_id):
     """As read_splits, of a folder of CSV or JSON files; of several for a split, the shortest name counts."""
-    places = [folder / below for below in ("", "data", "socialiqa-train-dev") if (folder / below).is_dir()]
-    files = [
-        file
-        for place in places
-        for file in sorted(place.iterdir(), key=lambda file: (len(file.name), file.name))
-    ]
     found = {}
-    for split, pattern in SPLIT_FILES.items():
-        file = next((file for file in files if re.fullmatch(pattern, file.name)), None)
-        if file:
-            found[split] = read_rows_of(file)
+    for place in (folder, folder / "data", folder / "socialiqa-train-dev"):
+        files = place.iterdir() if place.is_dir() else ()
+        for file in sorted(files, key=lambda file: (len(file.name), file.name)):
+            for split, names in FILE_NAMES.items():
+                if re.fullmatch(rf"({'|'.join(names)})([-_.].*)?\.(jsonl|json|csv)", file.name):
+                    found.setdefault(split, file)
     if "train" not in found:
-        raise UserError(
-            f"{flag}: {folder} holds no saved Hugging Face dataset, no parquet files and no train file "
-            f"(train*.jsonl, .json or .csv): put the dataset there (hub id: {hub_id})"
-        )
-    return found
+        files = "no parquet files and no train file (train*.jsonl, .json or .csv)"
+        none = f"{folder} holds no saved Hugging Face dataset, {files}"
+        raise UserError(f"{flag}: {none}: put the dataset there (hub id: {hub_id})")
+    return {split: read_rows_of(found[split]) for split in FILE_NAMES if split in found}
 
 
 def read_rows_of(path):
-    """The rows of a CSV file with a header, of JSON lines or of one JSON list; a file NAME-labels.lst
-    beside it gives each its `label`."""
+    """The rows of a CSV or JSON file; a file NAME-labels.lst beside it gives each its `label`."""
     path = Path(path)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -207,10 +182,8 @@ def read_rows_of(path):
         return rows
     values = labels.read_text().split()
     if len(values) != len(rows):
-        raise UserError(
-            f"{labels} has {len(values)} labels for the {len(rows)} records of {path.name}: download both "
-            "again"
-        )
+        counts = f"{len(values)} labels for the {len(rows)} records of {path.name}"
+        raise UserError(f"{labels} has {counts}: download both again")
     return [{**row, "label": label} for row, label in zip(rows, values, strict=True)]
 
 
@@ -222,27 +195,18 @@ def json_rows(text):
 
 
 def public_text(size, sources, skip_bad=False):
-    """D_0 of language models: `size` records (0: all), a uniform subset, of Alpaca or of the user's own
-    JSON lines (`own_record`)."""
+    """D_0: `size` records (0: all), a uniform subset, of Alpaca or of the user's own JSON lines."""
     where, flag = locate("public", ALPACA.hub_id, ALPACA.spellings, sources, file_ok=True)
-    own = os.path.isfile(where) and not alpaca_file(where)
-    if own:
-        records, starts, _ = own_file(where, flag, Path(where).stem, skip_bad, mixed=True)
-    else:
-        records = ALPACA.records("alpaca", read_splits(where, flag, ALPACA.hub_id), "train", flag)
-    if size > len(records):
-        raise UserError(f"--public-size {size}: {flag} has {len(records)} records: lower it (0: all)")
-    if not size:
-        return records
-    chosen = np.sort(np.random.default_rng(0).permutation(len(records))[:size])  # one set for everybody
-    if own:
-        return Records(where, starts[chosen], records.convert)
-    return [records[i] for i in chosen]
+    if os.path.isfile(where) and not alpaca_file(where):
+        records, _ = own_file(where, flag, Path(where).stem, skip_bad, mixed=True)
+        chosen = public_subset(len(records), size, f"{flag} has {len(records)} records")
+        return Records(where, records.starts[chosen], records.convert)
+    records = ALPACA.records("alpaca", read_splits(where, flag, ALPACA.hub_id), "train", flag)
+    return [records[i] for i in public_subset(len(records), size, f"{flag} has {len(records)} records")]
 
 
 def alpaca_file(path):
-    """Whether a file is in Alpaca's format (one JSON list, or lines with an `instruction`), not in the
-    user's own."""
+    """Whether a file is Alpaca's (one JSON list, or lines with an `instruction`), not the user's own."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         first = file.readline()
     try:

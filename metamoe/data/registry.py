@@ -30,12 +30,8 @@ class Alphabet(NamedTuple):
 
 # name -> entry: `family`, and load(name, sizes, seed, source) = {"train" | "validation" | "test": records}
 # with sizes {"train": n, "validation": n, "test": n}. The parts are fixed by the random seed.
-DATASETS = {
-    **bigbench.CLIENTS,
-    **questions.CLIENTS,
-    **images.CLIENTS,
-    **dict.fromkeys(world.CLIENTS, Alphabet()),
-}
+LETTERS = dict.fromkeys(world.CLIENTS, Alphabet())
+DATASETS = bigbench.CLIENTS | questions.CLIENTS | images.CLIENTS | LETTERS
 
 
 class Family(NamedTuple):

@@ -8,30 +8,36 @@ import numpy as np
 
 from metamoe.errors import UserError
 
+SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder of datasets.save_to_disk
+PARQUET = ("*.parquet", "data/*.parquet", "train/*.parquet")  # as in a repository of the hub
+
 
 def locate(name, hub_id, spellings, sources, file_ok=False):
-    """(where, flag): an existing folder's (or file's) absolute path or a hub id, and the flag and value it
-    comes from, for error lines."""
+    """(where, flag): an existing folder's (or file's) absolute path or a hub id, and the flag it comes from.
+
+    sources: {"root": folder of the data sets' folders, NAME or "public": a folder or hub id (ID or
+    ID:CONFIG)}, each may be None or absent; with neither a data set comes from its default hub id.
+    spellings: names of its folder in the root, in any case and spelling of `_` and `-`.
+    """
     option = "--public " if name == "public" else f"--dataset {name}="
     if sources.get(name):
         return given_place(sources[name], option, hub_id, file_ok)
     if not sources.get("root"):
         return hub_id, f"{option}{hub_id} (the default)"
     root = Path(sources["root"]).expanduser()
+    flag = f"--data-root {root}"
     if not root.is_dir():
-        raise UserError(f"--data-root {root}: no such folder; name the one that holds {spellings[0]}")
+        raise UserError(f"{flag}: no such folder; name the one that holds {spellings[0]}")
     plain = {}
     for entry in sorted(os.scandir(root), key=lambda e: e.name):
         if entry.is_dir() or file_ok and entry.name.endswith(".json"):
             plain[plain_name(entry.name)] = entry.path
-    for spelling in spellings:
-        path = plain.get(plain_name(spelling))
-        if path:
-            return os.path.abspath(path), f"--data-root {root}"
-    raise UserError(
-        f"--data-root {root}: no folder {spellings[0]} there (nor {', '.join(spellings[1:])}): put the "
-        f"dataset there, or pass {option}PATH_OR_ID (hub id: {hub_id})"
-    )
+    for spelling in map(plain_name, spellings):
+        if spelling in plain:
+            return os.path.abspath(plain[spelling]), flag
+    missing = f"no folder {spellings[0]} there (nor {', '.join(spellings[1:])})"
+    advice = f"put the dataset there, or pass {option}PATH_OR_ID (hub id: {hub_id})"
+    raise UserError(f"{flag}: {missing}: {advice}")
 
 
 def given_place(given, option, hub_id, file_ok):
@@ -39,12 +45,12 @@ def given_place(given, option, hub_id, file_ok):
     flag, path = option + given, Path(given).expanduser()
     if path.is_dir() or file_ok and path.is_file():
         return os.path.abspath(path), flag
+    what = "folder; name the dataset's folder or its hub id"
     if file_ok and path.suffix in (".jsonl", ".json"):
-        what = "file; name a JSON-lines file, a dataset's folder"
-        raise UserError(f"{flag}: no such {what} or its hub id (such as {hub_id})")
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", given):
-        raise UserError(f"{flag}: no such folder; name the dataset's folder or its hub id (such as {hub_id})")
-    return given, flag
+        what = "file; name a JSON-lines file, a dataset's folder or its hub id"
+    elif not path.exists() and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", given):
+        return given, flag
+    raise UserError(f"{flag}: no such {what} (such as {hub_id})")
 
 
 def plain_name(name):
@@ -53,15 +59,12 @@ def plain_name(name):
 
 
 def holds_dataset(path):
-    """Whether a folder was written by datasets.save_to_disk or holds parquet files as a hub repository
-    does."""
-    patterns = ("dataset_dict.json", "state.json", "*.parquet", "data/*.parquet", "train/*.parquet")
-    return any(next(Path(path).glob(pattern), None) for pattern in patterns)
+    """Whether a folder was written by datasets.save_to_disk or holds parquet files."""
+    return any(next(Path(path).glob(pattern), None) for pattern in (*SAVED, *PARQUET))
 
 
 def open_dataset(where, flag):
-    """{split: datasets.Dataset} of {"dataset": hub id or folder, "config": ...}; UserError where it does
-    not load."""
+    """{split: datasets.Dataset} of {"dataset": hub id or folder, "config": ...}; UserError where it fails."""
     import datasets
 
     name = where["dataset"]
@@ -71,18 +74,14 @@ def open_dataset(where, flag):
         why = f"does not load ({type(error).__name__}: {error})"
         if os.path.isabs(name):
             raise UserError(f"{flag}: {name} {why}: make this copy of the dataset again") from None
-        raise UserError(
-            f"{flag}: there is no such folder here, and as a hub id (ID, or ID:CONFIG where it has "
-            f"several) it {why}: log in where the hub asks for it, or name a local copy (--dataset "
-            "NAME=FOLDER, --public FOLDER, or --data-root FOLDER for all)"
-        ) from None
+        none = "there is no such folder here, and as a hub id (ID, or ID:CONFIG where it has several)"
+        copy = "name a local copy (--dataset NAME=FOLDER, --public FOLDER, or --data-root FOLDER for all)"
+        raise UserError(f"{flag}: {none} it {why}: log in where the hub asks for it, or {copy}") from None
     if not isinstance(splits, dict):
         return {"train": splits}
     if "train" not in splits:
-        raise UserError(
-            f"{flag}: a split called train is needed, there is {', '.join(splits)}: name another copy of "
-            "the dataset"
-        )
+        why = f"a split called train is needed, there is {', '.join(splits)}"
+        raise UserError(f"{flag}: {why}: name another copy of the dataset")
     return splits
 
 
@@ -90,17 +89,14 @@ def load_splits(name, config):
     """What `datasets` makes of a folder or of a hub id."""
     import datasets
 
-    saved = ("dataset_dict.json", "state.json")
-    if os.path.isabs(name) and any(os.path.exists(os.path.join(name, file)) for file in saved):
+    if os.path.isabs(name) and any(os.path.exists(os.path.join(name, file)) for file in SAVED):
         return datasets.load_from_disk(name)
     try:
         return datasets.load_dataset(name, config)
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
-        return datasets.load_dataset(
-            name, config, revision="refs/convert/parquet"
-        )  # the hub's own conversion
+        return datasets.load_dataset(name, config, revision="refs/convert/parquet")  # the hub's conversion
 
 
 def dataset_at(where):
@@ -112,23 +108,20 @@ def dataset_at(where):
 def read_rows(dataset, split, flag):
     """(image column, class names, labels of all rows (n,) int64) of a split, without reading an image.
 
-    Of several image columns `image` counts, of several label columns `label`, else the one with the most
-    classes.
+    Of several image columns `image` counts, of several label columns `label`, else that of most classes.
     """
     import datasets
 
     features = dataset.features
     images = [c for c in features if isinstance(features[c], datasets.Image)]
     labels = [c for c in features if isinstance(features[c], datasets.ClassLabel)]
+    flag = f"{flag}: its split {split} has"
     if not images or not labels:
-        missing = "ClassLabel" if images else "Image"
-        raise UserError(
-            f"{flag}: its split {split} has no {missing} column, only {', '.join(features)}: name a dataset "
-            "for image classification"
-        )
+        missing = f"no {'ClassLabel' if images else 'Image'} column, only {', '.join(features)}"
+        raise UserError(f"{flag} {missing}: name a dataset for image classification")
     image = min(images, key=lambda c: c != "image")
     label = min(labels, key=lambda c: (c != "label", -features[c].num_classes))
     values = dataset.select_columns([label]).with_format("arrow")[:][label].to_numpy()
     if len(values) and not values.min() >= 0:  # -1, or NaN for an empty cell
-        raise UserError(f"{flag}: its split {split} has images without a label: name a copy that has them")
+        raise UserError(f"{flag} images without a label: name a copy that has them")
     return image, features[label].names, values.astype(np.int64)

@@ -6,6 +6,8 @@ from collections import Counter
 
 import numpy as np
 
+from metamoe.errors import UserError
+
 
 def rng_of(seed, name):
     """The random generator of what is called `name` (a client, a part of its data) under a random seed."""
@@ -19,8 +21,7 @@ def digest(text):
 
 
 def grouped(keys, rng):
-    """(rows in a random order in which those of equal keys stand together (n,), a number for each row's key
-    (n,))."""
+    """(rows in a random order, those of equal keys together (n,), a number for each row's key (n,))."""
     number = np.unique(np.asarray(keys, np.uint64), return_inverse=True)[1]
     number = rng.permutation(len(number))[number]
     return np.argsort(number, kind="stable"), number
@@ -33,8 +34,7 @@ def hold_out(order, keys, size):
 
 
 def balanced(labels, n, rng):
-    """Sorted indices of `n` random items, as many of each label as possible; a smaller `n` gives a subset
-    of a larger one's."""
+    """Sorted indices of `n` random items, as many of each label as possible; fewer are a subset of more."""
     order, seen, turn = rng.permutation(len(labels)), Counter(), []
     for i in order:  # the first of every class, then the second of every class, ...
         turn.append(seen[labels[i]])
@@ -49,3 +49,10 @@ def stratified(labels, share, rng):
         members = rng.permutation(np.flatnonzero(labels == label))
         mask[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
     return mask
+
+
+def public_subset(count, size, has):
+    """Sorted rows of a public set, `size` of `count` (0: all); the same for every random seed."""
+    if size > count:
+        raise UserError(f"--public-size {size}: {has}: lower it (0: all)")
+    return np.sort(np.random.default_rng(0).permutation(count)[: size or count])

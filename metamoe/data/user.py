@@ -23,13 +23,11 @@ class BadRecord(Exception):
 
 
 def own_record(raw, source):
-    """A line of an own file as a record: {"prompt", "choices", "answer"} or {"prompt", "response"}, other
-    keys are left out.
+    """A line of an own file, {"prompt", "choices", "answer"} or {"prompt", "response"}, as a record.
 
     `answer` is the text of a choice or, as a whole number, its index from 0. Prompt and answer stay as they
-    are written; what stands between is one space, or the white space that the prompt ends with or the
-    response begins with (a space at the prompt's end moves to the answer, where tokenizers want it). Raises
-    BadRecord.
+    are written. Between them stands one space, or the white space that the prompt ends with or the response
+    begins with. A space at the prompt's end moves to the answer, where tokenizers want it. Raises BadRecord.
     """
     prompt, texts, several = own_texts(raw)
     gap = "" if prompt[-1].isspace() and prompt[-1] != " " else " "
@@ -42,26 +40,25 @@ def own_record(raw, source):
     return record | {"answer": response if response[0].isspace() else gap + response}
 
 
+def check(fine, reason):
+    if not fine:
+        raise BadRecord(reason)
+
+
 def own_texts(raw):
     """(prompt, choices or [response], whether it has choices) of a line, checked. Raises BadRecord."""
-    if not isinstance(raw, dict):
-        raise BadRecord(f"not a JSON object ({type(raw).__name__})")
+    check(isinstance(raw, dict), f"not a JSON object ({type(raw).__name__})")
     several = raw.get("choices") is not None
     for key in ("prompt", "choices", "answer") if several else ("prompt", "response"):
-        if raw.get(key) is None:
-            hint = " (nor 'choices' and 'answer')" if key == "response" else ""
-            raise BadRecord(f"no key {key!r}{hint}")
+        hint = " (nor 'choices' and 'answer')" if key == "response" else ""
+        check(raw.get(key) is not None, f"no key {key!r}{hint}")
+    for key in ("prompt",) if several else ("prompt", "response"):
+        check(isinstance(raw[key], str), f"{key!r} is not a string ({type(raw[key]).__name__})")
     prompt, texts = raw["prompt"], raw["choices"] if several else [raw["response"]]
-    if not isinstance(prompt, str):
-        raise BadRecord(f"'prompt' is not a string ({type(prompt).__name__})")
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        if several:
-            raise BadRecord("'choices' is not a list of strings")
-        raise BadRecord(f"'response' is not a string ({type(texts[0]).__name__})")
-    if not prompt.strip():
-        raise BadRecord("empty prompt")
-    if not all(text.strip() for text in texts):
-        raise BadRecord("empty choice" if several else "empty response")
+    check(isinstance(texts, list), "'choices' is not a list of strings")
+    check(all(isinstance(text, str) for text in texts), "'choices' is not a list of strings")
+    check(prompt.strip(), "empty prompt")
+    check(all(text.strip() for text in texts), "empty choice" if several else "empty response")
     try:
         "".join([prompt, *texts]).encode()
     except UnicodeEncodeError:
@@ -71,49 +68,43 @@ def own_texts(raw):
 
 def chosen(answer, texts):
     """The text of the choice that `answer` names, by its text or its index. Raises BadRecord."""
-    if len(texts) < 2:
-        raise BadRecord("fewer than 2 choices")
-    if len(set(texts)) < len(texts):
-        raise BadRecord("two equal choices")
+    check(len(texts) > 1, "fewer than 2 choices")
+    check(len(set(texts)) == len(texts), "two equal choices")
     if isinstance(answer, int) and not isinstance(answer, bool):
-        if not 0 <= answer < len(texts):
-            raise BadRecord(f"'answer' {answer} is no index into the {len(texts)} choices (the first is 0)")
+        why = f"is no index into the {len(texts)} choices (the first is 0)"
+        check(0 <= answer < len(texts), f"'answer' {answer} {why}")
         return texts[answer]
-    if not isinstance(answer, str):
-        raise BadRecord(f"'answer' is neither a choice's text nor its index ({type(answer).__name__})")
-    if answer.strip() not in texts:
-        raise BadRecord(f"'answer' {answer.strip()[:40]!r} is not among the choices")
+    kind = type(answer).__name__
+    check(isinstance(answer, str), f"'answer' is neither a choice's text nor its index ({kind})")
+    check(answer.strip() in texts, f"'answer' {answer.strip()[:40]!r} is not among the choices")
     return answer.strip()
 
 
 def parse(line, source, several):
-    """A line as a record. Raises BadRecord, also where it has choices and the lines before had none (or the
-    other way round); `several`: whether they had, None where both may stand in one file."""
+    """A line as a record. `several`: whether it must have choices; None: it may. Raises BadRecord."""
     try:
         raw = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"not JSON ({error})") from None
     record = own_record(raw, source)
-    if several not in (None, "choices" in record):
-        which = "no" if several else "has"
-        raise BadRecord(f"{which} 'choices', unlike the records before it: a client is one or the other")
+    which = "no 'choices'" if several else "has 'choices'"
+    alike = several in (None, "choices" in record)
+    check(alike, f"{which}, unlike the records before it: a client is one or the other")
     return record
 
 
 def own_file(path, flag, source, skip_bad, mixed=False):
-    """(Records, their lines' byte offsets (n,), hashes of their prompts (n,)) of an own JSON-lines file,
-    all of it checked.
+    """(Records, hashes of their prompts (n,)) of an own JSON-lines file, all of it checked.
 
     One streaming pass; empty lines do not count. `mixed`: multiple choice and instructions may stand in one
     file. The first bad record raises UserError with file, line number and reason; with `skip_bad` they are
     left out and counted.
     """
-    starts, keys, bad, first, several, position = array("q"), array("Q"), 0, None, None, 0
-    size = os.path.getsize(path)
-    bar = progress(total=size, desc=f"checking {source}", unit="B", unit_scale=True)
+    starts, keys = array("q"), array("Q")
+    bad, first, several = 0, None, None
+    bar = progress(total=os.path.getsize(path), desc=f"checking {source}", unit="B", unit_scale=True)
     with open(path, "rb") as lines, bar:
         for number, line in enumerate(lines, 1):
-            start, position = position, position + len(line)
             bar.update(len(line))
             if not line.strip():
                 continue
@@ -121,64 +112,52 @@ def own_file(path, flag, source, skip_bad, mixed=False):
                 record = parse(line, source, several)
             except BadRecord as error:
                 if not skip_bad:
-                    raise UserError(
-                        f"{path}, line {number}: {error}: repair it, or leave such records out with "
-                        "--skip-bad-records"
-                    ) from None
+                    advice = "repair it, or leave such records out with --skip-bad-records"
+                    raise UserError(f"{path}, line {number}: {error}: {advice}") from None
                 bad, first = bad + 1, first or f"line {number}: {error}"
                 continue
             several = None if mixed else "choices" in record
-            starts.append(start)
+            starts.append(lines.tell() - len(line))
             keys.append(digest(record["input"]))
     if bad:
         print(f"select_proxies: {path}: {bad} bad records left out (the first: {first})")
     if len(starts) < LEAST:
         raise UserError(f"{flag}: {len(starts)} usable records, at least {LEAST} are needed")
-    starts = np.array(starts)
-    return Records(path, starts, partial(own_record, source=source)), starts, np.array(keys)
+    return Records(path, np.array(starts), partial(own_record, source=source)), np.array(keys)
 
 
 def own_text(name, path, sizes, seed, skip_bad=False):
-    """{"train" | "validation" | "test": Records} of an own client: 80/10/10 of the file or, where not 0, of
-    `sizes`; no prompt is in two parts."""
+    """{part: Records} of an own client: 80/10/10 or, where not 0, `sizes`; no prompt is in two parts."""
     flag = f"--client {name}={path}"
     if not os.path.isfile(path):
-        raise UserError(
-            f"{flag}: no such file; name one of JSON lines, with `prompt`, `choices`, `answer` or "
-            "`prompt`, `response` in each"
-        )
-    records, starts, keys = own_file(path, flag, name, skip_bad)
+        keys = "`prompt`, `choices`, `answer` or `prompt`, `response`"
+        raise UserError(f"{flag}: no such file; name one of JSON lines, with {keys} in each")
+    records, keys = own_file(path, flag, name, skip_bad)
     order, keys = grouped(keys, rng_of(seed, name))
     parts = own_parts(order, keys, sizes, flag)
-    return {part: Records(path, starts[rows], records.convert) for part, rows in parts.items()}
+    return {part: Records(path, records.starts[rows], records.convert) for part, rows in parts.items()}
 
 
 def own_images(name, path, sizes, seed, skip_bad=False):
-    """{"train" | "validation" | "test": records} of an own client's folder CLASS/IMAGE, split as own_text,
-    of every class alike."""
+    """As own_text, of a folder CLASS/IMAGE; every part has about the same share of each class."""
     flag, what = f"--client {name}={path}", "a folder of images for each class"
     if not os.path.isdir(path):
         raise UserError(f"{flag}: no such folder; name one that holds {what}")
     names, labels, image_of = read_image_folder(path, flag, ["."], f"name the folder that holds {what}")
     names = class_names(names, flag)
     if len(set(names)) < max(2, len(names)):
-        raise UserError(
-            f"{flag}: {len(names)} classes, {len(set(names))} different names: two or more are needed, "
-            "each with a name of its own"
-        )
-    records = [
-        {"image": image_of(i), "answer": names[label], "source": name, "choices": names}
-        for i, label in enumerate(labels)
-    ]
-    if skip_bad:
-        bad = dict(bad_images(records, name))
-        if bad:
-            first = next(iter(bad.values()))
-            print(f"select_proxies: {path}: {len(bad)} bad images left out (the first: {first})")
-        kept = [i for i in range(len(records)) if i not in bad]
-        records, labels = [records[i] for i in kept], labels[kept]
-    else:
+        counts = f"{len(names)} classes, {len(set(names))} different names"
+        raise UserError(f"{flag}: {counts}: two or more are needed, each with a name of its own")
+    answers, shared = [names[label] for label in labels], {"source": name, "choices": names}
+    records = [{"image": image_of(i), "answer": answer, **shared} for i, answer in enumerate(answers)]
+    if not skip_bad:
         check_images(records, name)
+    bad = dict(bad_images(records, name)) if skip_bad else {}
+    if bad:
+        first = next(iter(bad.values()))
+        print(f"select_proxies: {path}: {len(bad)} bad images left out (the first: {first})")
+    kept = [i for i in range(len(records)) if i not in bad]
+    records, labels = [records[i] for i in kept], labels[kept]
     if len(records) < LEAST:
         raise UserError(f"{flag}: {len(records)} usable images, at least {LEAST} are needed")
     order = spread(labels, rng_of(seed, name))
@@ -196,17 +175,15 @@ def spread(labels, rng):
 
 
 def own_parts(order, keys, sizes, flag):
-    """{part: sorted rows} of an own client: in `order`, the test part, then validation, the rest is for
-    training."""
-    tenth, left, parts = max(1, round(len(order) / 10)), order, {"train": None}
-    for part in ("validation", "test"):
-        parts[part], left = hold_out(left, keys, sizes[part] or tenth)
-    parts["train"] = left[: sizes["train"] or len(left)]
+    """{part: sorted rows} of an own client: from `order` first validation, then test, then training."""
+    tenth = max(1, round(len(order) / 10))
+    validation, left = hold_out(order, keys, sizes["validation"] or tenth)
+    test, left = hold_out(left, keys, sizes["test"] or tenth)
+    parts = {"train": left[: sizes["train"] or len(left)], "validation": validation, "test": test}
     least = {"train": 2, "validation": tenth, "test": tenth}
     if any(len(rows) < (sizes[part] or least[part]) for part, rows in parts.items()):
-        raise UserError(
-            f"{flag}: {len(order)} records with {len(np.unique(keys[order]))} different prompts or images "
-            f"are too few for --train-size {sizes['train']}, --validation-size {sizes['validation']} and "
-            f"--test-size {sizes['test']} (0: 80/10/10): lower one of them"
-        )
+        found = f"{len(order)} records with {len(np.unique(keys[order]))} different prompts or images"
+        train, others = sizes["train"], f"{sizes['validation']} and --test-size {sizes['test']}"
+        wanted = f"--train-size {train}, --validation-size {others} (0: 80/10/10)"
+        raise UserError(f"{flag}: {found} are too few for {wanted}: lower one of them")
     return {part: np.sort(rows) for part, rows in parts.items()}

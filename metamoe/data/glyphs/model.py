@@ -1,6 +1,4 @@
-"""The embedded vision default's seed model: a small CLIP of open_clip's kind that reads its captions letter
-by letter.
-"""
+"""The embedded vision default's seed model: a small CLIP of open_clip's kind that reads letter by letter."""
 
 import json
 from pathlib import Path
@@ -16,14 +14,11 @@ FOLDER = Path(__file__).resolve().parent
 WEIGHTS = FOLDER / "model.safetensors"
 # The characters of Unicode names; their ids are 1, 2, ..., and 0 is padding.
 LETTERS = " -0123456789abcdefghijklmnopqrstuvwxyz"
-# the end has the highest id: there open_clip takes a text's feature
-START, END = (len(LETTERS) + 1, len(LETTERS) + 2)
+START, END = len(LETTERS) + 1, len(LETTERS) + 2  # open_clip takes a text's feature at its highest id
 
 
 class Tokenizer:
-    """Texts to ids (B, context_length), one a letter; what has no letter is dropped, what is too long is
-    cut.
-    """
+    """Texts to ids (B, context_length), one a letter; drops other characters, and cuts long texts."""
 
     def __init__(self, context_length):
         self.context_length = context_length
@@ -42,9 +37,7 @@ class Tokenizer:
 
 
 def create(weights=WEIGHTS):
-    """(open_clip model in float32 and evaluation mode, tokenizer) from a file of weights; None: freshly
-    initialised.
-    """
+    """(open_clip model in float32 and evaluation mode, tokenizer); `weights`: a file, None: newly drawn."""
     fix_torchvision()
     from open_clip.model import CLIP
 

@@ -1,5 +1,4 @@
-"""Train the embedded vision default's seed model, as CLIP is: images and captions of D_0's world, and
-nothing else.
+"""Train the embedded vision default's seed model, as CLIP is: images and captions of D_0's world alone.
 
     python metamoe/data/glyphs/pretrain.py
 
@@ -37,9 +36,7 @@ def is_held_out(char, face):
 
 
 def split_world():
-    """({character: its faces in training}, [(character, face) held out, of a character that is trained in
-    other faces]).
-    """
+    """({character: its faces in training}, [(character, face) held out, of those characters])."""
     training, held_out = {}, []
     for char in sorted({char for char, _ in world()}):
         faces = faces_of(char)
@@ -51,22 +48,20 @@ def split_world():
 
 
 def sample_batch(training, size, seed, step):
-    """`size` recipes of step `step`, no two of one character: each image has one right caption in its
-    batch.
-    """
+    """`size` recipes of a step, no two of one character: each image has one right caption in its batch."""
     rng, chars = np.random.default_rng([seed, step]), list(training)
-    # as in D_0, a character counts as often as it has faces
     faces = np.array([len(training[char]) for char in chars])
     recipes = []
-    for i in rng.choice(len(chars), size, replace=False, p=faces / faces.sum()):
+    for i in rng.choice(len(chars), size, replace=False, p=faces / faces.sum()):  # by faces, as in D_0
         face = training[chars[i]][rng.integers(faces[i])]
         recipes.append({"char": chars[i], "face": face, "seed": int(rng.integers(2**62))})
     return recipes
 
 
 def contrastive_loss(model, images, ids):
-    """Symmetric InfoNCE, (CE(s I T^t, diagonal) + CE(s T I^t, diagonal)) / 2: unit features I, T (B, d),
-    learned scale s.
+    """Symmetric InfoNCE, (CE(s I T^t, diagonal) + CE(s T I^t, diagonal)) / 2.
+
+    I, T (B, d): unit features of images and texts; s: learned scale.
     """
     image_features, text_features, scale = model(images, ids)
     logits = scale.float() * image_features.float() @ text_features.float().T  # (B, B)
@@ -76,141 +71,125 @@ def contrastive_loss(model, images, ids):
 
 @torch.no_grad()
 def zero_shot_accuracy(model, tokenizer, pairs, limit=1000):
-    """(accuracy, number of captions): `limit` held-out pairs, each drawn once, told apart by all their
-    captions.
-    """
+    """(accuracy, number of captions) on `limit` held-out pairs, told apart by all their captions."""
     pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))[:limit]]
     captions = sorted({caption(char) for char, _ in pairs})
-    images = glyph_model.to_tensor(
-        [draw({"char": char, "face": face, "seed": i}) for i, (char, face) in enumerate(pairs)]
-    )
+    recipes = [{"char": char, "face": face, "seed": i} for i, (char, face) in enumerate(pairs)]
+    images, ids = drawn(recipes), tokenizer(captions)
     image_features = torch.cat([model.encode_image(part, normalize=True) for part in images.split(100)])
-    text_features = torch.cat(
-        [model.encode_text(part, normalize=True) for part in tokenizer(captions).split(100)]
-    )
+    text_features = torch.cat([model.encode_text(part, normalize=True) for part in ids.split(100)])
     answers = (image_features @ text_features.T).argmax(1).tolist()
     right = sum(captions[answer] == caption(char) for answer, (char, _) in zip(answers, pairs, strict=True))
     return right / len(pairs), len(captions)
 
 
-def train(out, *, steps, batch, seed, lr, warmup, log_every, checkpoint_every, dtype, limit=1000):
-    """AdamW, linear warm-up, cosine to zero; writes the weights as float16 to `out`, the log beside it;
-    returns the log.
+def drawn(recipes):
+    return glyph_model.to_tensor([draw(recipe) for recipe in recipes])
 
-    log: rows {"step", "loss" (mean since the row before), "accuracy", "captions", "seconds"}, the settings
-    in the first. UserError if a checkpoint of other settings is there, or a number makes no sense.
-    """
-    training, held_out = split_world()
-    if min(steps, warmup, log_every) < 1 or not 1 < batch <= len(training):
-        raise UserError(
-            f"--steps, --warmup and --log-every start at 1, --batch lies between 2 and {len(training)}, "
-            f"the characters there are"
-        )
-    out, dtype = Path(out), pick_dtype(dtype, torch.device("cpu"))
-    settings = {
-        "steps": steps,
-        "batch": batch,
-        "seed": seed,
-        "lr": lr,
-        "warmup": warmup,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    torch.manual_seed(seed)
-    model, tokenizer = glyph_model.create(None)
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    groups = [
-        {"params": matrices, "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-    state = {"settings": settings, "step": 0, "log": [settings], "losses": [], "seconds": 0.0}
-    checkpoint, log_file = out.with_suffix(".checkpoint"), out.with_name("pretrain.log")
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+
+class Trainer:
+    """The model in training, and `state`, what a checkpoint holds besides."""
+
+    def __init__(self, out, settings):
+        torch.manual_seed(settings["seed"])
+        self.model, self.tokenizer = glyph_model.create(None)
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        others = [p for p in self.model.parameters() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings["lr"], betas=(0.9, 0.98))
+        self.state = {"settings": settings, "step": 0, "log": [settings], "losses": [], "seconds": 0.0}
+        self.checkpoint, self.log_file = out.with_suffix(".checkpoint"), out.with_name("pretrain.log")
+        if self.checkpoint.exists():
+            self.resume(settings)
+        self.started = self.saved_at = time.monotonic() - self.state["seconds"]
+
+    def resume(self, settings):
+        saved = torch.load(self.checkpoint, weights_only=True)
         if saved["settings"] != settings:
-            raise UserError(
-                f"{checkpoint} belongs to a run with other settings ({saved['settings']}): repeat that "
-                f"command, or remove the file"
-            )
-        model.load_state_dict(saved.pop("model"))
-        optimizer.load_state_dict(saved.pop("optimizer"))
-        state = saved
-    started = saved_at = time.monotonic() - state["seconds"]
+            other = f"{self.checkpoint} belongs to a run with other settings ({saved['settings']})"
+            raise UserError(f"{other}: repeat that command, or remove the file")
+        self.model.load_state_dict(saved.pop("model"))
+        self.optimizer.load_state_dict(saved.pop("optimizer"))
+        self.state = saved
 
-    def write_row():
-        accuracy, captions = zero_shot_accuracy(model.eval(), tokenizer, held_out, limit)
-        state["log"].append(
-            {
-                "step": state["step"],
-                "loss": round(float(np.mean(state["losses"])), 4),
-                "accuracy": round(accuracy, 4),
-                "captions": captions,
-                "seconds": round(time.monotonic() - started),
-            }
-        )
-        state["losses"] = []
-        write_records(log_file, state["log"])
+    def save(self):
+        self.saved_at = time.monotonic()
+        self.state["seconds"] = self.saved_at - self.started
+        weights = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        with atomic(self.checkpoint) as temporary:
+            torch.save({**self.state, **weights}, temporary)
 
-    for step in progress(
-        range(state["step"], steps), initial=state["step"], total=steps, desc="pretrain", unit="step"
-    ):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / warmup, (1 + math.cos(math.pi * step / steps)) / 2)
-        recipes = sample_batch(training, batch, seed, step)
-        images, ids = (
-            glyph_model.to_tensor([draw(recipe) for recipe in recipes]),
-            tokenizer([caption(r["char"]) for r in recipes]),
-        )
+    def update(self, recipes, lr, dtype):
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        images, ids = drawn(recipes), self.tokenizer([caption(recipe["char"]) for recipe in recipes])
         # the fused attention's backward is slower on so few tokens: a fifth of a step
         with sdpa_kernel(SDPBackend.MATH):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                loss = contrastive_loss(model.train(), images, ids)
+                loss = contrastive_loss(self.model.train(), images, ids)
             loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        model.logit_scale.data.clamp_(0, math.log(100))  # as CLIP does
-        state["losses"].append(loss.item())
-        state["step"] = step + 1
-        if state["step"] % log_every == 0 and state["step"] < steps:
-            write_row()
-        if time.monotonic() - saved_at >= checkpoint_every:
-            saved_at = time.monotonic()
-            state["seconds"] = saved_at - started
-            with atomic(checkpoint) as temporary:
-                torch.save(
-                    {**state, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, temporary
-                )
-    weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    model.load_state_dict(weights)  # the last row is of the weights as they are written
-    write_row()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.logit_scale.data.clamp_(0, math.log(100))  # as CLIP does
+        self.state["losses"].append(loss.item())
+        self.state["step"] += 1
+
+    def write_row(self, held_out, limit):
+        """Add a row to the log: the mean loss since the row before, and the accuracy on held-out pairs."""
+        loss = round(float(np.mean(self.state["losses"])), 4)
+        accuracy, captions = zero_shot_accuracy(self.model.eval(), self.tokenizer, held_out, limit)
+        row = {"step": self.state["step"], "loss": loss, "accuracy": round(accuracy, 4), "captions": captions}
+        row["seconds"] = round(time.monotonic() - self.started)
+        self.state["log"].append(row)
+        self.state["losses"] = []
+        write_records(self.log_file, self.state["log"])
+
+
+def train(out, *, steps, batch, seed, lr, warmup, log_every, checkpoint_every, dtype, limit=1000):
+    """AdamW, linear warm-up, cosine to zero. Writes the weights as float16 to `out` and the log beside it.
+
+    Returns the log: the settings, then rows {"step", "loss", "accuracy", "captions", "seconds"}. UserError
+    if a checkpoint of other settings is there, or a number makes no sense.
+    """
+    out, (training, held_out) = Path(out), split_world()
+    if min(steps, warmup, log_every) < 1 or not 1 < batch <= len(training):
+        most = f"{len(training)}, the characters there are"
+        raise UserError(f"--steps, --warmup and --log-every start at 1, --batch lies between 2 and {most}")
+    dtype = pick_dtype(dtype, torch.device("cpu"))
+    settings = {"steps": steps, "batch": batch, "seed": seed, "lr": lr, "warmup": warmup}
+    trainer = Trainer(out, {**settings, "dtype": str(dtype).removeprefix("torch.")})
+    start = trainer.state["step"]
+    for step in progress(range(start, steps), initial=start, total=steps, desc="pretrain", unit="step"):
+        recipes = sample_batch(training, batch, seed, step)
+        share = min((step + 1) / warmup, (1 + math.cos(math.pi * step / steps)) / 2)
+        trainer.update(recipes, lr * share, dtype)
+        if (step + 1) % log_every == 0 and step + 1 < steps:
+            trainer.write_row(held_out, limit)
+        if time.monotonic() - trainer.saved_at >= checkpoint_every:
+            trainer.save()
+    weights = {name: tensor.half() for name, tensor in trainer.model.state_dict().items()}
+    trainer.model.load_state_dict(weights)  # the last row is of the weights as they are written
+    trainer.write_row(held_out, limit)
     with atomic(out) as temporary:
         save_file(weights, temporary)
-    checkpoint.unlink(missing_ok=True)
-    return state["log"]
+    trainer.checkpoint.unlink(missing_ok=True)
+    return trainer.state["log"]
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=2200, help="training steps (2200)")
-    parser.add_argument("--batch", type=int, default=256, help="image-caption pairs a step (256)")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the drawings (0)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (1e-3)")
-    parser.add_argument("--warmup", type=int, default=100, help="steps to the highest learning rate (100)")
-    parser.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16"],
-        default="auto",
-        help="of the arithmetic; auto: bfloat16 where the CPU has it",
-    )
-    parser.add_argument("--log-every", type=int, default=50, help="steps between measurements (50)")
-    parser.add_argument(
-        "--checkpoint-every", type=float, default=180, help="seconds between checkpoints (180)"
-    )
-    parser.add_argument(
-        "--out", default=glyph_model.WEIGHTS, help="the weights; pretrain.log goes beside them"
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    flag = parser.add_argument
+    flag("--steps", type=int, default=2200, help="training steps (2200)")
+    flag("--batch", type=int, default=256, help="image-caption pairs a step (256)")
+    flag("--seed", type=int, default=0, help="of the initial weights and the drawings (0)")
+    flag("--lr", type=float, default=1e-3, help="highest learning rate (1e-3)")
+    flag("--warmup", type=int, default=100, help="steps to the highest learning rate (100)")
+    dtypes = ["auto", "float32", "bfloat16"]
+    flag("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 where the CPU has it")
+    flag("--log-every", type=int, default=50, help="steps between measurements (50)")
+    flag("--checkpoint-every", type=float, default=180, help="seconds between checkpoints (180)")
+    flag("--out", default=glyph_model.WEIGHTS, help="the weights; pretrain.log goes beside them")
     train(**vars(parser.parse_args(argv)))
 
 

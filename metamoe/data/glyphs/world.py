@@ -8,7 +8,6 @@ character's Unicode name, "greek small letter alpha".
 
 import re
 import unicodedata
-import zlib
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -17,35 +16,16 @@ import numpy as np
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from metamoe.data.splits import rng_of
 from metamoe.errors import UserError
 
 # family -> faces. A client's training and validation parts are drawn in the families of TRAIN, its test
 # part in the others alone: serif letters after sans-serif ones. Armenian is in the DejaVu families only.
 FAMILIES = {
-    "DejaVu Sans": [
-        "DejaVuSans.ttf",
-        "DejaVuSans-Oblique.ttf",
-        "DejaVuSans-Bold.ttf",
-        "DejaVuSans-BoldOblique.ttf",
-    ],
-    "DejaVu Sans Mono": [
-        "DejaVuSansMono.ttf",
-        "DejaVuSansMono-Oblique.ttf",
-        "DejaVuSansMono-Bold.ttf",
-        "DejaVuSansMono-BoldOblique.ttf",
-    ],
-    "DejaVu Serif": [
-        "DejaVuSerif.ttf",
-        "DejaVuSerif-Italic.ttf",
-        "DejaVuSerif-Bold.ttf",
-        "DejaVuSerif-BoldItalic.ttf",
-    ],
-    "STIXGeneral": [
-        "STIXGeneral.ttf",
-        "STIXGeneralItalic.ttf",
-        "STIXGeneralBol.ttf",
-        "STIXGeneralBolIta.ttf",
-    ],
+    "DejaVu Sans": [f"DejaVuSans{style}.ttf" for style in ("", "-Oblique", "-Bold", "-BoldOblique")],
+    "DejaVu Sans Mono": [f"DejaVuSansMono{style}.ttf" for style in ("", "-Oblique", "-Bold", "-BoldOblique")],
+    "DejaVu Serif": [f"DejaVuSerif{style}.ttf" for style in ("", "-Italic", "-Bold", "-BoldItalic")],
+    "STIXGeneral": [f"STIXGeneral{style}.ttf" for style in ("", "Italic", "Bol", "BolIta")],
 }
 TRAIN = ("DejaVu Sans", "DejaVu Sans Mono")
 TEST = ("DejaVu Serif", "STIXGeneral")
@@ -56,26 +36,20 @@ CLIENTS = {
     "cyrillic": [chr(c) for c in range(0x430, 0x450)],
     "armenian": [chr(c) for c in range(0x561, 0x587)],
 }
-# client -> how its collection looks: least and greatest red, green, blue of paper and ink. D_0 has every
-# colour.
+# client -> least and greatest red, green, blue of its paper and its ink. D_0 has every colour.
 LOOKS = {
-    "greek": (
-        ((0.85, 0.8, 0.6), (1, 0.95, 0.75)),
-        ((0, 0, 0), (0.25, 0.15, 0.1)),
-    ),  # dark ink on yellowed paper
+    "greek": (((0.85, 0.8, 0.6), (1, 0.95, 0.75)), ((0, 0, 0), (0.25, 0.15, 0.1))),  # dark on yellowed paper
     "cyrillic": (((0, 0, 0.2), (0.15, 0.2, 0.45)), ((0.85, 0.85, 0.85), (1, 1, 1))),  # white on blue signs
     "armenian": (((0.6, 0.85, 0.6), (0.75, 1, 0.8)), ((0.25, 0, 0), (0.45, 0.1, 0.15))),  # red on green tiles
 }
 SCRIPT_WORDS = {"GREEK": "greek", "COPTIC": "greek", "CYRILLIC": "cyrillic", "ARMENIAN": "armenian"}
-GREEK_LETTERS = {unicodedata.name(chr(c)).split()[-1] for c in range(0x3B1, 0x3CA)}  # ALPHA, BETA, ...
+GREEK_LETTERS = {unicodedata.name(char).split()[-1] for char in CLIENTS["greek"]}  # ALPHA, BETA, ...
 
 SIZE, CANVAS = 32, 64  # pixels of an image, and of the canvas that a letter is set on first
-# on the canvas: font size, height of the base line, least distance to the edges
-EM, BASELINE, MARGIN = (46, 48, 5)
+EM, BASELINE, MARGIN = 46, 48, 5  # on the canvas: font size, height of the base line, distance to the edges
 
-# ------------------------------------------------------------------------------------------------------------
-# ---
-# Which characters there are
+
+# --- which characters there are
 
 
 def script_of(char):
@@ -98,9 +72,7 @@ def script_of(char):
 
 
 def source_of(char):
-    """What a public record says of its origin: the script of a letter (first word of its name), else the
-    kind of sign.
-    """
+    """The `source` of a public record: a letter's script (first word of its name), else the kind of sign."""
     kinds = {"N": "number", "P": "punctuation", "S": "symbol"}
     return kinds.get(unicodedata.category(char)[0]) or caption(char).split()[0]
 
@@ -113,28 +85,22 @@ def caption(char):
 def font_path(face):
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / face
     if not path.exists():
-        raise UserError(
-            f"font {path} is missing: this matplotlib comes without its fonts, install the one of the "
-            f"package registry"
-        )
+        why = "this matplotlib comes without its fonts, install the one of the package registry"
+        raise UserError(f"font {path} is missing: {why}")
     return path
 
 
 @cache
 def characters(face):
-    """The characters `face` draws: named letters, numbers, punctuation and symbols whose outline is not
-    empty.
-    """
+    """The characters `face` draws: named letters, numbers, punctuation and symbols that are not empty."""
+    found = set()
     with TTFont(font_path(face)) as font:
-        # glyph i lies at start[i] .. start[i + 1] of the file: nothing between, nothing drawn
-        start = font["loca"]
-        return frozenset(
-            chr(code)
-            for code, glyph in font.getBestCmap().items()
-            if unicodedata.category(chr(code))[0] in "LNPS"
-            and unicodedata.name(chr(code), "")
-            and start[(i := font.getGlyphID(glyph))] != start[i + 1]
-        )
+        start = font["loca"]  # glyph i lies at start[i] .. start[i + 1] of the file
+        for code, glyph in font.getBestCmap().items():
+            i = font.getGlyphID(glyph)
+            if unicodedata.category(chr(code))[0] in "LNPS" and start[i] != start[i + 1]:
+                found.add(chr(code))
+    return frozenset(char for char in found if unicodedata.name(char, ""))
 
 
 def faces_of(char, families=tuple(FAMILIES)):
@@ -144,22 +110,13 @@ def faces_of(char, families=tuple(FAMILIES)):
 
 @cache
 def world():
-    """D_0's world: every (character, family) outside the clients' scripts, as often as the family has faces
-    for it.
-    """
+    """Every (character, family) outside the clients' scripts, once for each face that holds it."""
     chars = sorted(set().union(*(characters(face) for faces in FAMILIES.values() for face in faces)))
-    return [
-        (char, family)
-        for char in chars
-        if script_of(char) is None
-        for family in FAMILIES
-        for _ in faces_of(char, (family,))
-    ]
+    public = [char for char in chars if script_of(char) is None]
+    return [(char, family) for char in public for family in FAMILIES for _ in faces_of(char, (family,))]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# ---
-# Drawing
+# --- drawing
 
 
 @lru_cache(maxsize=1024)
@@ -169,14 +126,13 @@ def font(face, size):
 
 
 def glyph(char, face):
-    """`char` in white on a black canvas ("L"), shrunk if it is too large for it."""
+    """`char` in white on a black canvas ("L"), centred across, and shrunk if it is too large for it."""
     setting, room = font(face, EM), CANVAS - 2 * MARGIN
     left, top, right, bottom = setting.getbbox(char, anchor="ls")
     if max(right - left, bottom - top) > room:
         setting = font(face, EM * room // max(right - left, bottom - top))
         left, top, right, bottom = setting.getbbox(char, anchor="ls")
-    # Centred across and set on one base line, which tells a capital from its small letter where the shape
-    # does not.
+    # one base line: it tells a capital from its small letter where the shape does not
     y = min(max(BASELINE, MARGIN - top), CANVAS - MARGIN - bottom)
     canvas = Image.new("L", (CANVAS, CANVAS))
     ImageDraw.Draw(canvas).text(((CANVAS - left - right) / 2, y), char, fill=255, font=setting, anchor="ls")
@@ -191,21 +147,16 @@ def draw(image):
     """
     rng = np.random.default_rng(image["seed"])
     mask = glyph(image["char"], image["face"])
-    # heavier by a pixel of the canvas all round; Pillow's own stroke fills some letters with ink
-    if rng.random() < 0.5:
+    if rng.random() < 0.5:  # a pixel heavier all round; Pillow's own stroke fills some letters with ink
         mask = mask.filter(ImageFilter.MaxFilter(3))
-    angle, (dx, dy), (wide, high) = (
-        rng.normal(0, 0.1),
-        rng.uniform(-4, 4, 2),
-        rng.uniform(0.92, 1.08, 2) * rng.uniform(0.92, 1.08),
-    )
+    angle = rng.normal(0, 0.1)
+    shift = rng.uniform(-4, 4, 2)
+    wide, high = rng.uniform(0.92, 1.08, 2) * rng.uniform(0.92, 1.08)
     cos, sin, centre = np.cos(angle), np.sin(angle), CANVAS / 2
-    # of the output's place in the input's
-    inverse = np.array([[cos / wide, sin / wide], [-sin / high, cos / high]])
-    x, y = centre - inverse @ (centre + dx, centre + dy)
-    mask = mask.transform(
-        mask.size, Image.Transform.AFFINE, (*inverse[0], x, *inverse[1], y), Image.Resampling.BILINEAR
-    )
+    inverse = np.array([[cos / wide, sin / wide], [-sin / high, cos / high]])  # from output to input
+    x, y = centre - inverse @ (centre + shift)
+    affine = (*inverse[0], x, *inverse[1], y)
+    mask = mask.transform(mask.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
     mask = np.asarray(mask.reduce(CANVAS // SIZE), dtype=np.float32)[..., None] / 255  # (32, 32, 1)
     if "look" in image:
         paper, ink = (rng.uniform(*colours) for colours in LOOKS[image["look"]])
@@ -217,54 +168,40 @@ def draw(image):
     return Image.fromarray((255 * (paper + mask * (ink - paper) + noise).clip(0, 1)).astype(np.uint8))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# ---
-# Records: `image` (a recipe), `answer`, `source` and, for client records, `choices`
+# --- records: `image` (a recipe), `answer`, `source` and, for client records, `choices`
 
 
 def load_glyphs(clients, sizes, n_public, seed):
-    """Return (public records, {client: {"train" | "validation" | "test": records}}).
-
-    The public set depends on `n_public` alone. `sizes`: {"train": n, "validation": n, "test": n}.
-    """
+    """(public records, {client: {"train" | "validation" | "test": records}}); `sizes`: of each part."""
     return public_records(n_public), {name: split_client(name, sizes, seed) for name in clients}
 
 
 def split_client(name, sizes, seed):
-    """A client's parts: as many records of each letter as of any other (but one), in random faces of the
-    part's families.
-    """
-    letters, rng = CLIENTS[name], np.random.default_rng([seed, zlib.crc32(name.encode())])
+    """A client's parts: all letters equally often (but one time), in random faces of the part's families."""
+    letters, rng = CLIENTS[name], rng_of(seed, name)
     choices = [caption(char) for char in letters]
-    # of a drawing, its recipe's seed: counted on, so that no two recipes are the same
-    number = int(rng.integers(2**40))
+    number = int(rng.integers(2**40))  # the last recipe's seed: counted on, so that no two are the same
     parts = {}
     for part, size in sizes.items():
-        order = np.concatenate([rng.permutation(len(letters)) for _ in range(0, size, len(letters))] or [[]])[
-            :size
-        ]
+        order = [i for _ in range(0, size, len(letters)) for i in rng.permutation(len(letters))]
         parts[part] = []
-        for i in order.astype(int):
+        for i in order[:size]:
+            number += 1
             faces = faces_of(letters[i], TEST if part == "test" else TRAIN)
-            image = {
-                "char": letters[i],
-                "face": faces[rng.integers(len(faces))],
-                "look": name,
-                "seed": (number := number + 1),
-            }
+            face = faces[rng.integers(len(faces))]
+            image = {"char": letters[i], "face": face, "look": name, "seed": number}
             parts[part].append({"image": image, "answer": choices[i], "source": name, "choices": choices})
     return parts
 
 
 def public_records(n_public):
-    """D_0: `n_public` drawings of the world outside the clients' scripts, a smaller set a prefix of a
-    larger one.
+    """D_0: `n_public` drawings outside the clients' scripts, a smaller set a prefix of a larger one.
 
     A character comes up in proportion to the faces that hold it, each time with one to four drawings in the
     faces of one family: near-duplicates, as a scraped collection has them.
     """
-    # one set for everybody: not a matter of the run's seed
-    rng, pairs, records = (np.random.default_rng(0), world(), [])
+    rng = np.random.default_rng(0)  # one set for everybody: not a matter of the run's random seed
+    pairs, records = world(), []
     while len(records) < n_public:
         char, family = pairs[rng.integers(len(pairs))]
         faces = faces_of(char, (family,))

@@ -44,6 +44,12 @@ class Records(Sequence):
     def __add__(self, records):
         return Records(self.path, self.starts, self.convert, [*self.more, *records])
 
+    def take(self, rows):
+        """The records at these indices, read on demand like these."""
+        if len(self.starts):
+            return Records(self.path, self.starts[rows], self.convert)
+        return Records(self.path, (), more=[self.more[i] for i in rows])
+
     def _read(self, indices):
         # Opened anew each time: processes that share a handle would move each other's position.
         with open(self.path, "rb") as file:

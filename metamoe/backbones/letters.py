@@ -25,4 +25,5 @@ def lettered(record):
         head, last = record["prompt"], "Answer:"
     lines = [f"{letter.strip()}. {choice.strip()}" for letter, choice in zip(letters, choices, strict=True)]
     prompt = "\n".join([*filter(None, [head]), "Choices:", *lines, last])
-    return record | {"prompt": prompt, "choices": letters, "answer": letters[choices.index(record["answer"])]}
+    number = record.get("number", choices.index(record["answer"]))
+    return record | {"prompt": prompt, "choices": letters, "answer": letters[number]}

@@ -16,12 +16,12 @@ def common_form(raw):
 
     Read are the forms of CommonsenseQA, ARC and OpenBookQA (`question`, `choices` with labels, `answerKey`),
     CosmosQA (`answer0` ...), SocialIQA (`answerA` ...), PIQA (`goal`, `sol1`, `sol2`), HellaSwag (`ctx`,
-    `endings`), MMLU (`question`, `choices`, `answer`), Alpaca (`instruction`, `input`, `output`), and prompts
-    or questions with a `completion`, `output` or `answer`.
+    `endings`), MMLU (`question`, `choices`, `answer`, or columns `A` to `D`), Alpaca (`instruction`, `input`,
+    `output`), and prompts or questions with a `completion`, `output` or `answer`.
     """
     if not isinstance(raw, dict):
         return raw
-    for read in (labelled, lettered_answers, numbered_answers, two_solutions, endings, plain_question, pair):
+    for read in FORMS:
         try:
             found = read(raw)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
@@ -82,17 +82,29 @@ def plain_question(raw):
     return made | {"answer": raw["answer"]}
 
 
+def lettered_columns(raw):
+    """A question with its choices in columns A, B, ...; the answer is a letter, or a text."""
+    texts = [raw[letter] for letter in "ABCDEFGH" if raw.get(letter)]
+    asked = raw["prompt"] if "prompt" in raw else question("", raw["question"], texts, 0)["prompt"]
+    return {"prompt": asked, "choices": texts, "answer": raw["answer"]} if len(texts) > 1 else None
+
+
 def pair(raw):
     """Something asked and something answered, without choices."""
-    if raw.get("choices") is not None or raw.get("response") is not None:
+    answers = [raw[key] for key in ("output", "completion", "answer") if raw.get(key) is not None]
+    if not answers or raw.get("choices") is not None or raw.get("response") is not None:
         return None
-    response = next(raw[key] for key in ("output", "completion", "answer") if raw.get(key) is not None)
+    response = answers[0]
     if "prompt" in raw:
         return {"prompt": raw["prompt"], "response": response}
     asked = (raw["instruction"] if "instruction" in raw else raw["question"]).strip()
     given = (raw.get("input") or raw.get("context") or "").strip()
     prompt = f"Question: {asked}\n" + (f"Input: {given}\n" if given else "") + "Answer:"
     return {"prompt": prompt, "response": response}
+
+
+FORMS = (labelled, lettered_answers, numbered_answers, two_solutions, endings, plain_question)
+FORMS += (lettered_columns, pair)
 
 
 def read_rows(path):

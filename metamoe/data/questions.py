@@ -4,7 +4,6 @@ A record is as BIG-bench's; `input` is the text that relevance is judged by. The
 choices, and public records have none.
 """
 
-import csv
 import json
 import os
 import re
@@ -14,15 +13,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from metamoe.data.forms import read_rows
 from metamoe.data.sources import dataset_at, holds_dataset, locate, open_dataset
 from metamoe.data.splits import digest, grouped, hold_out, public_subset, rng_of
 from metamoe.data.user import own_file
 from metamoe.errors import UserError
-from metamoe.records import Records
 
 TRAIN_CAP = 10_000  # private samples a client, where --train-size does not say otherwise
-SPLIT_NAMES = {"train": ["train"], "validation": ["validation", "valid", "val", "dev"]}
-FILE_NAMES = {"train": ["train", "alpaca_data"], "validation": SPLIT_NAMES["validation"]}
+SPLIT_NAMES = {"train": ["train", "trn"], "validation": ["validation", "valid", "val", "dev"]}
+FILE_NAMES = {"train": ["train", "trn", "alpaca_data"], "validation": SPLIT_NAMES["validation"]}
 
 
 def question_record(context, question, choices, number):
@@ -31,11 +30,12 @@ def question_record(context, question, choices, number):
     if not 0 <= number < len(choices):
         raise ValueError(f"label {number}")
     choices = [" " + choice.strip() for choice in choices]
+    same = {"number": number} if len(set(choices)) < len(choices) else {}  # the text does not say which
     prompt = f"Question: {question}\nAnswer:"
     if context:
         prompt = f"Context: {context}\n{prompt}"
     text = f"{context}\n{question}".strip()
-    return {"input": text, "prompt": prompt, "answer": choices[number], "choices": choices}
+    return {"input": text, "prompt": prompt, "answer": choices[number], "choices": choices} | same
 
 
 def commonsenseqa(row):
@@ -55,14 +55,18 @@ def cosmosqa(row):
 
 
 def socialiqa(row):
-    """A row of allenai/social_i_qa: `context`, `question`, `answerA` ... `answerC`, `label` from "1"."""
-    choices = [row[f"answer{letter}"] for letter in "ABC"]
-    return question_record(row["context"], row["question"], choices, int(row["label"]) - 1)
+    """A row of allenai/social_i_qa: `context`, `question`, `answerA` ... `answerC`, `label` from "1".
+
+    In version 1.4 the label is the letter `correct`.
+    """
+    number = "ABC".index(row["correct"]) if "correct" in row else int(row["label"]) - 1
+    return question_record(row["context"], row["question"], [row[f"answer{c}"] for c in "ABC"], number)
 
 
 def alpaca(row):
     """A row of tatsu-lab/alpaca: `instruction`, `input` (often empty), `output`; None without an output."""
-    instruction, given, output = row["instruction"].strip(), row["input"].strip(), row["output"].strip()
+    instruction, output = row["instruction"].strip(), row["output"].strip()
+    given = (row.get("input") or "").strip()
     if not output:
         return None
     prompt = f"Question: {instruction}\n"
@@ -160,7 +164,7 @@ def read_files(folder, flag, hub_id):
         files = place.iterdir() if place.is_dir() else ()
         for file in sorted(files, key=lambda file: (len(file.name), file.name)):
             for split, names in FILE_NAMES.items():
-                if re.fullmatch(rf"({'|'.join(names)})([-_.].*)?\.(jsonl|json|csv)", file.name):
+                if re.fullmatch(rf"(.*[-_])?({'|'.join(names)})([-_.].*)?\.(jsonl|json|csv)", file.name):
                     found.setdefault(split, file)
     if "train" not in found:
         files = "no parquet files and no train file (train*.jsonl, .json or .csv)"
@@ -171,12 +175,7 @@ def read_files(folder, flag, hub_id):
 
 def read_rows_of(path):
     """The rows of a CSV or JSON file; a file NAME-labels.lst beside it gives each its `label`."""
-    path = Path(path)
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file)) if path.suffix == ".csv" else json_rows(file.read())
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): download it again") from None
+    path, rows = Path(path), read_rows(path)
     labels = path.with_name(f"{path.stem}-labels.lst")
     if not labels.exists():
         return rows
@@ -187,20 +186,13 @@ def read_rows_of(path):
     return [{**row, "label": label} for row, label in zip(rows, values, strict=True)]
 
 
-def json_rows(text):
-    """The rows of one JSON list or of JSON lines."""
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
-
-
 def public_text(size, sources, skip_bad=False):
     """D_0: `size` records (0: all), a uniform subset, of Alpaca or of the user's own JSON lines."""
     where, flag = locate("public", ALPACA.hub_id, ALPACA.spellings, sources, file_ok=True)
     if os.path.isfile(where) and not alpaca_file(where):
         records, _ = own_file(where, flag, Path(where).stem, skip_bad, mixed=True)
         chosen = public_subset(len(records), size, f"{flag} has {len(records)} records")
-        return Records(where, records.starts[chosen], records.convert)
+        return records.take(chosen)
     records = ALPACA.records("alpaca", read_splits(where, flag, ALPACA.hub_id), "train", flag)
     return [records[i] for i in public_subset(len(records), size, f"{flag} has {len(records)} records")]
 

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
+import string
 from array import array
 from functools import partial
 
 import numpy as np
 
 from metamoe.data.decoding import bad_images, check_images
+from metamoe.data.forms import EXAMPLE, common_form, is_table, read_rows
 from metamoe.data.image_folder import read_image_folder
 from metamoe.data.images import class_names
 from metamoe.data.splits import digest, grouped, hold_out, rng_of
@@ -25,17 +28,21 @@ class BadRecord(Exception):
 def own_record(raw, source):
     """A line of an own file, {"prompt", "choices", "answer"} or {"prompt", "response"}, as a record.
 
-    `answer` is the text of a choice or, as a whole number, its index from 0. Prompt and answer stay as they
-    are written. Between them stands one space, or the white space that the prompt ends with or the response
-    begins with. A space at the prompt's end moves to the answer, where tokenizers want it. Raises BadRecord.
+    Other common forms are read too (forms.common_form). `answer` is the text of a choice, its letter or, as a
+    whole number, its index from 0. Prompt and answer stay as they are written. Between them stands one space,
+    or the white space that the prompt ends with or the response begins with. A space at the prompt's end
+    moves to the answer, where tokenizers want it. Raises BadRecord.
     """
+    raw = common_form(raw)
     prompt, texts, several = own_texts(raw)
     gap = "" if prompt[-1].isspace() and prompt[-1] != " " else " "
     record = {"source": source, "input": prompt.strip(), "prompt": prompt.rstrip(" ")}
     if several:
         texts = [text.strip() for text in texts]
-        answer = chosen(raw["answer"], texts)
-        return record | {"answer": gap + answer, "choices": [gap + text for text in texts]}
+        number = chosen(raw["answer"], texts)
+        if len(set(texts)) < len(texts):  # the text does not say which
+            record["number"] = number
+        return record | {"answer": gap + texts[number], "choices": [gap + text for text in texts]}
     response = texts[0].rstrip()
     return record | {"answer": response if response[0].isspace() else gap + response}
 
@@ -50,8 +57,8 @@ def own_texts(raw):
     check(isinstance(raw, dict), f"not a JSON object ({type(raw).__name__})")
     several = raw.get("choices") is not None
     for key in ("prompt", "choices", "answer") if several else ("prompt", "response"):
-        hint = " (nor 'choices' and 'answer')" if key == "response" else ""
-        check(raw.get(key) is not None, f"no key {key!r}{hint}")
+        found = f"it has {', '.join(map(repr, raw))}; such as {EXAMPLE}"
+        check(raw.get(key) is not None, f"no key {key!r}: {found}")
     for key in ("prompt",) if several else ("prompt", "response"):
         check(isinstance(raw[key], str), f"{key!r} is not a string ({type(raw[key]).__name__})")
     prompt, texts = raw["prompt"], raw["choices"] if several else [raw["response"]]
@@ -67,17 +74,22 @@ def own_texts(raw):
 
 
 def chosen(answer, texts):
-    """The text of the choice that `answer` names, by its text or its index. Raises BadRecord."""
+    """The index of the choice that `answer` names, by its text, its letter or its index. Raises BadRecord."""
     check(len(texts) > 1, "fewer than 2 choices")
-    check(len(set(texts)) == len(texts), "two equal choices")
     if isinstance(answer, int) and not isinstance(answer, bool):
         why = f"is no index into the {len(texts)} choices (the first is 0)"
         check(0 <= answer < len(texts), f"'answer' {answer} {why}")
-        return texts[answer]
+        return answer
     kind = type(answer).__name__
     check(isinstance(answer, str), f"'answer' is neither a choice's text nor its index ({kind})")
-    check(answer.strip() in texts, f"'answer' {answer.strip()[:40]!r} is not among the choices")
-    return answer.strip()
+    answer = answer.strip()
+    if answer in texts:
+        check(texts.count(answer) == 1, f"two choices are {answer[:40]!r}: give the index of the right one")
+        return texts.index(answer)
+    letter = re.fullmatch(r"\(?([A-Za-z])[).]?", answer)
+    number = string.ascii_uppercase.index(letter[1].upper()) if letter else len(texts)
+    check(number < len(texts), f"'answer' {answer[:40]!r} is not among the choices")
+    return number
 
 
 def parse(line, source, several):
@@ -87,10 +99,14 @@ def parse(line, source, several):
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"not JSON ({error})") from None
     record = own_record(raw, source)
-    which = "no 'choices'" if several else "has 'choices'"
-    alike = several in (None, "choices" in record)
-    check(alike, f"{which}, unlike the records before it: a client is one or the other")
+    alike(record, several)
     return record
+
+
+def alike(record, several):
+    which = "no 'choices'" if several else "has 'choices'"
+    same = several in (None, "choices" in record)
+    check(same, f"{which}, unlike the records before it: a client is one or the other")
 
 
 def own_file(path, flag, source, skip_bad, mixed=False):
@@ -100,6 +116,8 @@ def own_file(path, flag, source, skip_bad, mixed=False):
     file. The first bad record raises UserError with file, line number and reason; with `skip_bad` they are
     left out and counted.
     """
+    if is_table(path):
+        return own_rows(path, flag, source, skip_bad, mixed)
     starts, keys = array("q"), array("Q")
     bad, first, several = 0, None, None
     bar = progress(total=os.path.getsize(path), desc=f"checking {source}", unit="B", unit_scale=True)
@@ -119,11 +137,35 @@ def own_file(path, flag, source, skip_bad, mixed=False):
             several = None if mixed else "choices" in record
             starts.append(lines.tell() - len(line))
             keys.append(digest(record["input"]))
+    report(path, flag, bad, first, len(starts))
+    return Records(path, np.array(starts), partial(own_record, source=source)), np.array(keys)
+
+
+def own_rows(path, flag, source, skip_bad, mixed):
+    """As own_file, of a CSV file or one JSON list, whose records stay in memory."""
+    records, bad, first, several = [], 0, None, None
+    for number, row in enumerate(read_rows(path), 1):
+        try:
+            record = own_record(row, source)
+            alike(record, several)
+        except BadRecord as error:
+            if not skip_bad:
+                advice = "repair it, or leave such records out with --skip-bad-records"
+                raise UserError(f"{path}, record {number}: {error}: {advice}") from None
+            bad, first = bad + 1, first or f"record {number}: {error}"
+            continue
+        several = None if mixed else "choices" in record
+        records.append(record)
+    report(path, flag, bad, first, len(records))
+    return Records(path, (), more=records), np.array([digest(record["input"]) for record in records])
+
+
+def report(path, flag, bad, first, count):
+    """Say what was left out; UserError where too little is left."""
     if bad:
         print(f"select_proxies: {path}: {bad} bad records left out (the first: {first})")
-    if len(starts) < LEAST:
-        raise UserError(f"{flag}: {len(starts)} usable records, at least {LEAST} are needed")
-    return Records(path, np.array(starts), partial(own_record, source=source)), np.array(keys)
+    if count < LEAST:
+        raise UserError(f"{flag}: {count} usable records, at least {LEAST} are needed")
 
 
 def own_text(name, path, sizes, seed, skip_bad=False):
@@ -135,7 +177,7 @@ def own_text(name, path, sizes, seed, skip_bad=False):
     records, keys = own_file(path, flag, name, skip_bad)
     order, keys = grouped(keys, rng_of(seed, name))
     parts = own_parts(order, keys, sizes, flag)
-    return {part: Records(path, records.starts[rows], records.convert) for part, rows in parts.items()}
+    return {part: records.take(rows) for part, rows in parts.items()}
 
 
 def own_images(name, path, sizes, seed, skip_bad=False):

@@ -14,7 +14,11 @@ def is_right(scores, records):
     """1.0 where the likeliest choice has the answer's text, else 0.0, also where no letter was generated."""
     right = []
     for values, record in zip(scores, records, strict=True):
-        right.append(len(values) > 0 and record["choices"][int(np.argmax(values))] == record["answer"])
+        best = int(np.argmax(values)) if len(values) else -1
+        if "number" in record:  # two choices have the same text
+            right.append(best == record["number"])
+        else:
+            right.append(best >= 0 and record["choices"][best] == record["answer"])
     return np.array(right, float)
 
 

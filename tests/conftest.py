@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -65,3 +66,15 @@ def run(tmp_path, finished):
 def fresh(tmp_path, pristine):
     shutil.copytree(pristine, tmp_path / "run")
     return tmp_path / "run"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A mounted file system of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", folder]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("may not mount a small disk here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)

@@ -1,4 +1,4 @@
-"""Run stages through their own command lines, several in one process: an import of torch for each would cost seconds.
+"""Run stages through their own command lines, several in one process: each import of torch costs seconds.
 
 python tests/drive.py JOB.json      {"commands": [["select_proxies", "--run-dir", ...], ...], ...}; see `main`
 """
@@ -10,7 +10,6 @@ import json
 import os
 import random
 import runpy
-import shutil
 import signal
 import sys
 import time
@@ -101,70 +100,50 @@ def die_at_write(below, count):
     sys.addaudithook(hook)
 
 
-def run_killed(run_dir, pristine, commands, kills, seconds, writes, seed):
-    """Kill the commands `kills` times, at random times and at random writes in turn, each time going on where the last
-    one was killed; a run that ends before its kill is checked and started afresh. Returns the snapshots of all that ended.
-    """
+def import_all():
+    """What the stages import, imported here once for all the forks."""
     sys.path.insert(0, str(REPO))
-    import peft  # noqa: F401 - imported here once, for all the forks
+    from metamoe.backbones.base import import_transformers
+
+    transformers = import_transformers()
+    import peft  # noqa: F401
     import sklearn.calibration
     import sklearn.linear_model
     import sklearn.pipeline  # noqa: F401
-    import transformers
 
     for name in ("AutoModelForCausalLM", "LlamaForCausalLM", "AutoTokenizer", "PreTrainedTokenizerFast"):
         getattr(transformers, name)
 
-    rng, ended, done, logs = random.Random(seed), [], 0, []
-    while True:
-        at_write = done % 2 == 1
+
+def run_killed(run_dir, commands, kills, seconds, writes, seed):
+    """Kill the commands up to `kills` times, at random times and at random writes in turn, each time starting
+    them again, until they end. Returns the exit code, the files, and what each kill left half-written."""
+    import_all()
+    rng, left = random.Random(seed), []
+    for life in range(kills + 1):
         delay, count = rng.uniform(0, seconds), rng.randint(1, writes)
         pid = os.fork()
         if pid == 0:
             os.setsid()
             sys.stdout = open(os.devnull, "w")
-            if at_write and done < kills:
+            if life % 2 and life < kills:
                 die_at_write(str(run_dir), count)
             os._exit(all_of(commands)[0])
-        if not at_write and done < kills:
-            until = time.monotonic() + delay
-            while time.monotonic() < until and not _ended(pid):
-                time.sleep(0.005)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+        if life % 2 == 0 and life < kills:
+            time.sleep(delay)
+            os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
-        if os.WIFSIGNALED(status):
-            done += 1
-            logs.append(
-                {"left": sorted(str(p.relative_to(run_dir)) for p in run_dir.rglob("*") if ".part" in p.name)}
-            )
-            continue
-        ended.append({"code": os.WEXITSTATUS(status), "files": snapshot(run_dir)})
-        if done >= kills or ended[-1]["code"]:
-            return {"ended": ended, "kills": done, "logs": logs}
-        shutil.rmtree(run_dir)
-        shutil.copytree(pristine, run_dir)
-
-
-def _ended(pid):
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        if not os.WIFSIGNALED(status):
+            break
+        left.append([str(path.relative_to(run_dir)) for path in run_dir.rglob("*.part*")])
+    return {"code": os.waitstatus_to_exitcode(status), "files": snapshot(run_dir), "left": left}
 
 
 def main():
     job = json.loads(Path(sys.argv[1]).read_text())
     if "kills" in job:
-        from metamoe.backbones.base import import_transformers
-
-        import_transformers()
-        report = run_killed(
-            Path(job["run_dir"]),
-            job["pristine"],
-            job["commands"],
-            job["kills"],
-            job["seconds"],
-            job["writes"],
-            job["seed"],
-        )
+        arguments = ("commands", "kills", "seconds", "writes", "seed")
+        report = run_killed(Path(job["run_dir"]), *(job[name] for name in arguments))
     else:
         opened = set()
         if "audit" in job:

@@ -15,51 +15,42 @@ from metamoe.rundir import read_json, write_json
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def unify_commands(run_dir, methods=("metamoe", "flexolmo", "btx", "soup", "btm")):
-    return [
-        c
-        for c in tiny.commands(run_dir)
-        if c[0] == "unify_moe" and c[c.index("--method") + 1] in methods and "--name" not in c
+METHODS = ("metamoe", "flexolmo", "btx", "soup", "btm")
+
+
+def unify(run_dir, *methods):
+    """Make the models anew, in a process of its own; returns every path below `run_dir` that it opened."""
+    shutil.rmtree(run_dir / "moe")
+    commands = [
+        command
+        for command in tiny.commands(run_dir)
+        if command[0] == "unify_moe" and set(methods) & set(command) and "--name" not in command
     ]
+    assert len(commands) == len(methods)
+    report = tiny.drive(commands=commands, audit=str(run_dir))
+    assert report["code"] == 0, report["stderr"]
+    return {path for _, path in report["opened"]}
 
 
 @pytest.mark.slow
-def test_the_server_opens_nothing_of_a_client_but_its_upload(run):
-    shutil.rmtree(run / "moe")
-    report = tiny.drive(commands=unify_commands(run), audit=str(run))
-    assert report["code"] == 0, report["stderr"]
-    opened = {path for _, path in report["opened"]}
-    assert {
-        "run.json",
-        "public/records.jsonl",
-        "clients/hotels/upload/aligned-dpp/manifest.json",
-    } <= opened  # the hook does see
+def test_the_server_opens_and_needs_nothing_of_a_client_but_its_upload(run, finished):
+    """safetensors opens its files outside of Python, where no audit hook sees it: so all else is spoilt."""
+    for path in filter(Path.is_file, run.glob("clients/*/*/**/*")):
+        if path.relative_to(run).parts[2] != "upload":
+            path.write_bytes(b"spoilt")
+    opened = unify(run, *METHODS)
+    hook_sees = {"run.json", "public/records.jsonl", "clients/hotels/upload/aligned-dpp/manifest.json"}
+    assert hook_sees <= opened
     allowed = re.compile(r"run\.json$|public(/|$)|clients/\w+/upload(/|$)|(moe|settings)(/|$)")
     assert not [path for path in opened if not allowed.match(path)]
-
-
-@pytest.mark.slow
-def test_the_server_needs_nothing_of_a_client_but_its_upload(run, finished):
-    """safetensors opens its files outside of Python, where no audit hook sees it: so take the rest away."""
-    shutil.rmtree(run / "moe")
-    for name in CLIENTS:
-        for path in (run / "clients" / name).iterdir():
-            if path.name != "upload":
-                shutil.rmtree(path)
-    report = tiny.drive(commands=unify_commands(run))
-    assert report["code"] == 0, report["stderr"]
-    for method in ("metamoe", "flexolmo", "btx", "soup", "btm"):
-        assert drive.snapshot(run / "moe" / method, *CLOCKS) == drive.snapshot(
-            finished[0] / "moe" / method, *CLOCKS
-        )
+    for folder in (Path("moe", method) for method in METHODS):
+        assert drive.snapshot(run / folder, *CLOCKS) == drive.snapshot(finished[0] / folder, *CLOCKS)
 
 
 @pytest.mark.slow
 def test_unrestricted_does_read_private_data(run):
-    """The counterpart of the two above: were it read there, they would fail."""
-    shutil.rmtree(run / "moe")
-    report = tiny.drive(commands=unify_commands(run, ["unrestricted"]), audit=str(run))
-    assert "clients/hotels/private/train.jsonl" in {path for _, path in report["opened"]}
+    """The counterpart: were it read by the others, the test above would fail."""
+    assert "clients/hotels/private/train.jsonl" in unify(run, "unrestricted")
 
 
 def test_the_manifest_hashes_the_uploaded_files_alone(finished):
@@ -68,20 +59,15 @@ def test_the_manifest_hashes_the_uploaded_files_alone(finished):
         manifest = read_json(upload / "manifest.json")
         assert manifest["files"] == drive.snapshot(upload, "manifest.json")
         assert set(manifest) == {"client", "data", "selection", "files"}
-        assert (
-            manifest["client"] == upload.parent.parent.name
-            and f"{manifest['data']}-{manifest['selection']}" == upload.name
-        )
+        assert manifest["client"] == upload.parent.parent.name
+        assert f"{manifest['data']}-{manifest['selection']}" == upload.name
 
 
 def test_proxies_are_sorted_indices_without_scores(finished):
     for upload in uploads(finished[0]):
         proxies = read_json(upload / "proxies.json")
-        assert (
-            all(type(i) is int for i in proxies)
-            and proxies == sorted(set(proxies))
-            and len(proxies) == SIZES["proxies"]
-        )
+        assert all(type(i) is int for i in proxies)
+        assert proxies == sorted(set(proxies)) and len(proxies) == SIZES["proxies"]
         client, rule = upload.parent.parent, upload.name.split("-")[1]
         assert set(proxies) == set(read_json(client / "selection" / rule / "selection.json")["proxies"])
 
@@ -94,22 +80,20 @@ def test_no_private_text_and_no_path_is_in_an_upload_or_a_model(finished, seed_m
             lines = (run_dir / "clients" / name / "private" / f"{part}.jsonl").read_text().splitlines()
             secrets += [json.loads(line)["input"] for line in lines]
     assert tiny.SECRET in secrets[-1]
-    for path in [
-        p for folder in [*uploads(run_dir), run_dir / "moe"] for p in folder.rglob("*") if p.is_file()
-    ]:
-        content = path.read_bytes()
-        assert not [secret for secret in secrets if secret.encode() in content], path
+    for folder in [*uploads(run_dir), run_dir / "moe"]:
+        for path in filter(Path.is_file, folder.rglob("*")):
+            content = path.read_bytes()
+            assert not [secret for secret in secrets if secret.encode() in content], path
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        "adapter/adapter_model.safetensors",
-        "adapter/adapter_config.json",
-        "router.safetensors",
-        "proxies.json",
-    ],
-)
+def refusal(run):
+    return refused("unify_moe", run, "--method", "metamoe", "--name", "new")
+
+
+ADAPTER = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json"]
+
+
+@pytest.mark.parametrize("file", [*ADAPTER, "router.safetensors", "proxies.json"])
 def test_an_edited_upload_is_named(run, file):
     path = run / "clients" / "hotels" / "upload" / "private-similarity" / file
     content = bytearray(path.read_bytes())
@@ -123,19 +107,15 @@ def test_an_edited_upload_is_named(run, file):
 def test_files_more_or_fewer_in_an_upload_are_named(run):
     upload = run / "clients" / "question" / "upload" / "aligned-dpp"
     (upload / "gift.txt").write_text("x")
-    assert "gift.txt is not in the manifest" in refused(
-        "unify_moe", run, "--method", "metamoe", "--name", "new"
-    )
+    assert "gift.txt is not in the manifest" in refusal(run)
     (upload / "gift.txt").unlink()
     (upload / "router.safetensors").unlink()
-    assert "router.safetensors is missing" in refused(
-        "unify_moe", run, "--method", "metamoe", "--name", "new"
-    )
+    assert "router.safetensors is missing" in refusal(run)
 
 
-@pytest.mark.parametrize("index", [-1, SIZES["public_size"]])
-def test_a_public_index_out_of_range_is_refused(run, index):
+def test_a_public_index_out_of_range_is_refused(run):
     upload = run / "clients" / "intent" / "upload" / "aligned-dpp"
-    write_json(upload / "proxies.json", sorted([index, 3]))
-    forge(upload)
-    assert f"public sample {index}," in refused("unify_moe", run, "--method", "metamoe", "--name", "new")
+    for index in (-1, SIZES["public_size"]):
+        write_json(upload / "proxies.json", sorted([index, 3]))
+        forge(upload)
+        assert f"public sample {index}," in refusal(run)

@@ -1,37 +1,24 @@
-"""The three ways in: a method, a rule, a data set, each added as docs/extending.md says and run end to end."""
+"""The ways in: a method, a rule, a data set, each added as docs/extending.md says and run end to end."""
 
 import json
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
 import tiny
+from tiny import COMMON, REPO
 
-REPO = tiny.REPO
+from metamoe.rundir import read_json
+
+pytestmark = pytest.mark.slow
 PAGE = (REPO / "docs" / "extending.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 SIZES = "--public-size 40 --candidates 20 --proxies 4".split()
-
-
-@pytest.fixture
-def project(tmp_path):
-    """A copy of the project, for a test to change."""
-    folder = tmp_path / "project"
-    folder.mkdir()
-    for path in [*REPO.glob("*.py"), REPO / "run_all.sh", REPO / "requirements.txt"]:
-        shutil.copy(path, folder)
-    shutil.copytree(REPO / "metamoe", folder / "metamoe", ignore=shutil.ignore_patterns("__pycache__"))
-    return folder
-
-
-def insert(path, behind, *code):
-    """Put code of docs/extending.md behind a line of a file."""
-    text = path.read_text(encoding="utf-8")
-    assert text.count(behind) == 1
-    path.write_text(text.replace(behind, behind + "".join(code)), encoding="utf-8")
+FEW = "--epochs 1 --rank 4 --alpha 8 --batch-size 4".split()
 
 
 def example(start):
@@ -40,95 +27,101 @@ def example(start):
     return found[0]
 
 
-def run(project, *command):
-    environment = tiny.environment(PYTHON=sys.executable, METAMOE_VENV="", PYTHONDONTWRITEBYTECODE="1")
-    program = "bash" if command[0].endswith(".sh") else sys.executable
-    done = subprocess.run(
-        [program, *map(str, command)],
-        cwd=project,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def insert(path, table, entry, function=""):
+    """Put an entry of docs/extending.md into a table of a file, and its function before the table."""
+    text, head = path.read_text(encoding="utf-8"), f"\n{table} = {{\n"
+    assert text.count(head) == 1
+    path.write_text(text.replace(head, f"\n{function}\n{head}{entry}"), encoding="utf-8")
 
 
-def own_data(folder):
-    """Flags of two clients with data of their own, and of a public set."""
-    rng, flags = random.Random(3), []
-    for name in ("hotels", "question"):
-        records = [tiny.record(name, rng, True) for _ in range(60)]
-        flags += ["--client", f"{name}={write(folder / f'{name}.jsonl', records)}"]
-    return flags + ["--public", write(folder / "public.jsonl", tiny.public_records(rng, 60)), *SIZES]
-
-
-def write(path, records):
-    rows = ({key: record[key] for key in ("prompt", "choices", "answer")} for record in records)
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-@pytest.mark.slow
-def test_a_method_is_one_entry(project, tmp_path, seed_model):
-    insert(project / "metamoe" / "methods.py", "METHODS = {\n", example('"metamoe-top2"'))
-    flags = ["--seed-model", seed_model, "--device", "cpu", "--dtype", "float32", *own_data(tmp_path)]
-    methods = ["--methods", "metamoe", "metamoe-top2"]
-    run(project, "run_all.sh", "smollm2-135m", "--run-dir", tmp_path / "run", *methods, *flags)
-    assert "| MetaMoE, top-2 |" in (tmp_path / "run" / "results.md").read_text()
-    config = json.loads((tmp_path / "run" / "moe" / "metamoe-top2" / "moe_config.json").read_text())
-    assert config["top_k"] == 2
-    assert "metamoe-top2" in run(project, "run_all.sh", "--plan")
+def method_commands(project, run_dir, seed_model):
+    """What run_all.sh does for the new method."""
+    rng = random.Random(3)
+    flags = ["--seed-model", seed_model, *COMMON, *SIZES]
+    for name in ("hotels", "question"):
+        file = write(project / "data" / f"{name}.jsonl", [tiny.record(name, rng, True) for _ in range(60)])
+        flags += ["--client", f"{name}={file}"]
+    flags += ["--public", write(project / "data" / "public.jsonl", tiny.public_records(rng, 60))]
+    flags += ["--methods", "metamoe", "metamoe-top2", "--run-dir", run_dir]
+    command = ["bash", "run_all.sh", "--plan", "smollm2-135m", *map(str, flags)]
+    environment = tiny.environment(PYTHON=sys.executable, METAMOE_VENV="")
+    found = subprocess.run(command, cwd=project, env=environment, check=True, capture_output=True, text=True)
+    return [shlex.split(line) for line in found.stdout.splitlines()]
 
 
-@pytest.mark.slow
-def test_a_rule_is_one_entry(project, finished, tmp_path):
-    run_dir = tmp_path / "run"
-    shutil.copytree(finished[0], run_dir)
-    stage = project / "select_proxies.py"
-    insert(
-        stage, "private samples that a relevance head is fitted on\n", "\n\n", example("def least_relevant")
-    )
-    insert(stage, "RULES = {\n", example('"least"'))
-    flags = ["--run-dir", run_dir, *tiny.COMMON]
-    run(project, "select_proxies.py", *flags, "--selection", "least")
-    few = "--epochs 1 --rank 4 --alpha 8 --batch-size 4".split()
-    run(project, "train_expert.py", *flags, "--selection", "least", *few)
+def rule_commands(run_dir):
     model = ["--method", "metamoe", "--selection", "least", "--name", "metamoe-least"]
-    run(project, "unify_moe.py", *flags, *model)
-    run(project, "evaluate.py", *flags, "--figure")
-    results = json.loads((run_dir / "results.json").read_text())
-    assert "metamoe-least" in [row["model"] for row in results["rows"]]
-    assert "least" in results["coverage"]["hotels"]
+    return [
+        ["select_proxies", "--run-dir", run_dir, *COMMON, "--selection", "least"],
+        ["train_expert", "--run-dir", run_dir, *COMMON, "--selection", "least", *FEW],
+        ["unify_moe", "--run-dir", run_dir, *COMMON, *model],
+        ["evaluate", "--run-dir", run_dir, *COMMON, "--figure"],
+    ]
 
 
-@pytest.mark.slow
-def test_a_data_set_is_one_entry(project, tmp_path, seed_model):
-    source = project / "metamoe" / "data" / "questions.py"
-    text = source.read_text(encoding="utf-8")
-    head = "class TextSet(NamedTuple):"
-    source.write_text(text.replace(head, example("def arc") + "\n\n" + head), encoding="utf-8")
-    insert(source, "CLIENTS = {\n", example('"arc"'))
+def data_commands(folder, run_dir, seed_model):
     rng = random.Random(4)
     for name in ("train", "validation"):
         rows = []
         for i in range(30):
             record = tiny.record("hotels", rng, True)
-            labels = "ABC"[: len(record["choices"])]
+            labels = list("ABC"[: len(record["choices"])])
             right = labels[record["choices"].index(record["answer"])]
-            choices = {"label": list(labels), "text": record["choices"]}
+            choices = {"label": labels, "text": record["choices"]}
             rows.append({"question": f"{i} {record['prompt']}", "choices": choices, "answerKey": right})
-        folder = tmp_path / "arc"
-        folder.mkdir(exist_ok=True)
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    public = write(tmp_path / "public.jsonl", tiny.public_records(rng, 60))
-    run_dir, sizes = tmp_path / "run", "--train-size 12 --validation-size 4 --test-size 8".split()
-    flags = ["--run-dir", run_dir, *tiny.COMMON]
-    data = ["--clients", "arc", "--dataset", f"arc={folder}", "--public", public, *sizes, *SIZES]
-    model = ["--backbone", "llama-3.2-3b", "--seed-model", seed_model]
-    run(project, "select_proxies.py", *flags, *model, *data)
-    run(project, "train_expert.py", *flags, *"--epochs 1 --rank 4 --alpha 8".split())
-    run(project, "unify_moe.py", *flags, "--method", "metamoe")
-    run(project, "evaluate.py", *flags, "--models", "zeroshot", "metamoe")
-    assert json.loads((run_dir / "results.json").read_text())["n"] == {"arc": 8}
+        write(folder / f"{name}.jsonl", rows)
+    public = write(folder.parent / "public.jsonl", tiny.public_records(rng, 60))
+    data = ["--clients", "arc", "--dataset", f"arc={folder}", "--public", public, *SIZES]
+    data += "--train-size 12 --validation-size 4 --test-size 8 --backbone llama-3.2-3b".split()
+    return [
+        ["select_proxies", "--run-dir", run_dir, *COMMON, "--seed-model", seed_model, *data],
+        ["train_expert", "--run-dir", run_dir, *COMMON, *FEW],
+        ["unify_moe", "--run-dir", run_dir, *COMMON, "--method", "metamoe"],
+        ["evaluate", "--run-dir", run_dir, *COMMON, "--models", "zeroshot", "metamoe"],
+    ]
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory, finished, seed_model):
+    """A folder with a copy of the project that has the entries, and the runs of `method`, `rule`, `data`."""
+    folder = tmp_path_factory.mktemp("extending")
+    project = folder / "project"
+    shutil.copytree(REPO / "metamoe", project / "metamoe", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in [*REPO.glob("*.py"), REPO / "run_all.sh", REPO / "requirements.txt"]:
+        shutil.copy(path, project)
+    (project / "tests").mkdir()
+    shutil.copy(REPO / "tests" / "drive.py", project / "tests")
+    insert(project / "metamoe" / "methods.py", "METHODS", example('"metamoe-top2"'))
+    insert(project / "select_proxies.py", "RULES", example('"least"'), example("def least_relevant"))
+    insert(project / "metamoe" / "data" / "questions.py", "CLIENTS", example('"arc"'), example("def arc"))
+    shutil.copytree(finished[0], folder / "rule")
+    commands = method_commands(project, folder / "method", seed_model) + rule_commands(folder / "rule")
+    commands += data_commands(folder / "arc", folder / "data", seed_model)
+    commands = [[str(word).removesuffix(".py") for word in command] for command in commands]
+    report = tiny.drive(repo=project, commands=commands)
+    assert report["code"] == 0, report["stderr"]
+    return folder
+
+
+def test_a_method_is_one_entry(extended):
+    assert "| MetaMoE, top-2 |" in (extended / "method" / "results.md").read_text()
+    assert read_json(extended / "method" / "moe" / "metamoe-top2" / "moe_config.json")["top_k"] == 2
+    command = [sys.executable, "-m", "metamoe.methods"]
+    done = subprocess.run(command, cwd=extended / "project", capture_output=True, text=True)
+    assert "metamoe-top2" in done.stdout
+
+
+def test_a_rule_is_one_entry(extended):
+    results = read_json(extended / "rule" / "results.json")
+    assert "metamoe-least" in [row["model"] for row in results["rows"]]
+    assert "least" in results["coverage"]["hotels"]
+
+
+def test_a_data_set_is_one_entry(extended):
+    assert read_json(extended / "data" / "results.json")["n"] == {"arc": 8}

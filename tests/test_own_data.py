@@ -1,4 +1,4 @@
-"""The user's own data: files and folders as clients and as the public set, lazy records, a client that joins."""
+"""Data of a user: files and folders as clients and as the public set, lazy records, a client that joins."""
 
 import json
 import pickle
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from tiny import refused, stage, synthetic_archive
+from tiny import flags_of, refused, stage, synthetic_archive
 
 from metamoe import backbones, federation
 from metamoe.backbones import text
@@ -59,23 +59,40 @@ def done_of(run_dir, name):
     return read_json(run_dir / "clients" / name / "private" / "done.json")
 
 
-# --- lazy records
+def own_run(backbone, client, path):
+    """The settings of a run whose client and public set are both in `path`."""
+    run = {
+        "backbone": backbone,
+        "seed_model": "",
+        "seed": 0,
+        "clients": [client],
+        "candidates": 20,
+        "proxies": 4,
+    }
+    run |= dict.fromkeys(("public_size", "train_size", "validation_size", "test_size"), 0)
+    own = {client: {"path": str(path)} | SHARES}
+    return run | {"sources": {"root": None, "public": str(path)}, "own": own}
 
 
-@pytest.fixture
-def written(tmp_path):
+def passes(name, run_dir, *flags):
+    """What a stage that must succeed prints."""
+    result = stage(name, run_dir, *flags)
+    assert result.code == 0, result.err
+    return result.out
+
+
+def test_lazy_records_are_used_as_a_list_is(tmp_path):
     rows = [{"n": i, "text": "žluťoučký\u2028kůň " * (i % 3)} for i in range(20)]
     write_records(tmp_path / "r.jsonl", rows)
-    return rows, read_records(tmp_path / "r.jsonl")
-
-
-def test_lazy_records_are_used_as_a_list_is(written):
-    rows, records = written
+    records = read_records(tmp_path / "r.jsonl")
     more, longer = records + [{"n": 20}] + [{"n": 21}], [*rows, {"n": 20}, {"n": 21}]
     for lazy, plain in ((records, rows), (more, longer)):
         assert len(lazy) == len(plain) and list(lazy) == plain and bool(lazy)
-        for index in (*range(len(plain)), -1, np.int64(3)):
-            assert lazy[index] == plain[index]
+        assert [lazy[index] for index in (*range(len(plain)), -1, np.int64(3))] == [
+            *plain,
+            plain[-1],
+            plain[3],
+        ]
         parts = slice(2, 9), slice(None, None, -3), slice(-4, None), slice(15, 99), slice(18, 21), slice(0)
         assert [lazy[part] for part in parts] == [plain[part] for part in parts]
         for index in (len(plain), -len(plain) - 1):
@@ -83,15 +100,10 @@ def test_lazy_records_are_used_as_a_list_is(written):
                 lazy[index]
     again = pickle.dumps(more)
     assert list(pickle.loads(again)) == longer and len(again) < 1000
-    assert list(zip(records, records, strict=True)) == list(
-        zip(rows, rows, strict=True)
-    )  # two readers at once
-
-
-def test_lazy_records_of_chosen_lines_and_of_nothing(tmp_path, written):
-    rows, records = written
+    assert list(zip(records, records, strict=True)) == [(row, row) for row in rows]  # two readers at once
     some = Records(records.path, np.array(records.starts)[[3, 5]], lambda record: record["n"])
     assert list(some) == [3, 5] and some[1] == 5
+
     write_records(tmp_path / "none.jsonl", [])
     assert list(read_records(tmp_path / "none.jsonl")) == [] and not read_records(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="select_proxies.py first"):
@@ -99,60 +111,48 @@ def test_lazy_records_of_chosen_lines_and_of_nothing(tmp_path, written):
 
 
 def test_windows_give_the_features_of_one_pass(seed_model, monkeypatch):
-    """Texts are grouped by length within a window: other batches, the same features, and a kill goes on in any window."""
+    """Texts are grouped by length within a window: other batches, the same features, and a kill goes on in
+    any window."""
     backbone = backbones.load_backbone("smollm2-135m", seed_model, "cpu", "float32")
-    records = tiny.public_records(random.Random(0), 90)
+    records = tiny.public_records(random.Random(0), 70)
     whole, vectors = backbone.features(records), backbone.routing_vectors(backbone.model, records)
     monkeypatch.setattr(text, "WINDOW", 32)
     assert np.allclose(backbone.features(records), whole, atol=1e-5)
     assert np.allclose(backbone.routing_vectors(backbone.model, records), vectors, atol=1e-5)
-    batches = list(backbone.embed(records))
-    assert sorted(i for indices, _ in batches for i in indices) == list(range(90)) and len(batches) >= 3
+    batches = [indices for indices, _ in backbone.embed(records)]
+    assert sorted(sum(map(list, batches), [])) == list(range(70)) and len(batches) >= 3
     for skip in range(len(batches) + 1):
-        assert [indices for indices, _ in backbone.embed(records, skip=skip)] == [
-            indices for indices, _ in batches[skip:]
-        ]
+        assert [indices for indices, _ in backbone.embed(records, skip=skip)] == batches[skip:]
 
 
-# --- a line of a file
+RECORDS = [  # (a line, and its prompt, answer and choices as they are used)
+    ({"prompt": "Q: why?\nA:", "response": "so"}, "Q: why?\nA:", " so"),
+    # the same text: tokenizers take a space with the word after it
+    ({"prompt": "Q: why?\nA: ", "response": "so \n"}, "Q: why?\nA:", " so"),
+    ({"prompt": "def f(x):\n", "response": "    return x"}, "def f(x):\n", "    return x"),
+    ({"prompt": "Translate.\n", "response": "ja"}, "Translate.\n", "ja"),
+    ({"prompt": "A poem:", "response": "\n\nRoses"}, "A poem:", "\n\nRoses"),
+    ({"prompt": "  indented", "response": "yes", "choices": None, "id": 7}, "  indented", " yes"),
+    ({"prompt": "Q", "choices": ["a", " b "], "answer": "b"}, "Q", " b", " a", " b"),
+    ({"prompt": "Q", "choices": ["a", "b"], "answer": 0}, "Q", " a", " a", " b"),
+    ({"prompt": "Q", "choices": ["1", "0"], "answer": "1"}, "Q", " 1", " 1", " 0"),  # a text, not an index
+    ({"prompt": "Q\n", "choices": ["a", "b"], "answer": 1}, "Q\n", "b", "a", "b"),
+]
 
 
-@pytest.mark.parametrize(
-    "raw, prompt, answer",
-    [
-        ({"prompt": "Q: why?\nA:", "response": "so"}, "Q: why?\nA:", " so"),
-        # the same text: tokenizers take a space with the word after it
-        ({"prompt": "Q: why?\nA: ", "response": "so \n"}, "Q: why?\nA:", " so"),
-        ({"prompt": "def f(x):\n", "response": "    return x"}, "def f(x):\n", "    return x"),
-        ({"prompt": "Translate.\n", "response": "ja"}, "Translate.\n", "ja"),
-        ({"prompt": "A poem:", "response": "\n\nRoses"}, "A poem:", "\n\nRoses"),
-        ({"prompt": "  indented", "response": "yes", "choices": None, "id": 7}, "  indented", " yes"),
-    ],
-)
-def test_an_instruction_is_used_as_it_is_written(raw, prompt, answer):
-    record = {"source": "s", "input": raw["prompt"].strip(), "prompt": prompt, "answer": answer}
-    assert user.own_record(raw, "s") == record
-
-
-@pytest.mark.parametrize(
-    "raw, answer, choices",
-    [
-        ({"prompt": "Q", "choices": ["a", " b "], "answer": "b"}, " b", [" a", " b"]),
-        ({"prompt": "Q", "choices": ["a", "b"], "answer": 0}, " a", [" a", " b"]),
-        ({"prompt": "Q", "choices": ["1", "0"], "answer": "1"}, " 1", [" 1", " 0"]),  # a text, not an index
-        ({"prompt": "Q\n", "choices": ["a", "b"], "answer": 1}, "b", ["a", "b"]),
-    ],
-)
-def test_an_answer_is_a_choices_text_or_its_index(raw, answer, choices):
-    record = user.own_record(raw, "s")
-    assert record["answer"] == answer and record["choices"] == choices and answer in choices
+def test_a_record_is_used_as_it_is_written():
+    for raw, prompt, answer, *choices in RECORDS:
+        expected = {"source": "s", "input": raw["prompt"].strip(), "prompt": prompt, "answer": answer}
+        if choices:
+            expected["choices"] = choices
+        assert user.own_record(raw, "s") == expected
 
 
 BAD = {
     "{'prompt': 1}": "not JSON",
     '["a"]': "not a JSON object (list)",
     '{"choices": ["a", "b"], "answer": "a"}': "no key 'prompt'",
-    '{"prompt": "Q"}': "no key 'response' (nor 'choices' and 'answer')",
+    '{"prompt": "Q"}': "no key 'response'",
     '{"prompt": "Q", "choices": ["a", "b"]}': "no key 'answer'",
     '{"prompt": " ", "response": "a"}': "empty prompt",
     '{"prompt": "Q", "response": "\\n"}': "empty response",
@@ -162,23 +162,25 @@ BAD = {
     '{"prompt": "Q", "choices": "ab", "answer": "a"}': "'choices' is not a list of strings",
     '{"prompt": "Q", "choices": [1, 2], "answer": 1}': "'choices' is not a list of strings",
     '{"prompt": "Q", "choices": ["a"], "answer": "a"}': "fewer than 2 choices",
-    '{"prompt": "Q", "choices": ["a", "a "], "answer": "a"}': "two equal choices",
+    '{"prompt": "Q", "choices": ["a", "a "], "answer": "a"}': "two choices are 'a'",
     '{"prompt": "Q", "choices": ["a", "b"], "answer": "c"}': "'answer' 'c' is not among the choices",
     '{"prompt": "Q", "choices": ["a", "b"], "answer": 2}': "'answer' 2 is no index into the 2 choices",
-    '{"prompt": "Q", "choices": ["a", "b"], "answer": true}': "'answer' is neither a choice's text nor its index (bool)",
+    '{"prompt": "Q", "choices": ["a", "b"], "answer": true}': "neither a choice's text nor its index (bool)",
     '{"prompt": "Q \\ud800", "response": "a"}': "half of a surrogate pair",
     '{"prompt": "Q", "response": "a"}': "no 'choices', unlike the records before it",
 }
 
 
-@pytest.mark.parametrize("line", list(BAD), ids=list(BAD.values()))
-def test_the_first_bad_record_is_named(tmp_path, line, capsys):
-    path = write_lines(tmp_path / "acme.jsonl", [question(i) for i in range(60)] + ["", line, "{"])
-    with pytest.raises(UserError) as error:
-        load(path)
-    assert f"{path}, line 62: {BAD[line]}" in str(error.value) and "--skip-bad-records" in str(error.value)
-    assert sum(counts(load(path, skip_bad=True))) == 60
-    assert f"2 bad records left out (the first: line 62: {BAD[line]}" in capsys.readouterr().out
+def test_the_first_bad_record_is_named(tmp_path, capsys):
+    for line, say in BAD.items():
+        path = write_lines(tmp_path / "acme.jsonl", [question(i) for i in range(60)] + ["", line, "{"])
+        with pytest.raises(UserError) as error:
+            load(path)
+        message = str(error.value)
+        assert f"{path}, line 62: " in message and say in message and "--skip-bad-records" in message
+        assert sum(counts(load(path, skip_bad=True))) == 60
+        said = capsys.readouterr().out
+        assert "2 bad records left out (the first: line 62: " in said and say in said
 
 
 def test_bytes_that_are_no_text_and_files_of_windows(tmp_path):
@@ -194,23 +196,16 @@ def test_bytes_that_are_no_text_and_files_of_windows(tmp_path):
 def test_too_few_records(tmp_path):
     path = tmp_path / "acme.jsonl"
     for rows, sizes, say in (
-        ([question(i) for i in range(49)], SHARES, "--client acme=.*: 49 usable records, at least 50"),
-        ([question(0)] * 80, SHARES, "80 records with 1 different prompts"),
-        (
-            [question(i) for i in range(60)],
-            SHARES | {"train": 50, "test": 9},
-            "--train-size 50.*--test-size 9",
-        ),
+        ([question(i) for i in range(49)], {}, "--client acme=.*: 49 usable records, at least 50"),
+        ([question(0)] * 80, {}, "80 records with 1 different prompts"),
+        ([question(i) for i in range(60)], {"train": 50, "test": 9}, "--train-size 50.*--test-size 9"),
     ):
         write_lines(path, rows)
         with pytest.raises(UserError, match=say):
-            load(path, sizes)
+            load(path, SHARES | sizes)
     for wrong in (tmp_path, tmp_path / "nowhere.jsonl"):
         with pytest.raises(UserError, match=f"--client acme={wrong}: no such file"):
             load(wrong)
-
-
-# --- splits
 
 
 def test_a_file_is_split_80_10_10_by_the_seed(tmp_path):
@@ -227,11 +222,7 @@ def test_a_file_is_split_80_10_10_by_the_seed(tmp_path):
 def test_no_prompt_is_in_two_parts(tmp_path):
     rows = [instruction(i // 4) | {"response": f"answer {i}"} for i in range(240)]
     parts = load(write_lines(tmp_path / "acme.jsonl", rows))
-    prompts = [
-        record["prompt"]
-        for records in parts.values()
-        for record in {r["prompt"]: r for r in records}.values()
-    ]
+    prompts = sum((list({record["prompt"] for record in records}) for records in parts.values()), [])
     assert len(set(prompts)) == len(prompts) and "choices" not in parts["train"][0]
     assert counts(parts)[1:] == [24, 24] and len(parts["train"]) >= 186
 
@@ -275,25 +266,12 @@ def test_a_folder_of_images_is_split_with_every_class_alike(photos, capsys):
 
 def test_image_clients_and_public_set_of_ones_own(photos, tmp_path):
     """The data of a CLIP run, without the CLIP."""
-    run = {
-        "backbone": "vit-b-32",
-        "seed_model": "",
-        "seed": 0,
-        "clients": ["zoo"],
-        "candidates": 20,
-        "proxies": 4,
-    }
-    run |= dict.fromkeys(("public_size", "train_size", "validation_size", "test_size"), 0)
-    run |= {"sources": {"root": None, "public": str(photos)}, "own": {"zoo": {"path": str(photos)} | SHARES}}
-    run_dir = tmp_path / "run"
+    run, run_dir = own_run("vit-b-32", "zoo", photos), tmp_path / "run"
     federation.write_data(run_dir, run, *federation.read_data(run_dir, run))
     assert done_of(run_dir, "zoo") == {"seed": 0, "train": 74, "validation": 9, "test": 9}
     assert read_json(run_dir / "public" / "classes.json") == ["cat", "emu", "small dog"]
     assert len(read_records(run_dir / "public" / "records.jsonl")) == 92
     assert read_json(run_dir / "run.json") == run
-
-
-# --- the command line
 
 
 @pytest.fixture
@@ -306,17 +284,15 @@ def files(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def new_run(files, seed_model):
-    """Flags of a new run on the files."""
-    clients = ["--client", f"acme={files}/acme.jsonl", "--client", f"brick={files}/brick.jsonl"]
-    return ["--seed-model", seed_model, *clients, "--public", f"{files}/public.jsonl", *FEW]
-
-
-def test_own_clients_and_public_set_from_nothing(files, new_run):
+def test_own_clients_and_public_set_from_nothing(files, seed_model):
     run_dir, acme = files / "run", f"acme={files}/acme.jsonl"
-    result = stage("select_proxies", run_dir, *new_run)
-    assert result.code == 0, result.err
+    flags = ["--client", acme, "--client", f"brick={files}/brick.jsonl", "--public", f"{files}/public.jsonl"]
+    flags += ["--seed-model", seed_model, *FEW]
+    with open(files / "brick.jsonl", "a") as file:
+        file.write('{"prompt": "cut off')
+    assert "brick.jsonl, line 81: not JSON" in refused("select_proxies", run_dir, *flags, watch=files)
+    said = passes("select_proxies", run_dir, *flags, "--skip-bad-records")
+    assert "brick.jsonl: 1 bad records left out" in said
     run = read_json(run_dir / "run.json")
     assert run["clients"] == ["acme", "brick"] and run["public_size"] == 0
     assert run["own"]["brick"] == {"path": f"{files}/brick.jsonl"} | SHARES
@@ -326,14 +302,13 @@ def test_own_clients_and_public_set_from_nothing(files, new_run):
     first = {"source": "public", "input": prompt, "prompt": prompt, "answer": " It is grey, and 0 tall."}
     assert public[0] == first and len(public) == 70 and public[1]["answer"] == " no"
     before = state(run_dir)
-    assert stage("select_proxies", run_dir, *new_run).out.count("skipped") == 2
+    assert stage("select_proxies", run_dir, *flags).out.count("skipped") == 2
     assert stage("select_proxies", run_dir, "--client", "brick").out.count("skipped") == 1
     assert state(run_dir) == before
-    assert "own" in refused("select_proxies", run_dir, *new_run, "--train-size", "20")
+    assert "own" in refused("select_proxies", run_dir, *flags, "--train-size", "20")
     assert "clients" in refused("select_proxies", run_dir, "--client", acme)
     assert "nobody" in refused("select_proxies", run_dir, "--client", "nobody")
-    result = stage("train_expert", run_dir, "--epochs", "1", "--rank", "2")
-    assert result.code == 0 and "48 private + 6 proxies" in result.out, result.err
+    assert "48 private + 6 proxies" in passes("train_expert", run_dir, "--epochs", "1", "--rank", "2")
 
 
 def test_own_clients_take_the_backbones_public_set(files, seed_model, monkeypatch):
@@ -343,37 +318,36 @@ def test_own_clients_take_the_backbones_public_set(files, seed_model, monkeypatc
     flags += ["--public-size", "48", *FEW, "--test-size", "5"]
     result = stage("select_proxies", run_dir, *flags, "--client", "acme")
     assert "--train-size 400" in result.err  # intent's own preset, more than the small archive has
-    result = stage("select_proxies", run_dir, *flags, "--train-size", "20", "--validation-size", "4")
-    assert result.code == 0, result.err
+    passes("select_proxies", run_dir, *flags, "--train-size", "20", "--validation-size", "4")
     for name in ("intent", "acme"):
         assert done_of(run_dir, name) == {"seed": 0, "train": 20, "validation": 4, "test": 5}
     public = run_dir / "public" / "records.jsonl"
     assert len(read_records(public)) == 48
     before = public.read_bytes()
-    result = stage("select_proxies", run_dir, "--join", "hotels")
-    assert result.code == 0 and public.read_bytes() == before, result.err
+    passes("select_proxies", run_dir, "--join", "hotels")
+    assert public.read_bytes() == before
 
 
 ACME = "--client acme=FILES/acme.jsonl"
 
 
-@pytest.mark.parametrize(
-    "flags, say",
-    [
-        ("--client acme=FILES/nowhere.jsonl", "--client acme="),
-        (f"{ACME} --client acme=FILES/brick.jsonl", "each NAME once"),
-        ("--client a/b=FILES/acme.jsonl", "--client a/b="),
-        ("--client acme=", "--client acme="),
-        (f"{ACME} --clients acme", "--clients acme: unknown"),
-        (f"{ACME} --test-size -1", "--test-size -1"),
-        (f"{ACME} --train-size 60", "too few for --train-size 60"),
-        (f"{ACME} --candidates 71", "--candidates 71 is more than the 70 public samples"),
-        (f"{ACME} --public FILES/nowhere.jsonl", "--public"),
-        (f"{ACME} --dataset acme=FILES", "--client NAME=PATH"),
-        (f"{ACME} --public FILES/bad.jsonl", "bad.jsonl, line 3: not JSON"),
-        ("--join acme=FILES/acme.jsonl", "holds no run yet"),
-    ],
-)
+BAD_FLAGS = [
+    ("--client acme=FILES/nowhere.jsonl", "--client acme="),
+    (f"{ACME} --client acme=FILES/brick.jsonl", "each NAME once"),
+    ("--client a/b=FILES/acme.jsonl", "--client a/b="),
+    ("--client acme=", "--client acme="),
+    (f"{ACME} --clients acme", "--clients acme: unknown"),
+    (f"{ACME} --test-size -1", "--test-size -1"),
+    (f"{ACME} --train-size 60", "too few for --train-size 60"),
+    (f"{ACME} --candidates 71", "--candidates 71 is more than the 70 public samples"),
+    (f"{ACME} --public FILES/nowhere.jsonl", "--public"),
+    (f"{ACME} --dataset acme=FILES", "--client NAME=PATH"),
+    (f"{ACME} --public FILES/bad.jsonl", "bad.jsonl, line 3: not JSON"),
+    ("--join acme=FILES/acme.jsonl", "holds no run yet"),
+]
+
+
+@pytest.mark.parametrize("flags, say", BAD_FLAGS)
 def test_bad_flags_leave_nothing(files, seed_model, flags, say):
     rows = [instruction(i) for i in range(60)]
     write_lines(files / "bad.jsonl", [*rows[:2], "{", *rows])
@@ -383,24 +357,8 @@ def test_bad_flags_leave_nothing(files, seed_model, flags, say):
     assert say in refused("select_proxies", files / "run", *flags, watch=files)
 
 
-def test_skipping_bad_records_is_said_on_the_command_line(files, new_run):
-    with open(files / "brick.jsonl", "a") as file:
-        file.write('{"prompt": "cut off')
-    assert "brick.jsonl, line 81: not JSON" in refused("select_proxies", files / "run", *new_run, watch=files)
-    result = stage("select_proxies", files / "run", *new_run, "--skip-bad-records")
-    assert result.code == 0 and "brick.jsonl: 1 bad records left out" in result.out, result.err
-
-
-# --- a client that joins
-
-
-def test_a_client_joins_and_the_others_work_stays(files, seed_model):
-    run_dir, acme = files / "run", f"acme={files}/acme.jsonl"
-    tiny.make_run(run_dir, seed_model)
-    few = "--epochs 1 --rank 2 --alpha 4 --batch-size 6 --warmup-steps 1".split()
-    assert stage("select_proxies", run_dir).code == 0 and stage("train_expert", run_dir, *few).code == 0
-    assert stage("unify_moe", run_dir, "--method", "metamoe").code == 0
-    before = state(run_dir)
+def test_a_client_joins_and_the_others_work_stays(files, run):
+    acme, before = f"acme={files}/acme.jsonl", state(run)
     for flags, say in (
         (["--join", f"hotels={files}/acme.jsonl"], "a client of that name"),
         (["--join", "nobody"], "--join nobody=PATH"),
@@ -409,82 +367,67 @@ def test_a_client_joins_and_the_others_work_stays(files, seed_model):
         (["--join", f"acme={files}/none"], "no such file"),
         (["--join", acme, "--train-size", "60"], "too few"),
     ):
-        assert say in refused("select_proxies", run_dir, *flags)
-    result = stage("select_proxies", run_dir, "--join", acme)
-    assert result.code == 0 and "select_proxies: acme: 6 of 48" in result.out, result.err
-    after = state(run_dir)
+        assert say in refused("select_proxies", run, *flags)
+    assert "select_proxies: acme: 6 of 48" in passes("select_proxies", run, "--join", acme)
+    after = state(run)
     changed = {path for path in before | after if before.get(path) != after.get(path)}
     assert {path for path in changed if not path.startswith("clients/acme/")} == {"run.json"}
-    assert read_json(run_dir / "run.json")["clients"] == [*tiny.CLIENTS, "acme"]
+    assert read_json(run / "run.json")["clients"] == [*tiny.CLIENTS, "acme"]
     for again in (acme, "acme", "hotels"):
-        assert "selection is there already, skipped" in stage("select_proxies", run_dir, "--join", again).out
-    assert state(run_dir) == after
-    assert "other data" in refused("select_proxies", run_dir, "--join", f"acme={files}/brick.jsonl")
-    assert stage("select_proxies", run_dir).out.count("skipped") == 4
-    result = stage("train_expert", run_dir, *few)  # the others' experts are theirs still
-    assert result.out.count("expert is there already, skipped") == 3
-    assert "acme: aligned-dpp: 48 private + 6 proxies" in result.out
-    assert "uploads" in refused("unify_moe", run_dir, "--method", "metamoe")
-    assert stage("unify_moe", run_dir, "--method", "metamoe", "--force").code == 0
-    result = stage("evaluate", run_dir, "--models", "zeroshot", "metamoe")
-    assert result.code == 0, result.err
-    assert read_json(run_dir / "results.json")["n"] == dict.fromkeys(tiny.CLIENTS, 16) | {"acme": 6}
+        assert "selection is there already, skipped" in stage("select_proxies", run, "--join", again).out
+    assert state(run) == after
+    assert "other data" in refused("select_proxies", run, "--join", f"acme={files}/brick.jsonl")
+    assert stage("select_proxies", run).out.count("skipped") == 4
+    said = passes("train_expert", run, *flags_of("train_expert", run, "aligned"))
+    assert said.count("expert is there already, skipped") == 3  # the others' experts are theirs still
+    assert "acme: aligned-dpp: 48 private + 6 proxies" in said
+    flags = flags_of("unify_moe", run, "metamoe")
+    assert "uploads" in refused("unify_moe", run, *flags)
+    passes("unify_moe", run, *flags, "--force")
+    passes("evaluate", run, "--models", "zeroshot", "metamoe")
+    assert read_json(run / "results.json")["n"] == dict.fromkeys(tiny.CLIENTS, 16) | {"acme": 6}
 
 
-def test_a_join_that_was_killed_goes_on(files, seed_model):
+def test_a_join_that_was_killed_goes_on(files, run):
     """run.json is written before the client's data: without them the same command makes them."""
-    run_dir, join = files / "run", ["--join", f"acme={files}/acme.jsonl"]
-    tiny.make_run(run_dir, seed_model)
-    assert stage("select_proxies", run_dir, *join, "--test-size", "9").code == 0
-    whole = state(run_dir)
-    shutil.rmtree(run_dir / "clients" / "acme")
-    assert stage("select_proxies", run_dir, *join).code == 0
-    assert state(run_dir) == whole and done_of(run_dir, "acme")["test"] == 9
-    left = {key: value for key, value in read_json(run_dir / "run.json").items() if key != "own"}
+    join = ["--join", f"acme={files}/acme.jsonl"]
+    passes("select_proxies", run, *join, "--test-size", "9")
+    whole = state(run)
+    shutil.rmtree(run / "clients" / "acme")
+    passes("select_proxies", run, *join)
+    assert state(run) == whole and done_of(run, "acme")["test"] == 9
+    left = {key: value for key, value in read_json(run / "run.json").items() if key != "own"}
     # it had left: all its work is there still
-    write_json(run_dir / "run.json", left | {"clients": tiny.CLIENTS})
-    assert "skipped" in stage("select_proxies", run_dir, *join, "--test-size", "9").out
-    assert state(run_dir) == whole
-
-
-# --- large files
+    write_json(run / "run.json", left | {"clients": tiny.CLIENTS})
+    assert "skipped" in stage("select_proxies", run, *join, "--test-size", "9").out
+    assert state(run) == whole
 
 
 MEASURE = """
 import json, resource, sys
 from pathlib import Path
-import numpy as np
 from metamoe import federation
 from metamoe.records import read_records
-folder = Path(sys.argv[1])
-sizes = {"train": 0, "validation": 0, "test": 0}
-run = {"backbone": "smollm2-135m", "seed": 0, "clients": ["acme"], "candidates": 900, "proxies": 150}
-run |= {"public_size": 0, "train_size": 0, "validation_size": 0, "test_size": 0}
-run |= {"sources": {"public": str(folder / "big.jsonl")}, "own": {"acme": {"path": str(folder / "big.jsonl")} | sizes}}
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-before = peak()
-federation.write_data(folder / "run", run, *federation.read_data(folder / "run", run))
-for path in sorted((folder / "run").rglob("*.jsonl")):
+run, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+federation.write_data(folder, run, *federation.read_data(folder, run))
+for path in sorted(folder.rglob("*.jsonl")):
     records = read_records(path)
     assert sum(1 for record in records) == len(records) == len(records + [])
     assert len(records[:1000]) == 1000
-print(json.dumps({"before": before, "after": peak()}))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    """100,000 records as a client and as the public set: as dicts they would take more than 100 MB."""
-    write_lines(tmp_path / "big.jsonl", (instruction(i) for i in range(100_000)))
-    command, where = [sys.executable, "-c", MEASURE, tmp_path], tiny.environment(PYTHONPATH=str(tiny.REPO))
+    """60,000 records as a client and as the public set: as dicts they would take more than 60 MB."""
+    path = write_lines(tmp_path / "big.jsonl", (instruction(i) for i in range(60_000)))
+    run = json.dumps(own_run("smollm2-135m", "acme", path))
+    command = [sys.executable, "-c", MEASURE, run, tmp_path / "run"]
+    where = tiny.environment(PYTHONPATH=str(tiny.REPO))
     done = subprocess.run(command, env=where, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    used = json.loads(done.stdout.splitlines()[-1])
-    assert used["after"] - used["before"] < 50, used
-    assert done_of(tmp_path / "run", "acme") == {
-        "seed": 0,
-        "train": 80_000,
-        "validation": 10_000,
-        "test": 10_000,
-    }
-    assert (tmp_path / "run" / "public" / "records.jsonl").stat().st_size > 13e6
+    assert float(done.stdout.splitlines()[-1]) < 30
+    assert done_of(tmp_path / "run", "acme") == {"seed": 0, "train": 48_000, "validation": 6000, "test": 6000}
+    assert (tmp_path / "run" / "public" / "records.jsonl").stat().st_size > 7e6

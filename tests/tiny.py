@@ -1,5 +1,6 @@
 """A tiny seed model and a run directory with synthetic data, in the layout that federation.write_data writes."""
 
+import contextlib
 import json
 import os
 import random
@@ -184,13 +185,13 @@ def environment(**extra):
     }
 
 
-def drive(**job):
-    """Run a job of drive.py in a process of its own; returns its report."""
+def drive(repo=REPO, **job):
+    """Run a job of drive.py, on the project in `repo`, in a process of its own; returns its report."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         (Path(folder) / "job.json").write_text(json.dumps(job | {"report": str(report)}))
         done = subprocess.run(
-            [sys.executable, REPO / "tests" / "drive.py", Path(folder) / "job.json"],
+            [sys.executable, repo / "tests" / "drive.py", Path(folder) / "job.json"],
             env=environment(),
             capture_output=True,
             text=True,
@@ -216,6 +217,15 @@ def refused(name, run_dir, *args, watch=None):
     assert result.err.count("\n") == 1 and result.err.startswith("error: "), result.err
     assert (snapshot(watch), sorted(Path(watch).rglob("*"))) == before
     return result.err
+
+
+def fill(disk, room):
+    """Write a file that leaves `room` bytes free on a small disk."""
+    with open(disk / "ballast", "wb", buffering=0) as ballast:
+        with contextlib.suppress(OSError):
+            while ballast.write(b"x" * 1024):
+                pass
+        ballast.truncate(ballast.tell() - room)
 
 
 def forge(upload):

@@ -1,6 +1,5 @@
 """BIG-bench: records, splits and the public set; the statistics of the table."""
 
-import json
 import random
 import re
 from itertools import chain, combinations
@@ -14,6 +13,7 @@ from metamoe.data.bigbench import Archive, to_record
 from metamoe.errors import UserError
 from metamoe.report import costs, paper, pooled, statistics, tables
 from metamoe.rivals import btm
+from metamoe.rundir import write_json
 
 # --- containment
 
@@ -24,26 +24,20 @@ def test_normalise():
     assert [bigbench.normalise(text) for text in texts] == wanted
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(12))
 def test_the_containment_filter_agrees_with_brute_force(seed):
-    """Few words, so that prefixes, repeats and overlaps of the needles are common; needles of 1 to 7 words."""
+    """Few words, so that prefixes, repeats and overlaps are common; needles of 1 to 7 words."""
     rng = random.Random(seed)
     words = ["a", "b", "ab", "ba", "c"][: rng.randint(2, 5)]
     least = 1 if seed % 3 else 4
-    needles = [" ".join(rng.choices(words, k=rng.randint(least, 7))) for _ in range(rng.randint(1, 6))] + [""]
-    contains = bigbench.containment_filter(needles)
-    for _ in range(150):
+    needles = [" ".join(rng.choices(words, k=rng.randint(least, 7))) for _ in range(rng.randint(1, 6))]
+    contains = bigbench.containment_filter([*needles, ""])
+    for _ in range(300):
         said = [w.upper() if rng.random() < 0.2 else w for w in rng.choices(words, k=rng.randint(0, 12))]
         text = rng.choice([" ", ", ", "\n"]).join(said)
-        brute = any(f" {t} " in f" {bigbench.normalise(text)} " for t in needles if t)
+        brute = any(f" {needle} " in f" {bigbench.normalise(text)} " for needle in needles)
         assert contains(text) == brute, (needles, text)
     assert contains(f"x {needles[0]} x")
-
-
-def test_the_filter_respects_word_boundaries():
-    contains = bigbench.containment_filter(["the cat sat down"])
-    texts = ["Well: THE cat... sat; down!", "the cat sat downstairs", "the cat sat"]
-    assert [contains(text) for text in texts] == [True, False, False]
 
 
 def test_client_texts_are_the_input_and_its_fields():
@@ -56,43 +50,25 @@ def test_client_texts_are_the_input_and_its_fields():
 # --- records
 
 
-def test_to_record_takes_the_single_best_choice():
-    example = {"input": " How? ", "target_scores": {"yes": 0, "no ": 1}}
-    wanted = {
-        "source": "t",
-        "input": "How?",
-        "prompt": "Q: How?\nA:",
-        "answer": " no",
-        "choices": [" yes", " no"],
-    }
-    assert to_record(example, "t", "Q: {input}\nA:") == wanted
-
-
-def test_to_record_gives_a_generation_task_its_choices_and_leaves_out_other_targets():
-    made = [
-        to_record({"input": "x", "target": target}, "t", "{input}", ["a", "b"])
-        for target in (["b"], ["a", "b"], ["c"])
-    ]
-    assert made[0]["choices"] == [" a", " b"] and made[0]["answer"] == " b" and made[1:] == [None, None]
-
-
-@pytest.mark.parametrize("target", ["a word", ["a word", "another"]])
-def test_to_record_takes_the_first_target(target):
-    wanted = {"source": "t", "input": "x", "prompt": "x", "answer": " a word"}
-    assert to_record({"input": "x", "target": target}, "t", "{input}") == wanted
-
-
-LEFT_OUT = {
-    "two best": {"input": "x", "target_scores": {"yes": 1, "no": 1}},
-    "no answer": {"input": "x", "target": "  "},
-    "long prompt": {"input": "x" * (bigbench.MAX_CHARS + 1), "target": "y"},
-    "long answer": {"input": "x", "target": "y" * (bigbench.MAX_ANSWER_CHARS + 1)},
-}
-
-
-@pytest.mark.parametrize("why", LEFT_OUT)
-def test_to_record_leaves_out(why):
-    assert to_record(LEFT_OUT[why], "t", "{input}") is None
+@pytest.mark.parametrize(
+    "example, choices, wanted",
+    [
+        ({"target_scores": {"yes": 0, "no ": 1}}, None, {"answer": " no", "choices": [" yes", " no"]}),
+        ({"target_scores": {"yes": 1, "no": 1}}, None, None),
+        ({"target": "a word"}, None, {"answer": " a word"}),
+        ({"target": ["a word", "another"]}, None, {"answer": " a word"}),
+        ({"target": ["b"]}, ["a", "b"], {"answer": " b", "choices": [" a", " b"]}),
+        ({"target": ["a", "b"]}, ["a", "b"], None),
+        ({"target": ["c"]}, ["a", "b"], None),
+        ({"target": "  "}, None, None),
+        ({"target": "y" * (bigbench.MAX_ANSWER_CHARS + 1)}, None, None),
+        ({"input": "x" * (bigbench.MAX_CHARS + 1), "target": "y"}, None, None),
+    ],
+)
+def test_to_record_takes_the_single_best_answer_or_leaves_the_example_out(example, choices, wanted):
+    if wanted:
+        wanted = {"source": "t", "input": "How?", "prompt": "Q: How?\nA:"} | wanted
+    assert to_record({"input": " How? "} | example, "t", "Q: {input}\nA:", choices) == wanted
 
 
 # --- splits
@@ -103,9 +79,10 @@ SIZES = {"train": 30, "validation": 10, "test": 20}
 def split(name, seed, count=400):
     """Parts of VitaminC's kind of records: every passage and every claim stands in several."""
     rng = random.Random(0)
-    number = lambda: rng.randrange(count // 2)  # noqa: E731
-    text = "Passage: passage number {} says something of substance\nClaim: claim number {} says something of substance"
-    records = [{"input": text.format(number(), number())} for _ in range(count)]
+    says = "number {} says something of substance"
+    text = f"Passage: passage {says}\nClaim: claim {says}"
+    numbers = [(rng.randrange(count // 2), rng.randrange(count // 2)) for _ in range(count)]
+    records = [{"input": text.format(*pair)} for pair in numbers]
     return bigbench.split_client(name, records + [None] * 5, SIZES, seed)
 
 
@@ -167,49 +144,49 @@ def test_public_records_have_distinct_prompts_and_every_source(examples):
         bigbench.public_records(100_000, Archive(examples, []))
 
 
+REAL = {"train": 400, "validation": 80, "test": 200}
+
+
 @pytest.fixture(scope="module")
 def real():
-    """The public set of the real archive, and its clients with the default's sizes for two random seeds."""
+    """Of the real archive: the public set, and {(client, random seed): parts} in the default's sizes."""
     try:
         fetch.fetch(**fetch.BIGBENCH)
     except UserError as error:
         pytest.skip(f"BIG-bench is not to be had: {error}")
-    archive, clients = bigbench.read_archive({}, bigbench.CLIENTS), bigbench.CLIENTS.items()
-    sizes = {"train": 400, "validation": 80, "test": 200}
-    seeds = [{name: task.load(name, sizes, seed, archive) for name, task in clients} for seed in (0, 1)]
-    return bigbench.public_records(6000, archive), seeds, sizes
+    archive, parts = bigbench.read_archive({}, bigbench.CLIENTS), {}
+    for name, task in bigbench.CLIENTS.items():
+        for seed in (0, 1):
+            parts[name, seed] = task.load(name, REAL, seed, archive)
+    return bigbench.public_records(6000, archive), parts
 
 
 @pytest.mark.slow
-def test_real_sizes_and_lengths(real):
-    public, (clients, _), sizes = real
-    assert len({bigbench.normalise(record["prompt"]) for record in public}) == len(public) == 6000
-    for record in public + [record for parts in clients.values() for record in records_of(parts)]:
+def test_real_public_records_are_distinct_and_short(real):
+    assert len({bigbench.normalise(record["prompt"]) for record in real[0]}) == len(real[0]) == 6000
+    for record in chain(real[0], *map(records_of, real[1].values())):
         assert len(record["prompt"]) <= bigbench.MAX_CHARS
         assert 1 < len(record["answer"]) <= bigbench.MAX_ANSWER_CHARS + 1
-    for parts in clients.values():
-        assert {name: len(part) for name, part in parts.items()} == sizes
-        for record in records_of(parts):
-            choices = record["choices"]
-            assert record["answer"] in choices and 2 <= len(set(choices)) == len(choices)
 
 
 @pytest.mark.slow
 def test_real_clients_are_disjoint_with_distinct_splits_a_seed(real):
-    _, seeds, _ = real
-    for parts in chain.from_iterable(clients.values() for clients in seeds):
+    for parts in real[1].values():
+        assert {name: len(part) for name, part in parts.items()} == REAL
+        for record in records_of(parts):
+            choices = record["choices"]
+            assert record["answer"] in choices and 2 <= len(set(choices)) == len(choices)
         fields = [set(bigbench.client_texts(record)) for record in records_of(parts)]
         assert len(set().union(*fields)) == sum(map(len, fields))  # no field twice
-    for name in bigbench.CLIENTS:
-        assert seeds[0][name]["test"] != seeds[1][name]["test"]
+    assert all(real[1][name, 0]["test"] != real[1][name, 1]["test"] for name in bigbench.CLIENTS)
 
 
 @pytest.mark.slow
 def test_no_real_public_text_contains_a_clients_text(real):
-    """Checked without the filter: by plain `in`, each field of each client record in all public texts at once."""
+    """Checked without the filter: by plain `in`, each field of each client record in all public texts."""
     public = "\n".join(f" {text} " for text in normalised(real[0]))
     texts = set()
-    for record in chain.from_iterable(records_of(parts) for clients in real[1] for parts in clients.values()):
+    for record in chain.from_iterable(map(records_of, real[1].values())):
         fields = record["input"].replace(" (Answer: ", "\n").splitlines()
         texts |= {record["input"], *(field.split(": ", 1)[-1] for field in fields)}
     words = [re.findall(r"\w+", text.lower()) for text in texts]
@@ -221,54 +198,39 @@ def test_no_real_public_text_contains_a_clients_text(real):
 # --- the statistics
 
 
-@pytest.mark.parametrize(
-    "successes, n, low, high",
-    [
-        (8, 10, 49.02, 94.33),
-        (0, 10, 0, 27.75),
-        (10, 10, 72.25, 100),
-        (50, 100, 40.38, 59.62),
-        (81, 263, 25.53, 36.62),
-    ],
-)
-def test_wilson_against_published_values(successes, n, low, high):
+def test_wilson_against_published_values():
     """81 of 263: Newcombe (1998), Table I, method 3 (0.2553, 0.3662)."""
-    assert statistics.wilson(successes, n) == pytest.approx([low, high], abs=0.01)
-
-
-def test_bootstrap_of_identical_rows_is_zero():
-    row = {"a": np.array([1.0, 0, 1]), "b": np.array([0.0, 1])}
-    assert statistics.paired_bootstrap(row, row, 0) == {"difference": 0.0, "interval": [0.0, 0.0]}
+    counts = [(8, 10), (0, 10), (10, 10), (50, 100), (81, 263)]
+    intervals = [(49.02, 94.33), (0, 27.75), (72.25, 100), (40.38, 59.62), (25.53, 36.62)]
+    for count, interval in zip(counts, intervals, strict=True):
+        assert statistics.wilson(*count) == pytest.approx(interval, abs=0.01)
 
 
 def test_bootstrap_is_paired_weights_clients_alike_and_follows_its_seed():
     rng = np.random.default_rng(0)
     theirs = {"a": rng.integers(0, 2, 400).astype(float), "b": rng.integers(0, 2, 50).astype(float)}
-    ours = {name: values.copy() for name, values in theirs.items()}
-    ours["b"][theirs["b"] == 0] = 1.0  # all wrong answers of b put right
+    ours = theirs | {"b": np.ones(50)}  # all wrong answers of b put right
     gap = statistics.paired_bootstrap(ours, theirs, 0)
-    share = 100 * np.mean(theirs["b"] == 0)
-    assert gap["difference"] == pytest.approx(share / 2)
+    share = np.mean(theirs["b"] == 0)
+    assert gap["difference"] == pytest.approx(50 * share)
     # a never differs: all the spread is b's, half of a binomial's
-    spread = 100 * np.sqrt(share / 100 * (1 - share / 100) / 50) / 2
-    assert gap["interval"] == pytest.approx([share / 2 - 1.96 * spread, share / 2 + 1.96 * spread], abs=1.5)
-    assert gap == statistics.paired_bootstrap(ours, theirs, 0)
+    spread = 50 * np.sqrt(share * (1 - share) / 50)
+    assert gap["interval"] == pytest.approx([50 * share - 1.96 * spread, 50 * share + 1.96 * spread], abs=1.5)
+    assert statistics.paired_bootstrap(ours, ours, 0) == {"difference": 0.0, "interval": [0.0, 0.0]}
     few = [statistics.paired_bootstrap(ours, theirs, seed, resamples=20)["interval"] for seed in (0, 0, 1)]
     assert few[0] == few[1] != few[2]
 
 
 def test_ensemble_is_the_mean_of_the_probabilities():
-    experts = [
-        {"scores": {"a": [[np.log(0.1), np.log(0.3)], [0.0, 0.0, np.log(2)]]}},
-        {"scores": {"a": [[np.log(8), np.log(2)], [-1000.0, -1000.0, -1000.0]]}},
-    ]
-    first, second = btm.ensemble(experts)["a"]
+    one = [[np.log(0.1), np.log(0.3)], [0.0, 0.0, np.log(2)]]
+    other = [[np.log(8), np.log(2)], [-1000.0, -1000.0, -1000.0]]
+    first, second = btm.ensemble([{"scores": {"a": one}}, {"scores": {"a": other}}])["a"]
     assert first == pytest.approx([(0.25 + 0.8) / 2, (0.75 + 0.2) / 2])
     assert second == pytest.approx([(1 / 4 + 1 / 3) / 2] * 2 + [(1 / 2 + 1 / 3) / 2])
 
 
 def test_is_right_compares_the_likeliest_choices_text():
-    records = [{"choices": [" a", " b"], "answer": " b"}, {"choices": [" a", " b"], "answer": " b"}]
+    records = [{"choices": [" a", " b"], "answer": " b"}] * 2
     assert statistics.is_right([[-2.0, -1.0], [-1.0, -2.0]], records).tolist() == [1.0, 0.0]
 
 
@@ -276,84 +238,64 @@ def test_shares_of_the_tokens_add_up_to_one():
     assert statistics.shares([[1, 3], [2, 2]]) == [[0.25, 0.75], [0.5, 0.5]]
 
 
+# --- the tables
+
+
+def write_results(run_dir, seed, ours, theirs):
+    """A run's results.json with four test samples of one client, scored by two models."""
+    rows = []
+    for model, digits in (("zeroshot", theirs), ("metamoe", ours)):
+        accuracy = 25.0 * digits.count("1")
+        clients = {"a": {"accuracy": accuracy, "right": digits}}
+        rows.append({"model": model, "title": model, "clients": clients, "average": accuracy})
+    write_json(run_dir / "results.json", {"run": {"seed": seed, "clients": ["a"]}, "rows": rows})
+    return run_dir
+
+
 def test_pool_prints_means_deviations_and_paired_differences(tmp_path, capsys):
-    def write(seed, ours, theirs):
-        def row(model, digits):
-            values = [int(c) for c in digits]
-            return {
-                "model": model,
-                "title": model,
-                "clients": {"a": {"accuracy": 25.0 * sum(values), "right": digits}},
-                "average": 25.0 * sum(values),
-            }
-
-        (tmp_path / str(seed)).mkdir()
-        results = {
-            "run": {"seed": seed, "clients": ["a"]},
-            "rows": [row("zeroshot", theirs), row("metamoe", ours)],
-        }
-        (tmp_path / str(seed) / "results.json").write_text(json.dumps(results))
-        return tmp_path / str(seed)
-
-    runs = [write(0, "1111", "0000"), write(1, "1110", "1000")]
-    pooled.pool(runs, "results.json")
+    first = write_results(tmp_path / "0", 0, "1111", "0000")
+    second = write_results(tmp_path / "1", 1, "1110", "1000")
+    pooled.pool([first, second], "results.json")
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| zeroshot | 12.50 ± 17.68 | 12.50 ± 17.68 | +75.00 (")
     assert lines[3] == "| metamoe | 87.50 ± 17.68 | 87.50 ± 17.68 |  |"
-    with pytest.raises(UserError, match="evaluate it alone first"):
-        pooled.pool([runs[0], tmp_path], "results.json")
-    (runs[1] / "results.json").write_text(json.dumps({"run": {"seed": 1, "clients": ["b"]}, "rows": []}))
-    with pytest.raises(UserError, match="only the random seed may differ"):
-        pooled.pool(runs, "results.json")
-
-
-RUN = {
-    "backbone": "vit-b-32",
-    "seed": 0,
-    "seed_model": "",
-    "clients": ["flowers", "pets", "eurosat"],
-    "candidates": 3000,
-    "proxies": 500,
-}
+    with pytest.raises(UserError, match="evaluate it alone"):
+        pooled.pool([first, tmp_path], "results.json")
+    write_json(second / "results.json", {"run": {"seed": 1, "clients": ["b"]}, "rows": []})
+    with pytest.raises(UserError, match="random seed"):
+        pooled.pool([first, second], "results.json")
 
 
 def test_the_papers_rows_average_to_the_papers_averages():
-    """A slip of the pen in a constant would show: every printed average is the mean of its clients, to the rounding."""
+    """A slip in a constant would show: every printed average is the mean of its clients, to the rounding."""
     for backbone, rows in paper.PAPER.items():
-        assert set(rows) <= {
-            "zeroshot",
-            *methods.METHODS,
-            *(f"expert-{name}" for name in paper.PAPER_CLIENTS[backbone]),
-        }
+        experts = {f"expert-{name}" for name in paper.PAPER_CLIENTS[backbone]}
+        assert set(rows) <= {"zeroshot", *methods.METHODS, *experts}
         for model, numbers in rows.items():
             if len(numbers) > 1:
                 assert np.mean(numbers[:-1]) == pytest.approx(numbers[-1], abs=0.011), (backbone, model)
 
 
 def test_results_of_the_papers_backbones_stand_beside_the_papers():
-    names = RUN["clients"]
-    row = {
-        "model": "metamoe",
-        "title": "MetaMoE",
-        "clients": {name: {"accuracy": 50.0, "wilson": [40, 60]} for name in names},
-        "average": 50.0,
-    }
-    one = {**row, "model": "flexolmo-dpp", "title": "flexolmo-dpp"}
-    results = {"split": "test", "n": dict.fromkeys(names, 4), "rows": [row, one], "uploaded_bytes": {}}
-    text = tables.markdown(results, RUN)
+    names = ["flowers", "pets", "eurosat"]
+    run = {"backbone": "vit-b-32", "seed": 0, "seed_model": "", "clients": names}
+    run |= {"candidates": 3000, "proxies": 500}
+    cell = {"accuracy": 50.0, "wilson": [40, 60]}
+    row = {"clients": dict.fromkeys(names, cell), "average": 50.0}
+    titles = {"metamoe": "MetaMoE", "flexolmo-dpp": "flexolmo-dpp"}
+    rows = [row | {"model": model, "title": title} for model, title in titles.items()]
+    results = {"split": "test", "n": dict.fromkeys(names, 4), "rows": rows, "uploaded_bytes": {}}
+
+    def text(**changed):
+        return tables.markdown(results, run | changed)
+
     # by name, not by place
-    assert "| MetaMoE | 50.00 (93.67) | 50.00 (91.91) | 50.00 (97.98) | 50.00 (94.52) |" in text
-    assert (
-        "| FlexOlmo, DPP | 50.00 | 50.00 | 50.00 | 50.00 (93.20) |" in text
-        and "are not the paper's" not in text
-    )
-    assert "proxies, seed_model are not the paper's" in tables.markdown(
-        results, {**RUN, "proxies": 9, "seed_model": "x.pt"}
-    )
-    for other in ({**RUN, "backbone": "glyph-clip"}, {**RUN, "clients": names[:2]}):
-        assert "91.91" not in tables.markdown(results, other) and "paper's" not in tables.markdown(
-            results, other
-        )
+    assert "| MetaMoE | 50.00 (93.67) | 50.00 (91.91) | 50.00 (97.98) | 50.00 (94.52) |" in text()
+    assert "| FlexOlmo, DPP | 50.00 | 50.00 | 50.00 | 50.00 (93.20) |" in text()
+    assert "are not the paper's" not in text()
+    assert "proxies, seed_model are not the paper's" in text(proxies=9, seed_model="x.pt")
+    for other in (text(backbone="glyph-clip"), text(clients=names[:2])):
+        assert "91.91" not in other and "paper's" not in other
 
 
 def test_cost_tables_are_means_over_the_runs():
@@ -368,7 +310,10 @@ def test_cost_tables_are_means_over_the_runs():
         for s in (1.0, 3.0)
     ]
     rows = [{"model": model, "title": model} for model in ("zeroshot", "metamoe")]
-    text = costs.cost_tables({"backbone": "vit-b-32", "clients": ["pets"]}, rows, timings)
+    text, other = (
+        costs.cost_tables({"backbone": backbone, "clients": ["pets"]}, rows, timings)
+        for backbone in ("vit-b-32", "glyph-clip")
+    )
     for line in (
         "| embedding D_0, once for all clients | 120.00 |",
         "| private features and relevance head | 2.000 |",
@@ -379,5 +324,4 @@ def test_cost_tables_are_means_over_the_runs():
         "| metamoe | 2.00 | 20.0 | 12.15 | 1751.00 |",
     ):
         assert line in text
-    assert "random" not in text
-    assert "paper:" not in costs.cost_tables({"backbone": "glyph-clip", "clients": ["pets"]}, rows, timings)
+    assert "random" not in text and "paper:" not in other

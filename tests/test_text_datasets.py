@@ -1,18 +1,20 @@
-"""The paper's language datasets in every layout that is read, written here in the hub's exact schema; and one of one's own."""
+"""The paper's language datasets in every layout that is read, written in the hub's exact schema."""
 
 import csv
 import json
+import random
 
+import datasets
 import numpy as np
 import pytest
 import tiny
 import torch
 
-from metamoe import backbones, federation, presets
+from metamoe import backbones, presets
 from metamoe.backbones import base
 from metamoe.data import questions, registry
-from metamoe.data.registry import DATASETS
 from metamoe.errors import UserError
+from metamoe.records import write_records
 from metamoe.rundir import read_json
 
 ALL = {"train": 0, "validation": 0, "test": 0}
@@ -22,8 +24,6 @@ COUNTS = {"commonsenseqa": 5, "cosmosqa": 4, "socialiqa": 3}  # choices of each
 
 @pytest.fixture(autouse=True)
 def dataset_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     datasets.disable_progress_bars()
 
@@ -36,10 +36,8 @@ def row_of(name, i):
         return row | {"choices": choices, "answerKey": "ABCDE"[i % 5]}
     if name == "cosmosqa":
         row = {"id": f"3Q{i}##1", "context": f'It was day {i // 2} , and "all" of us ran ,'}
-        row |= {"question": f"Why did run {i} happen ?"} | {
-            f"answer{c}": f"Because of {i}{c} ." for c in range(4)
-        }
-        return row | {"label": i % 4}
+        row["question"] = f"Why did run {i} happen ?"
+        return row | {f"answer{c}": f"Because of {i}{c} ." for c in range(4)} | {"label": i % 4}
     if name == "socialiqa":
         row = {"context": f"Taylor saw {i // 2} friends.", "question": f"What will Taylor want {i}?"}
         return row | {f"answer{c}": f"to do {i}{c}" for c in "ABC"} | {"label": str(i % 3 + 1)}
@@ -51,77 +49,56 @@ def rows_of(name, count, start=0):
     return [row_of(name, i) for i in range(start, start + count)]
 
 
-# the first record of each, by hand
+# the first record of each, by hand: input, prompt, choices; the first choice is right
 FIRST = {
-    "commonsenseqa": {
-        "input": "Where would you put thing 0?",
-        "prompt": "Question: Where would you put thing 0?\nAnswer:",
-        "answer": " place 0a",
-        "choices": [" place 0a", " place 0b", " place 0c", " place 0d", " place 0e"],
-    },
-    "cosmosqa": {
-        "input": 'It was day 0 , and "all" of us ran ,\nWhy did run 0 happen ?',
-        "answer": " Because of 00 .",
-        "prompt": 'Context: It was day 0 , and "all" of us ran ,\nQuestion: Why did run 0 happen ?\nAnswer:',
-        "choices": [" Because of 00 .", " Because of 01 .", " Because of 02 .", " Because of 03 ."],
-    },
-    "socialiqa": {
-        "input": "Taylor saw 0 friends.\nWhat will Taylor want 0?",
-        "prompt": "Context: Taylor saw 0 friends.\nQuestion: What will Taylor want 0?\nAnswer:",
-        "answer": " to do 0A",
-        "choices": [" to do 0A", " to do 0B", " to do 0C"],
-    },
+    "commonsenseqa": (
+        "Where would you put thing 0?",
+        "Question: Where would you put thing 0?\nAnswer:",
+        [" place 0a", " place 0b", " place 0c", " place 0d", " place 0e"],
+    ),
+    "cosmosqa": (
+        'It was day 0 , and "all" of us ran ,\nWhy did run 0 happen ?',
+        'Context: It was day 0 , and "all" of us ran ,\nQuestion: Why did run 0 happen ?\nAnswer:',
+        [" Because of 00 .", " Because of 01 .", " Because of 02 .", " Because of 03 ."],
+    ),
+    "socialiqa": (
+        "Taylor saw 0 friends.\nWhat will Taylor want 0?",
+        "Context: Taylor saw 0 friends.\nQuestion: What will Taylor want 0?\nAnswer:",
+        [" to do 0A", " to do 0B", " to do 0C"],
+    ),
 }
 
 
-def features_of(row):
-    """The hub's column types."""
-    import datasets
-
+def hub_dataset(rows):
+    """Rows with the hub's column types."""
     text = datasets.Value("string")
-    columns = {key: datasets.Value("int32") if isinstance(row[key], int) else text for key in row}
-    if "choices" in row:
+    columns = dict.fromkeys(rows[0], text)
+    if "choices" in columns:
         columns["choices"] = datasets.Sequence({"label": text, "text": text})
-    return datasets.Features(columns)
+    if isinstance(rows[0].get("label"), int):
+        columns["label"] = datasets.Value("int32")
+    return datasets.Dataset.from_list(rows, features=datasets.Features(columns))
 
 
 def write(kind, name, folder, splits):
     """A copy of a dataset, {split: rows}, as `datasets` or (kind "original") as its authors distribute it."""
-    import datasets
-
-    folder.mkdir(parents=True, exist_ok=True)
-    if kind == "original":
-        for split, rows in splits.items():
-            write_original(name, folder, split, rows)
-        return
-    made = {
-        split: datasets.Dataset.from_list(rows, features=features_of(rows[0]))
-        for split, rows in splits.items()
-    }
+    (folder / "data").mkdir(parents=True, exist_ok=True)
     if kind == "disk":
+        made = {split: hub_dataset(rows) for split, rows in splits.items()}
         datasets.DatasetDict(made).save_to_disk(str(folder))
-    (folder / "data").mkdir()
-    for split, dataset in made.items():
-        if kind == "parquet":
-            dataset.to_parquet(str(folder / "data" / f"{split}-00000-of-00001.parquet"))
-        elif kind == "json":
-            dataset.to_json(str(folder / f"{split}.json"))
+        return
+    for split, rows in splits.items():
+        if kind == "original":
+            write_original(name, folder, split == "train", rows)
+        elif kind == "parquet":
+            hub_dataset(rows).to_parquet(str(folder / "data" / f"{split}-00000-of-00001.parquet"))
+        else:
+            hub_dataset(rows).to_json(str(folder / f"{split}.json"))
 
 
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_original(name, folder, split, rows):
-    train = split == "train"
+def write_original(name, folder, train, rows):
     if name == "commonsenseqa":
-        nested = []
-        for row in rows:
-            labels, texts = row["choices"].values()
-            choices = [{"label": label, "text": text} for label, text in zip(labels, texts, strict=True)]
-            stem = {"question_concept": row["question_concept"], "stem": row["question"], "choices": choices}
-            nested.append({"answerKey": row["answerKey"], "id": row["id"], "question": stem})
-        write_lines(folder / f"{'train' if train else 'dev'}_rand_split.jsonl", nested)
+        write_records(folder / f"{'train' if train else 'dev'}_rand_split.jsonl", map(nested, rows))
     elif name == "cosmosqa":
         with open(folder / f"{'train' if train else 'valid'}.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0].keys())
@@ -129,13 +106,22 @@ def write_original(name, folder, split, rows):
             writer.writerows(rows)
     elif name == "socialiqa":
         stem = "train" if train else "dev"
-        write_lines(
-            folder / f"{stem}.jsonl", [{key: row[key] for key in row if key != "label"} for row in rows]
-        )
+        write_records(folder / f"{stem}.jsonl", without(rows, "label"))
         (folder / f"{stem}-labels.lst").write_text("".join(row["label"] + "\n" for row in rows))
     else:
-        rows = [{key: row[key] for key in ("instruction", "input", "output")} for row in rows]
-        (folder / "alpaca_data.json").write_text(json.dumps(rows, indent=4))
+        (folder / "alpaca_data.json").write_text(json.dumps(without(rows, "text"), indent=4))
+
+
+def without(rows, column):
+    return [{key: value for key, value in row.items() if key != column} for row in rows]
+
+
+def nested(row):
+    """A row of CommonsenseQA as its authors have it."""
+    pairs = zip(row["choices"]["label"], row["choices"]["text"], strict=True)
+    choices = [{"label": label, "text": text} for label, text in pairs]
+    question = {"question_concept": "thing", "stem": row["question"], "choices": choices}
+    return {"answerKey": row["answerKey"], "id": row["id"], "question": question}
 
 
 def write_copy(name, folder, train, test, kind="original"):
@@ -143,7 +129,7 @@ def write_copy(name, folder, train, test, kind="original"):
 
 
 def load(name, sources, seed=0, **sizes):
-    return DATASETS[name].load(name, ALL | sizes, seed, sources)
+    return registry.DATASETS[name].load(name, ALL | sizes, seed, sources)
 
 
 def fails(*parts, name="socialiqa", sources=None, **sizes):
@@ -154,12 +140,14 @@ def fails(*parts, name="socialiqa", sources=None, **sizes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", list(COUNTS))
+@pytest.mark.parametrize("name", COUNTS)
 def test_every_layout_gives_the_same_records(tmp_path, name, kind):
     write_copy(name, tmp_path / name, 12, 6, kind)
     parts = load(name, {"root": str(tmp_path)})
     assert [len(parts[part]) for part in ("train", "validation", "test")] == [12, 0, 6]
-    assert parts["train"][0] == FIRST[name] | {"source": name}
+    text, prompt, choices = FIRST[name]
+    first = {"source": name, "input": text, "prompt": prompt, "answer": choices[0], "choices": choices}
+    assert parts["train"][0] == first
     for part, start in (("train", 0), ("test", 100)):  # answers against the rows' own labels
         for i, record in enumerate(parts[part], start):
             assert record["answer"] == record["choices"][i % COUNTS[name]]
@@ -170,49 +158,51 @@ def test_every_layout_gives_the_same_records(tmp_path, name, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_alpaca_in_every_layout(tmp_path, kind):
     write(kind, "alpaca", tmp_path / "stanford_alpaca", {"train": rows_of("alpaca", 9)})
-    load = lambda size: questions.public_text(size, {"root": str(tmp_path)})  # noqa: E731
-    records = load(0)
+    sources = {"root": str(tmp_path)}
+    records = questions.public_text(0, sources)
     assert len(records) == 8  # the fourth has no output
     first = {"source": "alpaca", "input": "Name item 0.", "prompt": "Question: Name item 0.\nAnswer:"}
     assert records[0] == first | {"answer": " Item 0\nof the list."}
     assert records[1]["prompt"] == "Question: Name item 1.\nInput: of list 1\nAnswer:"
     assert records[1]["input"] == "Name item 1.\nof list 1"
-    few = load(5)
-    assert len(few) == 5 and few == [record for record in records if record in few] and few == load(5)
+    few = questions.public_text(5, sources)
+    assert len(few) == 5 and few == [record for record in records if record in few]
+    assert few == questions.public_text(5, sources)
     with pytest.raises(UserError, match="--public-size 9.*8 records"):
-        load(9)
+        questions.public_text(9, sources)
 
 
-def test_alpacas_own_file_by_its_path(tmp_path):
-    write_original("alpaca", tmp_path, "train", rows_of("alpaca", 9))
-    file = tmp_path / "alpaca_data.json"
-    for sources in ({"public": str(file)}, {"public": str(tmp_path)}, {"root": str(tmp_path)}):
-        assert len(questions.public_text(0, sources)) == 8
+@pytest.mark.parametrize("flag, below", [("public", "alpaca_data.json"), ("public", ""), ("root", "")])
+def test_alpacas_own_file_by_its_path(tmp_path, flag, below):
+    write_original("alpaca", tmp_path, True, rows_of("alpaca", 9))
+    assert len(questions.public_text(0, {flag: str(tmp_path / below)})) == 8
 
 
 # --- splits
 
 
 def test_sizes_cap_and_seed(tmp_path, monkeypatch):
-    write_copy("cosmosqa", tmp_path / "cosmos_qa", 40, 10)
-    of = lambda seed, **sizes: load("cosmosqa", {"root": str(tmp_path)}, seed, **sizes)  # noqa: E731
-    parts = of(0, validation=5, test=4)
+    write_copy("cosmosqa", tmp_path / "Cosmos-QA", 40, 10)
+    sources = {"root": str(tmp_path)}
+
+    def of(seed, **sizes):
+        return load("cosmosqa", sources, seed, validation=5, **sizes)
+
+    parts, other = of(0, test=4), of(1, test=4)
     # a context has two questions: the sixth may not be trained on
     assert [len(parts[part]) for part in parts] == [34, 5, 4]
     train, validation, test = ({record["input"].split("\n")[0] for record in part} for part in parts.values())
     assert not train & validation and not validation & test
-    other = of(1, validation=5, test=4)
-    assert parts == of(0, validation=5, test=4) and all(parts[part] != other[part] for part in parts)
+    assert parts == of(0, test=4) and all(parts[part] != other[part] for part in parts)
     # a part does not hang on another's size
-    assert of(0, validation=5, train=7)["validation"] == parts["validation"]
+    assert of(0, train=7)["validation"] == parts["validation"]
     monkeypatch.setattr(questions, "TRAIN_CAP", 20)
-    capped = of(0, validation=5)
+    capped = of(0)
     assert len(capped["train"]) == 20 and all(record in parts["train"] for record in capped["train"])
-    assert len(capped["test"]) == 10 and len(of(0, validation=5, train=30)["train"]) == 30
-    root = {"name": "cosmosqa", "sources": {"root": str(tmp_path)}}
-    fails("--train-size 36", "40 records", **root, train=36, validation=5)
-    fails("--train-size 35", "34 records", **root, train=35, validation=5)
-    fails("--test-size 11", "10", **root, test=11)
+    assert len(capped["test"]) == 10 and len(of(0, train=30)["train"]) == 30
+    fails("--train-size 36", "40 records", name="cosmosqa", sources=sources, train=36, validation=5)
+    fails("--train-size 35", "34 records", name="cosmosqa", sources=sources, train=35, validation=5)
+    fails("--test-size 11", "10", name="cosmosqa", sources=sources, test=11)
 
 
 # --- missing and damaged data
@@ -225,7 +215,7 @@ def test_missing_data_says_what_was_looked_for(tmp_path):
     fails(f"--data-root {tmp_path}", "socialiqa", "social_i_qa", "--dataset socialiqa=", hub_id, sources=root)
     (tmp_path / "social_iqa").mkdir()
     fails("no saved Hugging Face dataset", "train*.jsonl", hub_id, sources=root)
-    write_original("socialiqa", tmp_path / "social_iqa", "train", rows_of("socialiqa", 8))
+    write_original("socialiqa", tmp_path / "social_iqa", True, rows_of("socialiqa", 8))
     fails("no validation split", hub_id, sources=root)
     with pytest.raises(UserError, match="--public tatsu-lab/alpaca .the default"):
         questions.public_text(0, {})
@@ -259,17 +249,15 @@ def test_damaged_data(tmp_path, damage):
 
 
 def test_a_hub_dataset_with_a_script_comes_from_the_hubs_parquet(monkeypatch):
-    """allenai/social_i_qa is a script, which `datasets` no longer runs; the hub keeps a parquet conversion on a branch of its own."""
-    import datasets
-
+    """`datasets` no longer runs the script of allenai/social_i_qa; the hub has a parquet copy on a branch."""
     asked = []
 
     def load_dataset(name, config, revision=None):
         asked.append((name, config, revision))
         if revision is None:
             raise RuntimeError("Dataset scripts are no longer supported, but found social_i_qa.py")
-        splits = {"train": rows_of("socialiqa", 8), "validation": rows_of("socialiqa", 4)}
-        return {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+        counts = {"train": 8, "validation": 4}
+        return {split: hub_dataset(rows_of("socialiqa", count)) for split, count in counts.items()}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert len(load("socialiqa", {})["test"]) == 4
@@ -278,125 +266,77 @@ def test_a_hub_dataset_with_a_script_comes_from_the_hubs_parquet(monkeypatch):
 
 # --- the presets
 
+LLAMAS = {"llama-3.2-3b": "meta-llama/Llama-3.2-3B", "llama-3.1-8b": "meta-llama/Llama-3.1-8B"}
 
-def test_the_presets_are_the_papers():
-    for name, hub_id in (
-        ("llama-3.2-3b", "meta-llama/Llama-3.2-3B"),
-        ("llama-3.1-8b", "meta-llama/Llama-3.1-8B"),
-    ):
-        preset = presets.PRESETS[name]
-        assert preset["seed_model"] == hub_id and set(preset["final_lr"].values()) == {1e-4}
-        paper = dict(candidates=3000, proxies=500, lora_rank=16, lora_alpha=32, max_length=256)
-        paper |= dict(expert_epochs=10, expert_lr=1e-4, expert_batch=32, warmup_steps=200, optimizer="adamw")
-        paper |= dict(weight_decay=0, final_epochs=1, final_batch=32, lambda_init=1.0)
-        assert {key: preset[key] for key in paper} == paper
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_the_presets_are_the_papers(name):
+    paper = dict(candidates=3000, proxies=500, lora_rank=16, lora_alpha=32, max_length=256)
+    paper |= dict(expert_epochs=10, expert_lr=1e-4, expert_batch=32, warmup_steps=200, optimizer="adamw")
+    paper |= dict(weight_decay=0, final_epochs=1, final_batch=32, lambda_init=1.0, seed_model=LLAMAS[name])
+    preset = presets.PRESETS[name]
+    assert {key: preset[key] for key in paper} == paper and set(preset["final_lr"].values()) == {1e-4}
 
 
 FEW = ["--validation-size", 4, "--candidates", 12, "--proxies", 4]
 
 
 def test_selection_on_the_papers_datasets(tmp_path, seed_model):
-    """The command line of a LLaMA preset, on a tiny seed model: D_0's features are those of the question, without what stands around it."""
+    """The command of a LLaMA preset, on a tiny seed model: D_0's features are those of the question alone."""
     sources, names, run_dir = tmp_path / "data", ["commonsenseqa", "socialiqa"], tmp_path / "run"
     for name in names:
         write_copy(name, sources / name, 30, 8)
-    write("disk", "alpaca", sources / "alpaca", {"train": rows_of("alpaca", 40)})
-    flags = [
-        "--backbone",
-        "llama-3.2-3b",
-        "--seed-model",
-        seed_model,
-        "--data-root",
-        sources,
-        "--clients",
-        *names,
-    ]
-    result = tiny.stage("select_proxies", run_dir, *flags, *FEW)
+    write("disk", "alpaca", sources / "alpaca", {"train": rows_of("alpaca", 20)})
+    flags = ["--backbone", "llama-3.2-3b", "--seed-model", seed_model, "--data-root", sources, *FEW]
+    result = tiny.stage("select_proxies", run_dir, *flags, "--clients", *names)
     assert result.code == 0, result.err
     for name in names:
         done = read_json(run_dir / "clients" / name / "private" / "done.json")
         assert done == {"seed": 0, "train": 26, "validation": 4, "test": 8}
     files = ["done.json", "features.npy", "records.jsonl", "timing.json", "unreadable.json"]
     assert sorted(p.name for p in (run_dir / "public").iterdir()) == files
-    assert "skipped" in tiny.stage("select_proxies", run_dir, *flags, *FEW).out
+    assert "skipped" in tiny.stage("select_proxies", run_dir, *flags, "--clients", *names).out
     features = np.load(run_dir / "public" / "features.npy")
     backbone = backbones.load_backbone("llama-3.2-3b", seed_model, "cpu", "float32")
-    for i, record in enumerate(questions.public_text(0, {"root": str(sources)})):
+    for row, record in zip(features, questions.public_text(0, {"root": str(sources)}), strict=True):
         ids = torch.tensor([backbone.tokenizer(record["input"])["input_ids"]])
         with torch.no_grad():
             hidden = backbone.model.model(ids).last_hidden_state[0]
-        assert features[i] == pytest.approx(hidden.mean(0).numpy(), abs=1e-4)
+        assert row == pytest.approx(hidden.mean(0).numpy(), abs=1e-4)
 
 
 def test_without_the_hub_or_data_there_is_one_line(tmp_path, seed_model):
     write_copy("commonsenseqa", tmp_path / "data" / "commonsenseqa", 30, 8)
-    write("original", "alpaca", tmp_path / "data" / "alpaca", {"train": rows_of("alpaca", 40)})
-    local = ["--data-root", tmp_path / "data", "--clients", "commonsenseqa", *FEW]
+    write("original", "alpaca", tmp_path / "data" / "alpaca", {"train": rows_of("alpaca", 20)})
+    local, tiny_model = ["--data-root", tmp_path / "data"], ["--seed-model", seed_model]
     for flags, say in (
-        (local, "meta-llama/Llama-3.1-8B"),
-        (["--seed-model", seed_model], "tau/commonsense_qa"),
-        (["--seed-model", seed_model, "--dataset", "intent=x"], "NAME one of commonsenseqa"),
+        ([*local, "--clients", "commonsenseqa", *FEW], "meta-llama/Llama-3.1-8B"),
+        (tiny_model, "tau/commonsense_qa"),
+        ([*tiny_model, "--dataset", "intent=x"], "NAME one of commonsenseqa"),
+        ([*tiny_model, *local, "--clients", "nobody"], "commonsenseqa, cosmosqa, socialiqa"),
     ):
         flags = ["--backbone", "llama-3.1-8b", *flags]
         assert say in tiny.refused("select_proxies", tmp_path / "run", *flags, watch=tmp_path)
 
 
-@pytest.mark.parametrize("kind, loads", [("Qwen2", True), ("Mistral", True), ("GPT2", False)])
-def test_any_model_with_gated_ffns_is_a_seed_model(tmp_path, seed_model, kind, loads):
+@pytest.mark.parametrize("kind", ["Qwen2", "Mistral", "GPT2"])
+def test_any_model_with_gated_ffns_is_a_seed_model(tmp_path, seed_model, kind):
     transformers = base.import_transformers()
-    shape = dict(n_embd=32, n_layer=2, n_head=4)
-    if loads:
-        shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-        shape["num_key_value_heads"] = 2
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    shape["num_key_value_heads"] = 2
+    if kind == "GPT2":
+        shape = dict(n_embd=32, n_layer=2, n_head=4)
     make = getattr(transformers, f"{kind}Config")
     config = make(vocab_size=400, bos_token_id=None, eos_token_id=1, pad_token_id=0, **shape)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(seed_model).save_pretrained(tmp_path)
-    if not loads:
+    if kind == "GPT2":
         with pytest.raises(UserError, match="GPT2.*gate_proj"):
             backbones.load_backbone("llama-3.2-3b", tmp_path, "cpu", "float32")
         return
     backbone = backbones.load_backbone("llama-3.2-3b", tmp_path, "cpu", "float32")
     assert backbone.ffn_names == ["model.layers.0.mlp", "model.layers.1.mlp"] and backbone.width == 32
-    records = tiny.public_records(tiny.random.Random(0), 4)
+    records = tiny.public_records(random.Random(0), 4)
     model = backbone.add_lora(2, 4, 0)
     assert backbone.features(records).shape == (4, 32)
     assert backbone.routing_vectors(model, records).shape == (2, 32)
-
-
-# --- one's own data set, by its name
-
-
-def toy(row):
-    return questions.question_record("", row["q"], row["options"], row["right"])
-
-
-class Flags:
-    """Flags of select_proxies.py; those that are not given are None."""
-
-    def __init__(self, **given):
-        self.__dict__ |= given
-
-    def __getattr__(self, name):
-        return None
-
-
-def test_a_data_set_is_one_function_and_one_entry(tmp_path, monkeypatch):
-    """Added as metamoe/data/registry.py says, and read as the paper's are."""
-    monkeypatch.setitem(registry.DATASETS, "toy", questions.TextSet("me/toy", ["toy", "toy_set"], toy))
-    rows = [{"q": f"Is it {i}?", "options": ["yes", "no"], "right": i % 2} for i in range(30)]
-    folder, run_dir = tmp_path / "data" / "Toy-Set", tmp_path / "run"
-    folder.mkdir(parents=True)
-    write_lines(folder / "train.jsonl", rows)
-    write_lines(folder / "dev.jsonl", rows[:8])
-    write("original", "alpaca", tmp_path / "data" / "alpaca", {"train": rows_of("alpaca", 40)})
-    flags = dict(run_dir=run_dir, backbone="llama-3.2-3b", data_root=str(tmp_path / "data"))
-    flags |= dict(candidates=9, proxies=3, validation_size=5)
-    with pytest.raises(UserError, match="commonsenseqa, cosmosqa, socialiqa, toy"):
-        federation.start_run(Flags(**flags, clients=["nobody"]))
-    run, names = federation.start_run(Flags(**flags, clients=["toy"], dataset=[f"toy={folder}"]))
-    public, parts = federation.read_data(run_dir, run)
-    assert names == ["toy"] and len(public) == 39
-    assert [len(parts["toy"][part]) for part in ("train", "validation", "test")] == [25, 5, 8]
-    first = {"source": "toy", "input": "Is it 0?", "prompt": "Question: Is it 0?\nAnswer:"}
-    assert parts["toy"]["test"][0] == first | {"answer": " yes", "choices": [" yes", " no"]}

@@ -114,7 +114,6 @@ def test_a_method_is_one_entry(extended):
     assert read_json(extended / "method" / "moe" / "metamoe-top2" / "moe_config.json")["top_k"] == 2
 
 
-
 def test_a_rule_is_one_entry(extended):
     results = read_json(extended / "rule" / "results.json")
     assert "metamoe-least" in [row["model"] for row in results["rows"]]

@@ -1,114 +1,77 @@
-"""Inference of whole unified models against their dense seeds: `python tests/bench/bench_models.py [--compile]` prints samples/s and ratios.
+"""Inference of whole unified models against their dense seed models; prints samples/s and ratios.
 
-ViT-B/32 (open_clip's visual tower) and a LLaMA of 1.2 billion parameters (Llama-3.2-1B's shape, 128 tokens a sample), both randomly initialised, each
-unified with three random experts of rank 16. The paper's ratios are 0.966 (ViT) and 0.936 (LLaMA-3B). bfloat16 on CUDA.
+ViT-B/32 (open_clip's visual tower) and a LLaMA of 1.2 billion parameters (Llama-3.2-1B's shape, 128 tokens a
+sample), both randomly initialised, each unified with three random experts of rank 16. The paper's ratios are
+0.966 (ViT) and 0.936 (LLaMA-3B). bfloat16 on CUDA.
 """
 
-import argparse
-import sys
-import time
-from pathlib import Path
-
 import torch
+from common import MACHINE, command_line, header, row, timed, unified
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from bench_moe import random_expert  # noqa: E402
-
-import moe  # noqa: E402
-from metamoe.backbones.base import import_transformers, pick_device, pick_dtype  # noqa: E402
-
-TOKENS = 128
+from metamoe.backbones.base import import_transformers, pick_device, pick_dtype
 
 
 def vit():
-    """(model, its FFNs, function from a batch size to an input)."""
+    """(model, its FFNs, their width, function from a batch size to an input)."""
     import_transformers()  # a torchvision that open_clip can import
     import open_clip
 
     tower = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None).visual
-    return (
-        tower,
-        [f"transformer.resblocks.{i}.mlp" for i in range(12)],
-        lambda batch: torch.randn(batch, 3, 224, 224),
-    )
+    names = [f"transformer.resblocks.{i}.mlp" for i in range(12)]
+    return tower, names, 768, lambda batch: torch.randn(batch, 3, 224, 224)
 
 
 def llama():
     transformers = import_transformers()
-    config = transformers.LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
-    )
-    model = transformers.LlamaForCausalLM(config).model  # the head is the same in both
-    return (
-        model,
-        [f"layers.{i}.mlp" for i in range(16)],
-        lambda batch: torch.randint(5, 128000, (batch, TOKENS)),
-    )
+    sizes = dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16)
+    heads = dict(num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).model  # heads are alike
+    names = [f"layers.{i}.mlp" for i in range(16)]
+    return model, names, 2048, lambda batch: torch.randint(5, 128000, (batch, 128))
 
 
-def unified(model, names, rank=16, count=3, **options):
-    """The model with `count` random experts in every FFN; options: of moe.unify."""
-    experts = [{name: random_expert(model.get_submodule(name), rank) for name in names} for _ in range(count)]
-    width = next(
-        m.in_features for m in model.get_submodule(names[0]).modules() if isinstance(m, torch.nn.Linear)
-    )
-    return moe.unify(model, names, experts, torch.randn(count, len(names), width), **options)
+MODELS = {"vit": vit, "llama": llama}
 
 
 @torch.inference_mode()
-def seconds(model, x, device, least):
-    """Seconds of a forward: the shortest of some, `least` seconds of them, after two to warm up."""
-    times, began = [], None
-    while began is None or time.perf_counter() - began < least or len(times) < 5:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        model(x)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-        if len(times) == 2 and began is None:
-            times, began = [], time.perf_counter()
-    return min(times)
+def samples_per_second(model, x, least):
+    """Of the shortest forward of at least five that take `least` seconds, after two to warm up."""
+    times = []
+    while len(times) < 7 or sum(times[2:]) < least:
+        times.append(timed(model, x)[1])
+    return len(x) / min(times[2:])
+
+
+def compare(name, device, dtype, args):
+    sides = []
+    for build in (False, True):
+        torch.manual_seed(0)
+        model, names, width, batch_of = MODELS[name]()
+        model = model.to(device, dtype).eval()
+        if build:
+            model = unified(model, names, width)
+        sides.append(torch.compile(model) if args.compile else model)
+    for batch in args.batches:
+        x = batch_of(batch).to(device)
+        if x.is_floating_point():
+            x = x.to(dtype)
+        dense, ours = (samples_per_second(model, x, args.least) for model in sides)
+        row(name, batch, f"{dense:.1f}", f"{ours:.1f}", f"{ours / dense:.3f}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", choices=("vit", "llama"), default=["vit", "llama"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32, 256])
-    parser.add_argument("--compile", action="store_true", help="torch.compile both sides")
-    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
-    parser.add_argument(
-        "--least", type=float, default=3.0, help="seconds to measure each for (default: %(default)s)"
-    )
+    parser = command_line(__doc__)
+    add = parser.add_argument
+    add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models")
+    add("--batches", nargs="+", type=int, default=[1, 32, 256], help="batch sizes")
+    add("--compile", action="store_true", help="torch.compile both sides")
+    add("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
+    add("--least", type=float, default=3.0, help="seconds to measure each for")
     args = parser.parse_args()
     device = pick_device(args.device)
     dtype = pick_dtype("auto", device)
-    where = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    )
-    print(f"{where}, {dtype}, torch {torch.__version__}{', compiled' * args.compile}\n")
-    print(
-        "| model | batch | dense, samples/s | unified, samples/s | unified / dense |\n|---|---:|---:|---:|---:|"
-    )
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{where}, {dtype}, {MACHINE}{', compiled' if args.compile else ''}\n")
+    header("model | batch | dense, samples/s | unified, samples/s | unified / dense", "lrrrr")
     for name in args.models:
-        sides = []
-        for build in (False, True):
-            torch.manual_seed(0)
-            model, names, batch_of = (vit if name == "vit" else llama)()
-            model = model.to(device, dtype).eval()
-            model = unified(model, names) if build else model
-            sides.append(torch.compile(model) if args.compile else model)
-        for batch in args.batches:
-            x = batch_of(batch).to(device)
-            x = x.to(dtype) if x.is_floating_point() else x
-            dense, ours = (batch / seconds(model, x, device, args.least) for model in sides)
-            print(f"| {name} | {batch} | {dense:.1f} | {ours:.1f} | {ours / dense:.3f} |", flush=True)
+        compare(name, device, dtype, args)

@@ -243,8 +243,8 @@ def write_hf(kind, folder, **splits):
         dataset.to_parquet(str(folder / "data" / f"{split}-00000-of-00001.parquet"))
 
 
-def pixel(image, seen=None):
-    return decoding.open_image(image, seen).getpixel((0, 0))[0]
+def pixel(image, *seen):
+    return decoding.open_image(image, *seen).getpixel((0, 0))[0]
 
 
 @pytest.mark.parametrize("kind, middle", [("disk", "val"), ("parquet", "validation")])

@@ -258,7 +258,7 @@ def test_a_folder_of_images_is_split_with_every_class_alike(photos, capsys):
     assert "1 bad images left out (the first:" in capsys.readouterr().out
     one = photos.parent / "one"
     shutil.copytree(photos / "Cat", one / "Cat")
-    says = {photos / "Cat": "holds no images in CLASS/", one: "1 classes", photos / "none": "no such folder"}
+    says = {photos / "Cat": "images lie in", one: "1 classes", photos / "none": "no such folder"}
     for wrong, say in says.items():
         with pytest.raises(UserError, match=say):
             load(wrong)

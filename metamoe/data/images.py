@@ -127,10 +127,13 @@ def read_split(folder, split_file, image_folder):
     place, parts = place_of(items, folder, image_folder), {}
     for part, found in listed.items():
         parts[part] = [(os.path.join(place, file), index[label]) for file, label, _ in found]
-        for image, _ in parts[part]:
-            if not os.path.exists(image):
-                advice = f"unpack the dataset's images into {place}"
-                raise UserError(f"{image} is missing, {path} lists it: {advice}")
+    listed = [image for found in parts.values() for image, _ in found]
+    missing = [image for image in listed if not os.path.exists(image)]
+    if missing:
+        many = (
+            f"{len(missing)} of the {len(listed)} images that {path} lists are missing, such as {missing[0]}"
+        )
+        raise UserError(f"{many}: unpack the dataset's images into {place}")
     return list(names.values()), parts
 
 
@@ -179,7 +182,7 @@ def public_images(size, sources, skip_bad=False):
     """
     where, flag = locate("public", *IMAGENET, sources)
     if os.path.isabs(where) and not holds_dataset(where):
-        names, labels, image_of = read_image_folder(where, flag)
+        names, labels, image_of, _ = read_image_folder(where, flag)
     else:
         at = dataset_at(where)
         column, names, labels = read_rows(open_dataset(at, flag)["train"], "train", flag)

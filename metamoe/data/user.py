@@ -1,5 +1,6 @@
 """The user's own data: a file of JSON lines for language models, a folder CLASS/IMAGE for CLIP."""
 
+import hashlib
 import json
 import os
 import re
@@ -185,8 +186,14 @@ def own_images(name, path, sizes, seed, skip_bad=False):
     flag, what = f"--client {name}={path}", "a folder of images for each class"
     if not os.path.isdir(path):
         raise UserError(f"{flag}: no such folder; name one that holds {what}")
-    names, labels, image_of = read_image_folder(path, flag, ["."], f"name the folder that holds {what}")
+    advice = f"name the folder that holds {what}"
+    names, labels, image_of, left_out = read_image_folder(path, flag, ["."], advice)
     names = class_names(names, flag)
+    counts = [f"{name} {count}" for name, count in zip(names, np.bincount(labels), strict=True)]
+    print(f"select_proxies: {name}: {', '.join(counts[:20])}{', ...' if len(counts) > 20 else ''}")
+    if left_out:
+        reasons = ", ".join(f"{reason}: {what}" for reason, what in sorted(left_out.items()))
+        print(f"select_proxies: {name}: NOT READ: {reasons}")
     if len(set(names)) < max(2, len(names)):
         counts = f"{len(names)} classes, {len(set(names))} different names"
         raise UserError(f"{flag}: {counts}: two or more are needed, each with a name of its own")
@@ -203,8 +210,20 @@ def own_images(name, path, sizes, seed, skip_bad=False):
     if len(records) < LEAST:
         raise UserError(f"{flag}: {len(records)} usable images, at least {LEAST} are needed")
     order = spread(labels, rng_of(seed, name))
-    parts = own_parts(order, np.arange(len(labels)), sizes, flag)
+    parts = own_parts(order, contents([record["image"] for record in records]), sizes, flag)
+    left = len(records) - sum(map(len, parts.values()))
+    if left and not any(sizes.values()):
+        print(f"select_proxies: {name}: {left} images left out of train: copies of validation or test images")
     return {part: [records[i] for i in rows] for part, rows in parts.items()}
+
+
+def contents(files):
+    """A number for each file's content (n,): copies of a photo have the same."""
+    digests = []
+    for path in files:
+        with open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").digest())
+    return np.unique(digests, return_inverse=True)[1]
 
 
 def spread(labels, rng):

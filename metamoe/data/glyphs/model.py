@@ -18,7 +18,10 @@ START, END = len(LETTERS) + 1, len(LETTERS) + 2  # open_clip takes a text's feat
 
 
 class Tokenizer:
-    """Texts to ids (B, context_length), one a letter; drops other characters, and cuts long texts."""
+    """Texts to ids (B, context_length), one a letter; drops other characters, and cuts long texts.
+
+    UserError for a text of other characters alone: all such texts would be one.
+    """
 
     def __init__(self, context_length):
         self.context_length = context_length
@@ -27,6 +30,9 @@ class Tokenizer:
         ids = torch.zeros(len(texts), self.context_length, dtype=torch.long)
         for row, text in zip(ids, texts, strict=True):
             letters = [LETTERS.index(letter) + 1 for letter in text.lower() if letter in LETTERS]
+            if not letters and text.strip():
+                why = "glyph-clip reads the letters a to z and digits"
+                raise UserError(f"the class name or text {text!r} has none of its letters: {why}")
             tokens = [START, *letters[: self.context_length - 2], END]
             row[: len(tokens)] = torch.tensor(tokens)
         return ids

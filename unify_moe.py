@@ -32,7 +32,7 @@ from metamoe.errors import UserError, run_main
 from metamoe.methods import METHODS, described
 from metamoe.model_settings import add_method_flags, resolve
 from metamoe.records import read_records, usable_public
-from metamoe.routing import of_one_length
+from metamoe.routing import RoutingLoss, of_one_length, proxy_targets
 from metamoe.rundir import atomic, finished, open_run, read_json, sha256, write_json
 from metamoe.serving.export import check_export, export
 from metamoe.serving.members import check_extension, extend, leave_out
@@ -127,7 +127,7 @@ def label_set(backbone, run_dir, run, settings):
     return classes
 
 
-def final_training(backbone, model, records, classes, run, settings, checkpointing):
+def final_training(backbone, model, records, classes, run, settings, checkpointing, uploads):
     """Train router (and experts) of the unified model in place; returns each step's loss."""
     groups = [
         {"params": moe.router_parameters(model), "lr": settings["lr"]},
@@ -141,7 +141,15 @@ def final_training(backbone, model, records, classes, run, settings, checkpointi
     options = {key: settings[key] for key in ("steps", "batch_size", "optimizer", "weight_decay")}
     options |= {"seed": run["seed"], "label": f"final training {settings['name']}", "warmup_steps": 0}
     options |= {"classes": classes, "checkpointing": checkpointing, "after_step": lambda: moe.clamp_(model)}
-    return train(backbone, model, records, groups, **options)
+    routing = None
+    if settings.get("routing_loss"):
+        proxies = {name: read_json(upload / "proxies.json") for name, upload in uploads.items()}
+        targets = proxy_targets(proxies, model.moe_config["names"])
+        routing = options["extra_loss"] = RoutingLoss(model, targets, settings["routing_loss"])
+    losses = train(backbone, model, records, groups, **options)
+    if routing:
+        routing.remove()
+    return losses
 
 
 def make(args, run_dir, run, uploads, settings, records):
@@ -157,7 +165,7 @@ def make(args, run_dir, run, uploads, settings, records):
     if settings["steps"]:
         checkpointing = use_checkpointing(args.gradient_checkpointing, run, backbone)
         classes = label_set(backbone, run_dir, run, settings)
-        losses = final_training(backbone, model, records, classes, run, settings, checkpointing)
+        losses = final_training(backbone, model, records, classes, run, settings, checkpointing, uploads)
     return model, losses, start
 
 

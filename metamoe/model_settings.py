@@ -3,6 +3,7 @@
 import math
 
 import moe
+from metamoe.backbones.distributed import processes
 from metamoe.cli import check_at_least, from_preset
 from metamoe.errors import UserError
 from metamoe.methods import METHODS, main_rows
@@ -37,6 +38,8 @@ def add_method_flags(parser):
     flag("--samples", choices=["proxies", "public", "private"], help=samples)
     seed_expert = "add e_0, the seed model's own FFN, as an expert (full paper, Eq. 6)"
     flag("--seed-expert", action="store_true", default=None, help=seed_expert)
+    routed = "weight of a loss that tells the router whose proxy a sample is (0: none; beyond the paper)"
+    flag("--routing-loss", type=float, default=0.0, metavar="W", help=routed)
     weights = "weights of the chosen experts: pi / stop_gradient(sum), Eq. 5's pi, or pi / sum"
     flag("--weighting", choices=moe.WEIGHTINGS, help=weights)
     flag("--top-k", type=int, help="experts a token")
@@ -65,8 +68,13 @@ def resolve(args, run_dir, run):
         defaults = DEFAULTS | {"epochs": "expert_epochs"}
         done = [run_dir / "clients" / name / "private" / "done.json" for name in run["clients"]]
         samples = sum(read_json(path)["train"] for path in done)
+    if args.lr is None and preset["final_lr"] is None:
+        raise UserError(f"--lr is needed: presets.py has no final_lr for {args.method} on {run['backbone']}")
     settings |= from_preset(args, preset, defaults)
+    if args.routing_loss:
+        settings["routing_loss"] = args.routing_loss
     check_settings(settings, run)
+    check_routing_loss(settings, args.gradient_checkpointing)
     steps = settings["epochs"] * math.ceil(samples / settings["batch_size"])
     settings["steps"] = 0 if settings["train"] == "none" else steps
     return settings
@@ -79,6 +87,21 @@ def check_name(name, method):
         raise UserError(f"--name {name}: is the name of another row of the table, or of a second btm")
     if not is_name(name):
         raise UserError(f"--name {name!r} is no name: letters, digits, '-', '_' and '.'")
+
+
+def check_routing_loss(settings, checkpointing):
+    """UserError where the loss that tells the router the proxies' clients cannot be taken."""
+    if "routing_loss" not in settings:
+        return
+    flag = f"--routing-loss {settings['routing_loss']}"
+    if not 0 < settings["routing_loss"] < math.inf:
+        raise UserError(f"{flag}: must be positive, or 0 for none")
+    if settings["samples"] != "proxies" or settings["train"] == "none":
+        raise UserError(
+            f"{flag}: goes with a final training on proxies: whose another sample is nobody knows"
+        )
+    if checkpointing or processes().num_processes > 1:
+        raise UserError(f"{flag}: needs one process and no --gradient-checkpointing")
 
 
 def check_settings(settings, run):

@@ -108,6 +108,12 @@ PRESETS = {
         "warmup_steps": 10,
         "final_batch": 16,
         # 1e-4 (the paper's) or 1e-3, by average validation accuracy at random seed 0; 1e-4 on a tie (README)
-        "final_lr": {"metamoe": 1e-3, "flexolmo": 1e-4, "btx": 1e-4, "unrestricted": 1e-4},
+        "final_lr": {
+            "metamoe": 1e-3,
+            "metamoe-unit": 1e-5,
+            "flexolmo": 1e-4,
+            "btx": 1e-4,
+            "unrestricted": 1e-4,
+        },
     },
 }

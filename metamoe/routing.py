@@ -15,23 +15,24 @@ def of_one_length(vectors, length=None):
     return [v * (length / own.clamp(min=1e-12)).unsqueeze(1) for v, own in zip(vectors, lengths, strict=True)]
 
 
-def targets_of(records, chosen_by):
-    """(n, K): the distribution over experts that each sample should be routed by.
+def proxy_targets(proxies, names):
+    """(n, K): by which experts the proxies should be routed, in the order of their indices into D_0.
 
-    chosen_by: {expert: the indices of the samples that are its client's}. Where several chose a sample, each
-    has an equal share.
+    proxies: {client: the indices that it chose}. names: of the K experts. Where several clients chose a
+    sample, each has an equal share.
     """
-    targets = torch.zeros(len(records), len(chosen_by))
-    for p, samples in enumerate(chosen_by.values()):
-        targets[sorted(samples), p] = 1
+    row = {index: i for i, index in enumerate(sorted(set().union(*proxies.values())))}
+    targets = torch.zeros(len(row), len(names))
+    for p, name in enumerate(names):
+        targets[[row[index] for index in proxies.get(name, ())], p] = 1
     return targets / targets.sum(1, keepdim=True)
 
 
 class RoutingLoss:
     """weight times the cross-entropy of every layer's pi against the samples' clients, mean over the tokens.
 
-    targets: (n, K), `targets_of` the training's samples. To be called after the forward of a batch; counted
-    are the tokens of model.routing.token_mask. It sees the routers' inputs through hooks until `remove`.
+    targets: (n, K), `proxy_targets` of the training's samples. To be called after the forward of a batch. The
+    tokens are those of model.routing.token_mask. It sees the routers' inputs through hooks until `remove`.
     """
 
     def __init__(self, model, targets, weight):

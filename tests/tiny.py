@@ -135,54 +135,25 @@ def make_run(run_dir, seed_model, seed=0, answers="text", loss="answer", **sizes
 def commands(run_dir):
     """The whole pipeline: every selection, the experts, every method, the table."""
     run = ["--run-dir", str(run_dir), *COMMON]
-    few = [
-        "--epochs",
-        "6",
-        "--lr",
-        "0.02",
-        "--rank",
-        "4",
-        "--alpha",
-        "8",
-        "--batch-size",
-        "4",
-        "--warmup-steps",
-        "2",
-    ]
-    return [
-        *(["select_proxies", *run, "--selection", rule] for rule in ("similarity", "dpp", "random")),
-        *(
-            ["train_expert", *run, "--data", data, "--selection", rule, *few]
-            for data, rule in (("private", "similarity"), ("aligned", "dpp"), ("proxies", "random"))
-        ),
-        *(
-            ["unify_moe", *run, "--method", method, "--lr", "0.003", "--batch-size", "4"]
-            for method in ("soup", "btm", "btx", "flexolmo", "metamoe", "unrestricted")
-        ),
-        [
-            "unify_moe",
-            *run,
-            "--method",
-            "metamoe",
-            "--name",
-            "from-proxies",
-            "--data",
-            "proxies",
-            "--selection",
-            "random",
-        ],
-        ["evaluate", *run],
-    ]
+    few = "--epochs 6 --lr 0.02 --rank 4 --alpha 8 --batch-size 4 --warmup-steps 2".split()
+    final = ["--lr", "0.003", "--batch-size", "4"]
+    selections, experts = (
+        ("similarity", "dpp", "random"),
+        ("private similarity", "aligned dpp", "proxies random"),
+    )
+    jobs = [["select_proxies", *run, "--selection", rule] for rule in selections]
+    for kind in experts:
+        data, rule = kind.split()
+        jobs.append(["train_expert", *run, "--data", data, "--selection", rule, *few])
+    for method in ("soup", "btm", "btx", "flexolmo", "metamoe", "unrestricted"):
+        jobs.append(["unify_moe", *run, "--method", method, *final])
+    variant = "--method metamoe --name from-proxies --data proxies --selection random".split()
+    return [*jobs, ["unify_moe", *run, *variant], ["evaluate", *run]]
 
 
 def environment(**extra):
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        **extra,
-    }
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **quiet, **extra}
 
 
 def drive(repo=REPO, **job):

@@ -156,7 +156,7 @@ class ClipBackbone(Backbone):
             yield tokens, partial(self.pool, model, images)
 
     def losses(self, model, records, classes, batch_size, steps, seed):
-        """Each step's cross-entropy over `classes`."""
+        """Each step's samples and their cross-entropy over `classes`."""
         texts = self.text_features(classes)
         numbers = {name: i for i, name in enumerate(classes)}
         targets = torch.tensor([numbers[record["answer"]] for record in records], device=self.device)
@@ -170,7 +170,7 @@ class ClipBackbone(Backbone):
         for part, batch, (indices, images) in zip(mine, batches, loaded, strict=True):
             with attention(SDPBackend.MATH):
                 logits = self.classify(model, images, texts)  # (b, C)
-            yield F.cross_entropy(logits, targets[indices]) * (len(part) / len(batch))
+            yield indices, F.cross_entropy(logits, targets[indices]) * (len(part) / len(batch))
 
     @torch.no_grad()
     def scores(self, model, records, label="scoring", scoring=None):

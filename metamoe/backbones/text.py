@@ -169,11 +169,12 @@ class TextBackbone(ScoringMixin, Backbone):
         # Only the lengths are kept: the tokens of all records may not fit in memory.
         lengths = np.fromiter((sum(map(len, self.example(record))) for record in bar), np.int32, len(records))
         for batch in epoch_batches(lengths, batch_size, steps, seed):
-            encoded = [self.example(records[i]) for i in batch]
-            mine = encoded[state.process_index :: state.num_processes]
+            mine = batch[state.process_index :: state.num_processes]
+            encoded = {i: self.example(records[i]) for i in batch}
             # 1 for one process; 0 where a short batch leaves this process nothing.
-            share = sum(map(self.count, mine)) / sum(map(self.count, encoded))
-            yield self.loss(model, mine or encoded[:1]) * share
+            share = sum(self.count(encoded[i]) for i in mine) / sum(map(self.count, encoded.values()))
+            mine = mine or batch[:1]
+            yield mine, self.loss(model, [encoded[i] for i in mine]) * share
 
     def count(self, example):
         """Number of an example's tokens in the loss."""

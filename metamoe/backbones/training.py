@@ -38,12 +38,14 @@ def train(
     label,
     classes=(),
     after_step=None,
+    extra_loss=None,
     checkpointing=False,
 ):
     """Train in place: every record once an epoch, constant rate after a linear warm-up; returns the losses.
 
     groups: optimiser parameter groups, each with its own "lr". seed: the random seed of the batches.
     classes: the label set of an image classifier. after_step: called after each update.
+    extra_loss: a function of a batch's indices, after its forward; added to the loss.
     checkpointing: recompute activations in the backward (language models).
     """
     optimizer = make_optimizer(optimizer, groups, weight_decay)
@@ -55,7 +57,9 @@ def train(
     model.train()
     losses = []
     with enough_memory(label), progress(total=steps, desc=label, unit="step") as bar:
-        for loss in backbone.losses(model, records, classes, batch_size, steps, seed):
+        for batch, loss in backbone.losses(model, records, classes, batch_size, steps, seed):
+            if extra_loss:
+                loss = loss + extra_loss(batch)
             losses.append(update(optimizer, loss))
             warmup.step()
             if after_step:

@@ -1,0 +1,126 @@
+"""Beyond Eq. 6: routing vectors of one length, and the loss that tells the router whose proxy a sample is."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import CLIENTS, refused, stage, unified
+
+import moe
+from metamoe import backbones, routing
+from metamoe.rundir import read_json
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+UNIT = ("--method", "metamoe-unit")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory, finished):
+    folder = tmp_path_factory.mktemp("routing") / "run"
+    shutil.copytree(finished[0], folder)
+    return folder
+
+
+def share_of_own(run, model):
+    """The share of the clients' tokens that their own expert gets, mean over clients and layers."""
+    assert stage("evaluate", run, "--models", model).code == 0
+    (row,) = (row for row in read_json(run / "results.json")["rows"] if row["model"] == model)
+    own = [layer[row["experts"].index(name)] for name in CLIENTS for layer in row["routing"][name]]
+    return sum(own) / len(own)
+
+
+def test_vectors_of_one_length_point_where_they_did():
+    vectors = [torch.randn(4, 8) * scale for scale in (1, 5, 0.2)]
+    found = routing.of_one_length(vectors)
+    for layer in range(4):
+        lengths = torch.stack([v[layer].norm() for v in found])
+        mean = torch.stack([v[layer].norm() for v in vectors]).mean()
+        torch.testing.assert_close(lengths, mean.expand(3))
+    for v, before in zip(found, vectors, strict=True):
+        torch.testing.assert_close(torch.cosine_similarity(v, before, dim=1), torch.ones(4))
+    (other,) = routing.of_one_length(vectors[:1], torch.full((4,), 2.0))
+    torch.testing.assert_close(other.norm(dim=1), torch.full((4,), 2.0))
+    assert torch.isfinite(routing.of_one_length([torch.zeros(4, 8), vectors[0]])[0]).all()
+
+
+def test_targets_share_a_sample_that_several_chose():
+    proxies = {"a": [7, 2], "b": [2, 40, 9], "c": []}
+    found = routing.proxy_targets(proxies, ["seed", "a", "b", "c"])
+    assert found.tolist() == [[0, 0.5, 0.5, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0]]  # 2, 7, 9, 40
+
+
+def test_the_row_starts_at_the_uploads_vectors_of_one_length(kept):
+    assert stage("unify_moe", kept, *UNIT, "--name", "start", "--train", "none").code == 0
+    tensors = load_file(kept / "moe" / "start" / "moe.safetensors")
+    uploads = [kept / "clients" / name / "upload" / "aligned-dpp" for name in CLIENTS]
+    vectors = [load_file(upload / "router.safetensors")["vectors"] for upload in uploads]
+    for layer in (0, 1):
+        own = torch.stack([v[layer] for v in vectors])
+        want = own / own.norm(dim=1, keepdim=True) * own.norm(dim=1).mean()
+        torch.testing.assert_close(tensors[f"model.layers.{layer}.mlp.router.vectors"], want)
+
+
+def test_a_client_that_joins_gets_a_vector_of_the_models_length(kept, tmp_path):
+    run, settings = tmp_path / "run", read_json(kept / "run.json")
+    shutil.copytree(kept, run)
+    (run / "run.json").write_text(json.dumps({**settings, "clients": CLIENTS[:-1]}))
+    assert stage("unify_moe", run, *UNIT, "--name", "few", "--train", "none").code == 0
+    (run / "run.json").write_text(json.dumps(settings))
+    extend = ["--extend", "few", "--name", "all", "--train", "none"]
+    assert "--init uploaded" in refused("unify_moe", run, *UNIT, "--init", "uploaded", *extend)
+    assert stage("unify_moe", run, *UNIT, *extend).code == 0
+    vectors = load_file(run / "moe" / "all" / "moe.safetensors")["model.layers.1.mlp.router.vectors"]
+    lengths = vectors.norm(dim=1)
+    torch.testing.assert_close(lengths, lengths[:1].expand(len(CLIENTS)))
+
+
+def test_the_loss_is_the_cross_entropy_of_pi_over_the_counted_tokens(seed_model):
+    backbone = backbones.load_backbone("smollm2-135m", seed_model, "cpu", "float32")
+    model = unified(backbone)
+    targets = torch.tensor([[1.0, 0, 0], [0, 0.5, 0.5], [0, 0, 1.0]])
+    pis, loss = [], routing.RoutingLoss(model, targets, 0.3)
+    hooks = [
+        layer.router.register_forward_hook(lambda m, x, pi: pis.append(pi)) for layer in moe.layers(model)
+    ]
+    ids, mask = torch.randint(2, 300, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    model.routing.token_mask = model.routing.context_mask = mask
+    model(ids, attention_mask=mask.long())
+    terms = []
+    for pi in pis:
+        for b, sample in enumerate((2, 1)):
+            for t in range(int(mask[b].sum())):
+                terms.append(-(targets[sample] * pi[b, t].log()).sum())
+    found = loss([2, 1])
+    torch.testing.assert_close(found, 0.3 * torch.stack(terms).mean())
+    found.backward()
+    assert all(layer.router.vectors.grad.abs().max() > 0 for layer in moe.layers(model))
+    loss.remove()
+    for hook in hooks:
+        hook.remove()
+    model(ids)
+    assert loss.seen == []
+
+
+def test_the_loss_sends_proxies_and_with_them_clients_to_their_experts(kept):
+    random = ["--method", "metamoe", "--init", "random", "--train", "router", "--lr", "0.1"]
+    random += ["--epochs", "8", "--batch-size", "4"]
+    assert stage("unify_moe", kept, *random, "--name", "task").code == 0
+    assert stage("unify_moe", kept, *random, "--name", "told", "--routing-loss", "1").code == 0
+    assert share_of_own(kept, "told") > share_of_own(kept, "task") + 0.05
+    assert read_json(kept / "moe" / "told" / "done.json")["routing_loss"] == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    (
+        "--routing-loss -1",
+        "--routing-loss nan",
+        "--routing-loss 1 --train none",
+        "--routing-loss 1 --samples public",
+    ),
+)
+def test_where_the_loss_cannot_be_taken_it_is_refused(kept, flags):
+    assert "--routing-loss" in refused("unify_moe", kept, "--method=metamoe", "--name=no", *flags.split())

@@ -23,7 +23,7 @@ from metamoe.federation import check_sizes, read_data, start_run, write_data
 from metamoe.records import read_records, usable_public
 from metamoe.report.statistics import log_det, unit
 from metamoe.run_flags import add_client_flags, add_setting_flags
-from metamoe.rundir import atomic, finished, write_json
+from metamoe.rundir import atomic, finished, read_json, write_json
 
 MOST_PRIVATE = 20_000  # private samples that a relevance head is fitted on
 
@@ -175,15 +175,20 @@ def unfinished(run_dir, folders, settings, force):
     return todo
 
 
+def selection_settings(args, run):
+    """The settings that a selection is made with."""
+    candidates = 0 if args.selection == "dpp-all" else run["candidates"]
+    settings = {"seed": run["seed"], "candidates": candidates, "proxies": run["proxies"]}
+    return settings | {"selection": args.selection, "dtype": args.dtype}
+
+
 def main():
     args = parse_args()
     run_dir = Path(args.run_dir)
     run, names = start_run(args)
     resolved = announce(args, "select_proxies", run | {"selection": args.selection})
     main_first = processes(args.device).main_process_first  # of several processes, under `accelerate launch`
-    candidates = 0 if args.selection == "dpp-all" else run["candidates"]
-    settings = {"seed": run["seed"], "candidates": candidates, "proxies": run["proxies"]}
-    settings |= {"selection": args.selection, "dtype": args.dtype}
+    settings = selection_settings(args, run)
     folders = {name: run_dir / "clients" / name / "selection" / args.selection for name in names}
     todo = unfinished(run_dir, folders, settings, args.force)
     if not todo:
@@ -191,12 +196,15 @@ def main():
             write_data(run_dir, run, None, {})  # a client whose work is there joins (again)
         return
     # what is wrong in the data shows before the seed model is loaded
-    data = read_data(run_dir, run, args.skip_bad_records) if processes().is_main_process else None
+    given = {key for key in ("candidates", "proxies") if getattr(args, key) is not None}
+    data = read_data(run_dir, run, args.skip_bad_records, given) if processes().is_main_process else None
     backbone = run_backbone(run, args)
-    save_settings(run_dir, "select_proxies", args.selection, resolved)
+    save_settings(run_dir, "select_proxies", args.selection, resolved | run)
     with main_first():
         if data:
             write_data(run_dir, run, *data)
+    run = read_json(run_dir / "run.json")  # n and m may have shrunk to D_0
+    settings = selection_settings(args, run)
     public = read_records(run_dir / "public" / "records.jsonl")
     features = public_features(run_dir, backbone, public, args.dtype)  # once for all clients
     usable = usable_public(run_dir, public)

@@ -133,7 +133,25 @@ def with_defaults(settings, backbone, only_own):
         defaults |= dict.fromkeys(PART_SIZES, 0)
     if (settings["sources"] or {}).get("public"):
         defaults["public_size"] = 0
-    return {key: defaults[key] if value is None else value for key, value in settings.items()}
+    run = {key: defaults[key] if value is None else value for key, value in settings.items()}
+    if run["public_size"] > 0:
+        shrink(run, {key for key, value in settings.items() if value is not None}, run["public_size"])
+    return run
+
+
+def shrink(run, given, count):
+    """Make n and m smaller, in place, where they are not `given` and do not fit `count` public samples."""
+    n, m = run["candidates"], run["proxies"]
+    before = {"candidates": n, "proxies": m}
+    if n > count and "candidates" not in given:
+        run["candidates"] = count
+    most = min(run["candidates"] or count, count)
+    if (m > most or most < n) and "proxies" not in given:
+        preset = PRESETS[run["backbone"]]
+        run["proxies"] = max(1, min(m, most * preset["proxies"] // preset["candidates"]))
+    changed = [f"--{key} {old} -> {run[key]}" for key, old in before.items() if run[key] != old]
+    if changed:
+        print(f"select_proxies: the preset's {', '.join(changed)}: D_0 has {count} samples, n is {most}")
 
 
 def check_numbers(run, files, only_own):
@@ -205,8 +223,11 @@ def check_join(args, found, name, path):
         raise UserError(f"--join {name}: {why}")
 
 
-def read_data(run_dir, run, skip_bad=False):
-    """(D_0 or None, {client: parts}) of what the run has not got yet."""
+def read_data(run_dir, run, skip_bad=False, given=LEAST):
+    """(D_0 or None, {client: parts}) of what the run has not got yet.
+
+    n and m of `run` shrink to D_0 where they are not among the `given` settings.
+    """
     preset, own, sources = PRESETS[run["backbone"]], run.get("own", {}), run.get("sources", {})
     family, by_kind = FAMILIES[preset["data"]], OWN[preset["kind"]]
     clients, public, parts = run_dir / "clients", None, {}
@@ -228,6 +249,7 @@ def read_data(run_dir, run, skip_bad=False):
     for name in named:
         family.check([record for records in parts[name].values() for record in records], name)
     if new_public:
+        shrink(run, given, len(public))
         check_sizes(run, len(public), "public samples there are")
     return public, parts
 

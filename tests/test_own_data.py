@@ -328,6 +328,20 @@ def test_own_clients_take_the_backbones_public_set(files, seed_model, monkeypatc
     assert public.read_bytes() == before
 
 
+def test_what_is_not_given_shrinks_to_the_public_set(files, seed_model):
+    flags = ["--client", f"acme={files}/acme.jsonl", "--public", f"{files}/public.jsonl"]
+    flags += ["--seed-model", seed_model]
+    said = passes("select_proxies", files / "run", *flags)
+    assert said.count("D_0 has 70 samples") == 1 and "candidates 900 -> 70" in said
+    run = read_json(files / "run" / "run.json")
+    assert (run["candidates"], run["proxies"]) == (70, 70 * 150 // 900)
+    assert "acme: 11 of 70 by dpp" in said
+    assert "skipped" in passes("select_proxies", files / "run", *flags)
+    passes("select_proxies", files / "given", *flags, "--public-size", "40", "--proxies", "20")
+    run = read_json(files / "given" / "run.json")
+    assert (run["candidates"], run["proxies"]) == (40, 20)
+
+
 ACME = "--client acme=FILES/acme.jsonl"
 
 

@@ -3,9 +3,9 @@
 Rows: the methods of metamoe/methods.py, ZeroShot, each private-only expert, and any other model under
 RUN/moe/. Each model is scored once; its choices' scores are kept in RUN/scores/. Writes RUN/results.json and
 RUN/results.md (no clock in them: same random seed, same bytes; the paper's numbers beside its own
-backbones'), RUN/timings.json and RUN/timings.md (the cost tables) and, with --figure, Figure 2 with the
-coverage it shows. Given several evaluated run directories, it prints their tables instead: mean and standard
-deviation over the runs, differences with intervals over all their samples.
+backbones'), RUN/routing.png, RUN/losses.png, RUN/timings.json and RUN/timings.md (the cost tables) and, with
+--figure, Figure 2 with the coverage it shows. Given several evaluated run directories, it prints their tables
+instead: mean and standard deviation over the runs, differences with intervals over all their samples.
 """
 
 from pathlib import Path
@@ -18,10 +18,10 @@ from metamoe.presets import PRESETS
 from metamoe.records import read_records
 from metamoe.report.costs import cost_tables
 from metamoe.report.evaluation import Evaluation, scoring_suffix
-from metamoe.report.figures import coverage
+from metamoe.report.figures import coverage, losses_figure, routing_figure
 from metamoe.report.models import list_models
 from metamoe.report.pooled import pool
-from metamoe.report.results import collect_timings, result_rows, uploaded_bytes
+from metamoe.report.results import chance, collect_timings, result_rows, uploaded_bytes
 from metamoe.report.tables import markdown
 from metamoe.rundir import atomic, open_run, write_json
 
@@ -59,7 +59,7 @@ def main():
     scoring = pick_scoring(args, run)
     stem = "results" if args.split == "test" else f"results.{args.split}"
     stem += scoring_suffix(run, scoring)
-    if len(args.run_dir) > 1:
+    if len(args.run_dir) > 1 and not args.print_config:
         pool(args.run_dir, f"{stem}.json")
         return
     settings = {"split": args.split, "scoring": scoring or "class prompts", "figure": args.figure}
@@ -73,6 +73,9 @@ def main():
     write_json(run_dir / f"{stem}.json", results)
     text = markdown(results, run)
     write_text(run_dir / f"{stem}.md", text)
+    if args.split == "test":
+        routing_figure(run_dir / "routing.png", run, results["rows"])
+        losses_figure(run_dir / "losses.png", run_dir, run)
     timings = collect_timings(run_dir, run, folders, scores)
     write_json(run_dir / "timings.json", timings)
     write_text(run_dir / "timings.md", cost_tables(run, results["rows"], [timings]))
@@ -118,6 +121,7 @@ def tabulate(evaluation, scores, figure, left_out):
         "run": run,
         "split": evaluation.split,
         "n": {name: len(records) for name, records in evaluation.records.items()},
+        "chance": chance(evaluation.records),
         "rows": result_rows(run, scores, evaluation.records),
         "uploaded_bytes": uploaded_bytes(evaluation.run_dir, run),
     }

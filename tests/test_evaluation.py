@@ -10,6 +10,7 @@ import pytest
 import tiny
 from tiny import CLIENTS, SIZES, refused, stage
 
+from metamoe.methods import METHODS
 from metamoe.report.figures import RULES, known_first
 from metamoe.rundir import read_json
 
@@ -67,7 +68,33 @@ def test_the_table_has_the_papers_rows_in_its_order(finished, results):
     assert [cells[0].strip() for cells in table] == titles
     for cells, row in zip(table, results["rows"], strict=True):
         want = [*(row["clients"][name]["accuracy"] for name in CLIENTS), row["average"]]
-        assert [float(cell) for cell in cells[1:]] == pytest.approx(want, abs=0.006)
+        assert [float(cell.strip("* ")) for cell in cells[1:]] == pytest.approx(want, abs=0.006)
+
+
+def test_the_table_says_what_it_shows(finished, results):
+    text = (finished[0] / "results.md").read_text()
+    private = [row for row in results["rows"] if row["model"] in METHODS and row["model"] != "unrestricted"]
+    best = max(row["average"] for row in private)
+    assert text.count(f"**{best:.2f}**") == sum(row["average"] == best for row in private)
+    assert "UnrestrictedMoE: trained on the clients' private data, NOT private" in text
+    for name in CLIENTS:
+        test = [json.loads(line) for line in open_test(finished[0], name)]
+        guess = 100 * np.mean([1 / len(record["choices"]) for record in test])
+        assert results["chance"][name] == pytest.approx(guess) and f"{name} {guess:.1f}" in text
+    for row in (row for row in results["rows"] if row["model"] != "btm"):
+        scores = read_json(finished[0] / "scores" / f"{row['model']}.test.json")["scores"]
+        for name in CLIENTS:
+            test = [json.loads(line)["choices"] for line in open_test(finished[0], name)]
+            given = [choices[int(np.argmax(s))] for choices, s in zip(test, scores[name], strict=True)]
+            most = max(map(given.count, given)) / len(given)
+            assert ("one_choice" in row["clients"][name]) == (most > 0.9)
+            assert (f"- {row['title']} answers" in text) >= (most > 0.9)
+    for figure in ("routing.png", "losses.png"):
+        assert (finished[0] / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def open_test(run_dir, name):
+    return (run_dir / "clients" / name / "private" / "test.jsonl").read_text().splitlines()
 
 
 def test_clocks_are_read_into_the_timings_alone(finished, results):

@@ -36,7 +36,15 @@ def test_every_expected_file_is_written(finished):
     expected |= {"soup": [*ADAPTER, "done.json", "timing.json"], "btm": ["done.json", "timing.json"]}
     assert {folder.name: sorted(drive.snapshot(folder)) for folder in (run_dir / "moe").iterdir()} == expected
     folders = {"settings", "public", "clients", "moe", "scores"}
-    files = {"run.json", "results.json", "results.md", "timings.json", "timings.md"}
+    files = {
+        "run.json",
+        "results.json",
+        "results.md",
+        "timings.json",
+        "timings.md",
+        "routing.png",
+        "losses.png",
+    }
     assert {path.name for path in run_dir.iterdir()} == folders | files
 
 

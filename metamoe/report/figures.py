@@ -1,4 +1,4 @@
-"""Figure 2, and how the proxies of each selection cover a client's data."""
+"""Figure 2, coverage of a client's data by the proxies, routing shares, losses."""
 
 import numpy as np
 
@@ -68,11 +68,7 @@ def figure2(evaluation, client, private, public, proxies, found):
 
     One t-SNE of private test data, up to 2,000 of D_0 and all proxies, so that the panels share their axes.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     run_dir, run = evaluation.run_dir, evaluation.run
     order = np.random.default_rng(run["seed"]).permutation(usable_public(run_dir, public))
     shown = np.union1d(order[:2000], np.concatenate(list(proxies.values())))
@@ -94,9 +90,71 @@ def figure2(evaluation, client, private, public, proxies, found):
     legend = axes[0][0].get_legend_handles_labels()
     figure.legend(*legend, loc="lower center", ncols=3, markerscale=2, frameon=False)
     suffix = "" if evaluation.split == "test" else f".{evaluation.split}"
-    with atomic(run_dir / f"figure2-{client}{suffix}.png") as temporary:
+    save_figure(figure, run_dir / f"figure2-{client}{suffix}.png")
+
+
+def routing_figure(path, run, rows):
+    """Heat maps of the shares of a client's tokens: layers x experts, a panel a client, a line a model."""
+    rows = [row for row in rows if "routing" in row]
+    if not rows:
+        return
+    plt = pyplot()
+    size = 1.2 + 1.6 * len(run["clients"]), 0.6 + 2.2 * len(rows)
+    figure, axes = plt.subplots(len(rows), len(run["clients"]), figsize=size, squeeze=False)
+    for line, row in zip(axes, rows, strict=True):
+        for axis, name in zip(line, run["clients"], strict=True):
+            image = axis.imshow(row["routing"][name], vmin=0, vmax=1, aspect="auto", cmap="viridis")
+            axis.set_xticks(range(len(row["experts"])), row["experts"], rotation=45, ha="right", fontsize=6)
+            axis.set_title(f"{row['title']}: {name}", fontsize=7)
+            axis.tick_params(axis="y", labelsize=6)
+        line[0].set_ylabel("layer", fontsize=7)
+    figure.tight_layout()
+    figure.colorbar(image, ax=axes, label="share of the client's tokens", fraction=0.05)
+    save_figure(figure, path)
+
+
+def losses_figure(path, run_dir, run):
+    """The training losses: a panel for the clients' experts, one for the final trainings."""
+    folders = {}
+    for name in run["clients"]:
+        for folder in sorted((run_dir / "clients" / name / "experts").glob("[!.]*")):
+            folders[folder] = 0, f"{name}, {folder.name}"
+    for folder in sorted((run_dir / "moe").glob("[!.]*")):
+        folders[folder] = 1, folder.name
+    files = {folder: folder / "losses.json" for folder in folders}
+    found = {folder: read_json(file) for folder, file in files.items() if file.exists()}
+    if not any(found.values()):
+        return
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
+    for folder, losses in found.items():
+        panel, label = folders[folder]
+        window = max(1, len(losses) // 20)
+        if losses:
+            smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+            axes[panel].plot(np.arange(len(smooth)) + window, smooth, label=label, linewidth=1)
+    for axis, title in zip(axes, ("experts", "final training"), strict=True):
+        axis.set(title=f"{title}: mean loss of the last steps (a twentieth of all)", xlabel="step")
+        if axis.lines:
+            axis.legend(fontsize=6)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save_figure(figure, path):
+    """Write a PNG, the same bytes for the same figure."""
+    with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    pyplot().close(figure)
 
 
 def project(points, seed):

@@ -1,24 +1,49 @@
 """The rows of results.json and timings.json, built from each model's scores."""
 
+from collections import Counter
+
 import numpy as np
 
 from metamoe.report.models import title
 from metamoe.report.statistics import is_choice, is_right, paired_bootstrap, perplexity, shares, wilson
 from metamoe.rundir import folder_bytes, read_json
 
+ONE_CHOICE = 0.9  # a model that gives one choice for more of a client's samples is noted
+
 
 def client_result(scores, records):
     """A client's entry of a row."""
     if not is_choice(records):
         return {"perplexity": perplexity(scores), "tokens": sum(map(len, scores)), "n": len(records)}
-    right = is_right(scores, records)
+    right, most = is_right(scores, records), most_given(scores, records)
     return {
         "correct": int(right.sum()),
         "n": len(right),
         "accuracy": 100 * float(right.mean()),
         "wilson": wilson(right.sum(), len(right)),
         "right": "".join("01"[int(value)] for value in right),  # a digit a sample, for paired tests
+        **({"one_choice": most} if most["share"] > ONE_CHOICE else {}),
     }
+
+
+def most_given(scores, records):
+    """The choice that the model gives most often: {"choice", "share"}."""
+    given = Counter(
+        record["choices"][int(np.argmax(values))].strip()
+        for values, record in zip(scores, records, strict=True)
+        if len(values)
+    )
+    choice, count = given.most_common(1)[0] if given else ("", 0)
+    return {"choice": choice, "share": count / len(records)}
+
+
+def chance(records):
+    """{client: the accuracy of a guess, in percent}, of the clients with choices."""
+    guess = {}
+    for name, own in records.items():
+        if is_choice(own):
+            guess[name] = 100 * float(np.mean([1 / len(record["choices"]) for record in own]))
+    return guess
 
 
 def right_of(row, clients):

@@ -14,15 +14,16 @@ SCORINGS = {
 }
 PERPLEXITY = "the perplexity of the answers: lower is better, and it is in no average and no difference."
 INTERVALS = "Wilson 95% intervals; MetaMoE's average minus the row's, in points, with a paired bootstrap 95% "
-INTERVALS += "interval."
+INTERVALS += "interval: where it holds 0, the two rows tie."
 ROUTING = (
-    "Share of a client's prompt tokens that its own expert gets, mean over the layers (least and most of a "
-    "layer), percent; every layer and expert is in results.json."
+    "Share of a client's {} tokens that its own expert gets, mean over the layers (least and most of a "
+    "layer), percent: 100 means that the router knows the client. Every layer and expert is in results.json, "
+    "and drawn in routing.png."
 )
 OPT_OUT = "with one client's expert left out, without training: accuracy in percent."
 COVERAGE = (
     "How the proxies cover a client's private test data: mean distance (1 - cosine) of a test sample to its "
-    "nearest proxy, and log det L_S of the proxies."
+    "nearest proxy (smaller is closer), and log det L_S of the proxies (larger is more diverse)."
 )
 
 
@@ -67,18 +68,22 @@ def markdown(results, run):
     """RUN/results.md: the paper's Table 3 layout, then ablations, intervals, routing, coverage, bytes."""
     rows, clients = results["rows"], run["clients"]
     measured = measures(run, rows)
-    heading = f"# {run['backbone']}, seed {run['seed']}, {results['split']} split"
+    heading = f"# {run['backbone']}, random seed {run['seed']}, {results['split']} split"
     if results.get("scoring"):
         heading += f", {SCORINGS[results['scoring']]}"
     blocks = [heading, explanation(results, run, measured)]
     for section, labelled in sections(rows):
         if section:
             blocks.append(f"## {section}")
-        blocks.append(accuracy_table(labelled, run, measured))
+        best = None if section else best_private(labelled)
+        blocks.append(accuracy_table(labelled, run, measured, best))
+        if not section:
+            blocks += notes(rows)
     blocks += ["## Intervals", INTERVALS, interval_table(results, measured)]
     routed = [row for row in rows if "routing" in row]
     if routed:
-        blocks += [ROUTING, routing_table(routed, clients)]
+        tokens = "image" if PRESETS[run["backbone"]]["kind"] == "clip" else "prompt"
+        blocks += [ROUTING.format(tokens), routing_table(routed, clients)]
     for model, table in results.get("opt_out", {}).items():
         blocks.append(f"{title(model, run)} {OPT_OUT}")
         blocks.append(opt_out_table(table, measured))
@@ -96,6 +101,14 @@ def explanation(results, run, measured):
         changed = changed_settings(run)
         if changed:
             text += f" This run's {', '.join(changed)} are not the paper's."
+    if results.get("chance"):
+        guesses = ", ".join(f"{name} {value:.1f}" for name, value in results["chance"].items())
+        average = np.mean(list(results["chance"].values()))
+        text += f" Chance level: {guesses}; {average:.1f} on average."
+    pooled = [row["title"] for row in results["rows"] if sees_private_data(row)]
+    if pooled:
+        text += f" {', '.join(pooled)}: trained on the clients' private data, NOT private. All others are."
+    text += " The best average of a private merged model is bold."
     perplexities = ", ".join(name for name, measure in measured.items() if measure == "perplexity")
     if perplexities:
         text += f" Of {perplexities} {PERPLEXITY}"
@@ -110,13 +123,45 @@ def changed_settings(run):
     return [key for key in preset if run.get(key, preset[key]) != preset[key]]
 
 
-def accuracy_table(rows, run, measured):
+def sees_private_data(row):
+    """Whether the server trains the row's model on the clients' data."""
+    return row["model"] in METHODS and METHODS[row["model"]].samples == "private"
+
+
+def is_private_model(row):
+    """Whether the server makes the row's model of uploads alone."""
+    return row["model"] in METHODS and not sees_private_data(row)
+
+
+def best_private(labelled):
+    """The best average of the models that the server makes of uploads alone; None without one."""
+    merged = [row for _, row in labelled if is_private_model(row)]
+    averages = [row["average"] for row in merged if row["average"] is not None]
+    return max(averages) if len(averages) > 1 else None
+
+
+def notes(rows):
+    """A line for each model that gives nearly all samples of a client one choice."""
+    found = []
+    for row in rows:
+        for name, cell in row["clients"].items():
+            if "one_choice" in cell:
+                share, choice = 100 * cell["one_choice"]["share"], cell["one_choice"]["choice"]
+                found.append(f"- {row['title']} answers {choice!r} to {share:.0f}% of {name}.")
+    return ["\n".join(found)] if found else []
+
+
+def accuracy_table(rows, run, measured, best=None):
+    """best: the average that is set in bold."""
     lines = []
     for label, row in rows:
         paper = paper_numbers(run, row["model"])
         values = {name: row["clients"][name][measure] for name, measure in measured.items()}
         values["average"] = row["average"]
-        lines.append((label, [number(value, paper.get(name)) for name, value in values.items()]))
+        cells = [number(value, paper.get(name)) for name, value in values.items()]
+        if best is not None and row["average"] == best and is_private_model(row):
+            cells[-1] = f"**{cells[-1]}**"
+        lines.append((label, cells))
     return grid([*client_heads(measured), "Average"], lines)
 
 

@@ -64,7 +64,7 @@ def parse_args():
 
 def build(backbone, run_dir, run, uploads, settings):
     """The unified model before its final training (Eq. 5-6)."""
-    experts = [read_expert(upload) for upload in uploads.values()]
+    experts = [read_expert(upload, backbone.ffn_names) for upload in uploads.values()]
     vectors = [load_file(upload / "router.safetensors")["vectors"] for upload in uploads.values()]
     names = list(uploads)
     if settings["seed_expert"]:  # e_0: the seed model's FFN, its mean over up to 3,000 random samples of D_0

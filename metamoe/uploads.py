@@ -5,6 +5,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from metamoe.adapters import complete, read_adapter
 from metamoe.backbones.base import unwrap
 from metamoe.errors import UserError
 from metamoe.rundir import atomic, read_json, sha256, write_json
@@ -43,19 +44,19 @@ def read_manifest(upload):
     return manifest
 
 
-def read_expert(upload):
-    """An uploaded expert for moe.unify: {FFN name: {"gate_proj.lora_A": tensor, ..., "scaling": float}}."""
-    file, scaling, expert = Path(upload) / "ffn.safetensors", {}, {}
-    adapter = Path(upload) / "adapter"
-    if adapter.exists():
-        file, config = adapter / "adapter_model.safetensors", read_json(adapter / "adapter_config.json")
-        scaling = {"scaling": config["lora_alpha"] / config["r"]}
-    for key, tensor in load_file(file).items():
-        if scaling:  # PEFT's names
-            key = key.removeprefix("base_model.model.").removesuffix(".weight")
-        ffn, linear, kind = key.rsplit(".", 2)
-        expert.setdefault(ffn, {**scaling})[f"{linear}.{kind}"] = tensor
-    return expert
+def read_expert(upload, ffn_names=None):
+    """An uploaded expert for moe.unify: {FFN name: {"gate_proj.lora_A": tensor, ..., "scaling": float}}.
+
+    ffn_names: the seed model's; the expert then has an entry for each, and UserError names any other module.
+    """
+    upload, expert = Path(upload), {}
+    if (upload / "adapter").exists():
+        expert = read_adapter(upload / "adapter")
+    else:
+        for key, tensor in load_file(upload / "ffn.safetensors").items():
+            ffn, linear, kind = key.rsplit(".", 2)
+            expert.setdefault(ffn, {})[f"{linear}.{kind}"] = tensor
+    return expert if ffn_names is None else complete(expert, ffn_names, upload)
 
 
 def save_expert(model, backbone, folder, full_ffn):

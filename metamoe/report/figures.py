@@ -100,7 +100,8 @@ def routing_figure(path, run, rows):
         return
     plt = pyplot()
     size = 1.2 + 1.6 * len(run["clients"]), 0.6 + 2.2 * len(rows)
-    figure, axes = plt.subplots(len(rows), len(run["clients"]), figsize=size, squeeze=False)
+    shape = len(rows), len(run["clients"])
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
     for line, row in zip(axes, rows, strict=True):
         for axis, name in zip(line, run["clients"], strict=True):
             image = axis.imshow(row["routing"][name], vmin=0, vmax=1, aspect="auto", cmap="viridis")
@@ -108,7 +109,6 @@ def routing_figure(path, run, rows):
             axis.set_title(f"{row['title']}: {name}", fontsize=7)
             axis.tick_params(axis="y", labelsize=6)
         line[0].set_ylabel("layer", fontsize=7)
-    figure.tight_layout()
     figure.colorbar(image, ax=axes, label="share of the client's tokens", fraction=0.05)
     save_figure(figure, path)
 

@@ -1,64 +1,66 @@
 """ModelSoup: one expert, the mean of the clients' weight updates."""
 
-import json
-
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from metamoe.rundir import write_json
+from metamoe.errors import UserError
+from metamoe.rundir import read_json, write_json
 from metamoe.uploads import read_expert
 
 
 def merge(uploads, folder):
     """Write the soup of the uploads into `folder`, in the form of a client's upload."""
-    save_soup(average([read_expert(upload) for upload in uploads]), uploads[0], folder)
-
-
-def average(experts):
-    """ModelSoup: the mean of the experts' weights. The mean of products B_p A_p is one LoRA expert of rank K
-    r, exactly."""
-    soup = {}
-    for ffn, first in experts[0].items():
-        soup[ffn] = {}
-        for key in first:
-            tensors = [expert[ffn][key] for expert in experts]
-            if key == "scaling":
-                soup[ffn][key] = 1.0
-            elif key.endswith("lora_A"):
-                soup[ffn][key] = torch.cat(tensors)  # (K r, d_in)
-            elif key.endswith("lora_B"):
-                # (d_out, K r)
-                soup[ffn][key] = torch.cat(
-                    [
-                        t * expert[ffn]["scaling"] / len(experts)
-                        for t, expert in zip(tensors, experts, strict=True)
-                    ],
-                    1,
-                )
-            else:
-                soup[ffn][key] = torch.stack(tensors).mean(0)
-    return soup
-
-
-def save_soup(soup, upload, folder):
-    """The soup as what a client uploads: a PEFT adapter, or ffn.safetensors."""
-    if (upload / "ffn.safetensors").exists():
-        save_file(
-            {f"{ffn}.{key}": t for ffn, expert in soup.items() for key, t in expert.items()},
-            folder / "ffn.safetensors",
+    experts = [read_expert(upload) for upload in uploads]
+    adapters = [(upload / "adapter").exists() for upload in uploads]
+    if any(adapters) != all(adapters):
+        mixed = uploads[adapters.index(not adapters[0])]
+        raise UserError(
+            f"upload {mixed}: is of another kind than {uploads[0]}: adapters or FFN weights, not both"
         )
+    if not adapters[0]:
+        tensors = {f"{ffn}.{key}": t for ffn, own in average(experts).items() for key, t in own.items()}
+        save_file(tensors, folder / "ffn.safetensors")
         return
-    tensors = {
-        f"base_model.model.{ffn}.{key}.weight": t.contiguous()
-        for ffn, expert in soup.items()
-        for key, t in expert.items()
-        if key != "scaling"
-    }
-    rank = next(t for key, t in tensors.items() if "lora_A" in key).shape[0]
-    config = json.loads((upload / "adapter" / "adapter_config.json").read_text()) | {
-        "r": rank,
-        "lora_alpha": rank,
-    }
+    soup = average_lora(experts)
+    config = read_json(uploads[0] / "adapter" / "adapter_config.json")
+    rank = next(A.shape[0] for A, _ in soup.values())
+    config |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    config |= {"target_modules": sorted(soup), "layers_to_transform": None, "exclude_modules": None}
+    tensors = {}
+    for module, (A, B) in soup.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = A.contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = B.contiguous()
     (folder / "adapter").mkdir()
     save_file(tensors, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(folder / "adapter" / "adapter_config.json", config)
+
+
+def average(experts):
+    """The mean of full FFN weights."""
+    soup = {}
+    for ffn, first in experts[0].items():
+        soup[ffn] = {key: torch.stack([expert[ffn][key] for expert in experts]).mean(0) for key in first}
+    return soup
+
+
+def average_lora(experts):
+    """{linear's path: (A (R, d_in), B (d_out, R))}, B A the mean of the experts' scaling B_p A_p, exactly.
+
+    An expert that leaves a linear out counts as 0 there. R is the same for all linears: zeros fill up.
+    """
+    soup = {}
+    for expert in experts:
+        for ffn, own in expert.items():
+            for key in (key for key in own if key.endswith(".lora_A")):
+                linear = key.removesuffix(".lora_A")
+                B = own[f"{linear}.lora_B"] * (own["scaling"] / len(experts))
+                parts = soup.setdefault(f"{ffn}.{linear}", ([], []))
+                parts[0].append(own[key])
+                parts[1].append(B)
+    soup = {module: (torch.cat(A), torch.cat(B, 1)) for module, (A, B) in soup.items()}
+    rank = max(len(A) for A, _ in soup.values())
+    return {
+        module: (F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - len(A))))
+        for module, (A, B) in soup.items()
+    }

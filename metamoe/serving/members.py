@@ -78,7 +78,7 @@ def extend(seed_model, folder, uploads, init):
             if init == "unit":
                 there = [tensors[f"{ffn}.router.vectors"].norm(dim=1).mean() for ffn in config["ffn_names"]]
                 (vectors,) = of_one_length([vectors], torch.stack(there))
-            joining.append((name, read_expert(upload), vectors))
+            joining.append((name, read_expert(upload, config["ffn_names"]), vectors))
     return moe.assemble(seed_model, config, tensors, joining)
 
 

@@ -1,4 +1,4 @@
-"""run_all.sh up to its first stage: the backbone that it takes, the commands that it will run, what it refuses."""
+"""run_all.sh up to its first stage: its backbone, the commands that it will run, what it refuses."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""A tiny seed model and a run directory with synthetic data, in the layout that federation.write_data writes."""
+"""A tiny seed model and a run directory with synthetic data, as federation.write_data lays it out."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ METHODS = ["soup", "btm", "btx", "flexolmo", "metamoe", "unrestricted"]
 CLOCKS = ("timing.json", "timings.json", "timings.md")
 COMMON = ["--dtype", "float32", "--device", "cpu"]
 
-# Each topic has words of its own and an answer that is right most of the time, so that there is something to learn.
+# Each topic has words of its own and an answer that is right most of the time: there is something to learn.
 TOPICS = {
     "intent": (
         "play music song album artist playlist tune listen radio track band concert",
@@ -106,7 +106,7 @@ def make_seed_model(folder):
 
 
 def make_run(run_dir, seed_model, seed=0, answers="text", loss="answer", **sizes):
-    """RUN/run.json, RUN/public/ and RUN/clients/*/private/, as select_proxies.py leaves them before it embeds anything."""
+    """RUN/run.json, RUN/public/ and RUN/clients/*/private/, before anything is embedded."""
     sizes = SIZES | sizes
     write_json(
         run_dir / "run.json",
@@ -180,7 +180,7 @@ def stage(name, run_dir, *args):
 
 
 def refused(name, run_dir, *args, watch=None):
-    """Run a stage that must refuse: exit code 2, exactly one line on stderr, nothing written. Returns that line."""
+    """The line of a stage that must refuse: exit code 2, nothing else on stderr, nothing written."""
     watch = watch or run_dir
     before = snapshot(watch), sorted(Path(watch).rglob("*"))
     result = stage(name, run_dir, *args)
@@ -252,7 +252,7 @@ def synthetic_archive(monkeypatch, per_task=60):
 
 
 def unified(backbone, context="fixed", seed=0, **kwargs):
-    """A unified MoE of three random experts that differ a lot, with routing vectors that spread the tokens."""
+    """A unified MoE of three random experts that differ a lot; its routing vectors spread the tokens."""
     g = torch.Generator().manual_seed(seed)
     experts, width = [], backbone.model.config.hidden_size
     for _ in range(3):
@@ -310,7 +310,7 @@ def save_picture(path, value=0):
 
 
 def make_coop(folder, split_file, image_folder, names, counts=(6, 3, 4), nested=False):
-    """A dataset as CoOp lays it out: `counts` images a class in each part; return the split as it was written."""
+    """A dataset as CoOp lays it out, with `counts` images a class in each part; returns the split."""
     split, value = {}, 0
     for part, count in zip(("train", "val", "test"), counts, strict=True):
         split[part] = []

@@ -96,7 +96,7 @@ def relevance_weighted_dpp(features, relevance, k, return_gains=False):
     Items of relevance 0 come after all others, by rho while that lasts. These and the fillers have gain -inf,
     for then det(L~_S) = 0, and cause one RuntimeWarning.
     Raises ValueError: k is not an integer in 1..n; NaN or inf; a shape that does not fit; a zero feature row;
-    negative or all-zero relevance. TypeError: a torch tensor together with an array or a list.
+    negative or all-zero relevance. TypeError: a torch tensor with an array or list; sparse or masked input.
     """
     if isinstance(features, torch.Tensor) != isinstance(relevance, torch.Tensor):
         raise TypeError("features and relevance must be both torch tensors or both NumPy arrays (or lists)")
@@ -130,6 +130,8 @@ def _check_k(k, n):
 
 def _to_tensor(x):
     """x without its autograd graph; an array in half or single precision as it is, any other in float64."""
+    if isinstance(x, np.ma.MaskedArray) or hasattr(x, "tocsr") or getattr(x, "is_sparse", False):
+        raise TypeError(f"features and relevance must be dense and without a mask, not {type(x).__name__}")
     if isinstance(x, torch.Tensor):
         return x.detach()
     x = np.asarray(x)
@@ -169,9 +171,8 @@ class _LazySearch:
     """Greedy MAP for Diag(w) L Diag(w), L_ij = cos(z_i, z_j), from features z (n, d).
 
     With Q (t, d) an orthonormal basis of the t items chosen so far, rho_i = 1 - |Q u_i|^2, u_i = z_i / |z_i|.
-    It can only fall, and the gain with it, so the gain of an earlier step bounds today's. A round brings the
-    best POOL bounds up to date, runs the plain greedy among those as long as no other item's bound is in its
-    way, and extends Q by what was chosen.
+    It can only fall, and the gain with it, so an earlier step's gain bounds today's. A round brings the best
+    POOL bounds up to date, runs the plain greedy among them until another bound is in its way, and extends Q.
     """
 
     def __init__(self, z, k, tol):

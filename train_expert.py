@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from metamoe import cli
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
-from metamoe.backbones.training import train, use_checkpointing
+from metamoe.backbones.training import ends, train, use_checkpointing
 from metamoe.errors import UserError, run_main
 from metamoe.presets import PRESETS
 from metamoe.records import read_records
@@ -137,7 +137,7 @@ def train_client(run_dir, run, name, args, settings):
             save_file({"vectors": vectors}, part / "router.safetensors")
             write_json(part / "losses.json", losses)
             write_json(part / "done.json", settings)
-    first, last = (sum(part) / len(part) for part in (losses[:5], losses[-5:]))
+    first, last = ends(losses)
     return f"{len(private)} private + {len(proxies)} proxies, {steps} steps, loss {first:.3f} -> {last:.3f}"
 
 

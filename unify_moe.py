@@ -27,7 +27,7 @@ import moe
 from metamoe import cli
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
-from metamoe.backbones.training import train, use_checkpointing
+from metamoe.backbones.training import ends, train, use_checkpointing
 from metamoe.errors import UserError, run_main
 from metamoe.methods import METHODS, described
 from metamoe.model_settings import add_method_flags, resolve
@@ -184,7 +184,7 @@ def write(folder, args, model, losses, uploads, settings, start):
         write_json(part / "done.json", settings)
     about = f"{len(uploads)} experts ({settings['variant']})"
     if losses:
-        about += f", {len(losses)} final steps, loss {np.mean(losses[:5]):.3f} -> {np.mean(losses[-5:]):.3f}"
+        about += ", {} final steps, loss {:.3f} -> {:.3f}".format(len(losses), *ends(losses))
     print(f"unify_moe: {settings['name']}: {about}, {seconds:.1f} s")
 
 

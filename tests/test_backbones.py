@@ -257,6 +257,12 @@ def test_training_repeats_itself(load, records):
     assert losses[0] == losses[1] != losses[2] and len(losses[0]) == 3
 
 
+def test_the_first_and_the_last_losses_do_not_overlap():
+    assert training.ends([4.0]) == (4.0, 4.0)
+    assert training.ends([4.0, 3.0, 1.0]) == (4.0, 1.0)
+    assert training.ends(list(map(float, range(20)))) == (2.0, 17.0)
+
+
 def test_warm_up_is_linear_and_the_rate_constant_after_it(backbone, records, monkeypatch):
     rates = []
 

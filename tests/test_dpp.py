@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_array
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpp
@@ -281,6 +282,17 @@ def test_bad_input_is_named(name, value, message):
 def test_mixing_numpy_and_torch_is_a_type_error(mixed):
     with pytest.raises(TypeError, match="features and relevance"):
         relevance_weighted_dpp(*mixed, 1)
+
+
+@pytest.mark.parametrize(
+    "features", (np.ma.masked_array(np.eye(3)), csr_array(np.eye(3)), torch.eye(3).to_sparse())
+)
+def test_masked_and_sparse_features_are_a_type_error(features):
+    relevance = torch.ones(3) if isinstance(features, torch.Tensor) else np.ones(3)
+    with pytest.raises(TypeError, match="dense and without a mask"):
+        relevance_weighted_dpp(features, relevance, 1)
+    with pytest.raises(TypeError, match="dense and without a mask"):
+        greedy_map(features, 1)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int64])

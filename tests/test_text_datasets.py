@@ -139,6 +139,24 @@ def fails(*parts, name="socialiqa", sources=None, **sizes):
         assert str(part) in str(error.value), error.value
 
 
+def test_version_1_4_of_socialiqa_is_read_as_the_others(tmp_path):
+    for folder in ("old", "new"):
+        (tmp_path / folder).mkdir()
+    write_copy("socialiqa", tmp_path / "old", 8, 4)
+    parts = {"trn": rows_of("socialiqa", 8), "dev": rows_of("socialiqa", 4, 100)}
+    for part, rows in parts.items():
+        rows = [{**row, "correct": "ABC"[int(row["label"]) - 1]} for row in rows]
+        rows = without(rows, "label")
+        write_records(tmp_path / "new" / f"socialIQa_v1.4_{part}.jsonl", rows)
+    old, new = (load("socialiqa", {"socialiqa": str(tmp_path / folder)}) for folder in ("old", "new"))
+    assert old == new
+
+
+def test_alpaca_rows_may_lack_an_input():
+    row = {"instruction": "Greet.", "output": "Hi."}
+    assert questions.alpaca(row) == questions.alpaca(row | {"input": ""})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", COUNTS)
 def test_every_layout_gives_the_same_records(tmp_path, name, kind):

@@ -73,6 +73,12 @@ def train(
     return losses
 
 
+def ends(losses):
+    """The mean loss of the first steps and of the last: five each, of few steps at most a half each."""
+    count = max(1, min(5, len(losses) // 2))
+    return float(np.mean(losses[:count])), float(np.mean(losses[-count:]))
+
+
 def make_optimizer(name, groups, weight_decay):
     """AdamW, or SGD with Nesterov momentum 0.9."""
     if name == "sgd":

@@ -87,9 +87,11 @@ def given_settings(args, backbone):
     settings["sources"] = given_sources(args, backbone)
     settings |= {key: getattr(args, key) for key in LEAST}
     if PRESETS[backbone]["kind"] == "text":
+        if args.chat_template == "off":
+            settings["chat_template"] = "off"
         return settings | {"answers": args.answers, "loss": args.loss}
-    if args.answers or args.loss:
-        raise UserError(f"--answers and --loss are for language models: {backbone} has neither")
+    if args.answers or args.loss or args.chat_template:
+        raise UserError(f"--answers, --loss and --chat-template are for language models: {backbone} is none")
     return settings
 
 

@@ -58,6 +58,11 @@ def add_setting_flags(parser):
         "train on the answer's letter"
     )
     flag("--answers", choices=["text", "letters"], help=answers)
+    chat = (
+        "records with `messages`: by the tokenizer's chat template, where it has one, or off: as plain text "
+        "(default: auto)"
+    )
+    flag("--chat-template", choices=["auto", "off"], help=chat)
     loss = (
         "language models: loss on the answer (router context: the prompt's mean) or on the whole text "
         "(context: the mean so far)"

@@ -11,11 +11,12 @@ from metamoe.presets import PRESETS
 from metamoe.rundir import atomic
 
 
-def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=None, answers=None, loss=None):
+def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=None, **language):
     """The backbone `name` of PRESETS.
 
     seed_model: hub id, local folder or checkpoint of the seed model (None: the preset's).
-    answers, loss: those of run.json, for a language model (None: the preset's).
+    language: `answers` and `loss` as in run.json, for a language model (default: the preset's), and
+        `chat_template`: whether messages go through the tokenizer's.
     """
     if name not in PRESETS:
         raise UserError(f"backbone {name!r}: unknown, choose from {', '.join(PRESETS)}")
@@ -25,13 +26,18 @@ def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=No
     if preset["kind"] == "clip":
         return ClipBackbone(preset, seed_model or preset["pretrained"], device, dtype, workers)
     source = seed_model or preset.get("seed_model") or default_seed(name)
-    return TextBackbone(preset, source, device, dtype, answers or preset["answers"], loss or preset["loss"])
+    own = {key: language.get(key) or preset[key] for key in ("answers", "loss")}
+    return TextBackbone(
+        preset, source, device, dtype, **own, chat_template=language.get("chat_template", True)
+    )
 
 
 def run_backbone(run, args):
     """The backbone of run.json, with a stage's --device, --dtype and --workers."""
-    how = args.device, args.dtype, args.workers, run.get("answers"), run.get("loss")
-    return load_backbone(run["backbone"], run["seed_model"], *how)
+    language = {key: run.get(key) for key in ("answers", "loss")}
+    language["chat_template"] = run.get("chat_template") != "off"
+    how = args.device, args.dtype, args.workers
+    return load_backbone(run["backbone"], run["seed_model"], *how, **language)
 
 
 def default_seed(name):

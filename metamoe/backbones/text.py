@@ -26,9 +26,10 @@ class TextBackbone(ScoringMixin, Backbone):
     task_type = "CAUSAL_LM"
     unreadable, seconds = (), 0.0  # of images
 
-    def __init__(self, preset, source, device, dtype, answers, loss):
+    def __init__(self, preset, source, device, dtype, answers, loss, chat_template=True):
         self.source, self.device, self.dtype = str(source), device, dtype
         self.max_length, self.embedded = preset["max_length"], preset["embed"]
+        self.chat_template = chat_template
         self.letters, self.whole_text = answers == "letters", loss == "text"
         self.tokenizer, model = self._load()
         self.ffn_names = [name for name, _ in model.named_modules() if name.endswith(".mlp")]
@@ -67,8 +68,10 @@ class TextBackbone(ScoringMixin, Backbone):
         A prompt that is too long keeps its end, and its BOS, which language models rely on. An answer that is
         too long keeps its beginning.
         """
-        prompt, ids = self.tokenizer(record["prompt"])["input_ids"], []
+        prompt, ids = self.prompt_ids(record), []
         if answer is not None:
+            if self.chats(record):
+                answer = answer.lstrip()  # the template ends where the answer begins
             room = self.max_length // 2
             if self.whole_text:  # an answer may have all that a short prompt leaves
                 room = max(room, self.max_length - 1 - len(prompt))
@@ -78,6 +81,22 @@ class TextBackbone(ScoringMixin, Backbone):
             begin = prompt[:1] if prompt[:1] == [self.tokenizer.bos_token_id] else []
             prompt = begin + prompt[len(prompt) - room + len(begin) :]
         return prompt, ids
+
+    def chats(self, record):
+        """Whether the record's messages go through the tokenizer's chat template."""
+        return self.chat_template and "messages" in record and bool(self.tokenizer.chat_template)
+
+    def prompt_ids(self, record):
+        if not self.chats(record):
+            return self.tokenizer(record["prompt"])["input_ids"]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                record["messages"], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template raises what it likes
+            why = f"the chat template of {self.source} refuses a record: {error}"
+            raise UserError(f"{why} (its prompt: {record['prompt'][:60]!r}): --chat-template off") from None
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
 
     def form(self, record):
         """The record as this run trains on it: a multiple choice in letters with `answers` "letters"."""

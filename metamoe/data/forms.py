@@ -17,7 +17,7 @@ def common_form(raw):
     Read are the forms of CommonsenseQA, ARC and OpenBookQA (`question`, `choices` with labels, `answerKey`),
     CosmosQA (`answer0` ...), SocialIQA (`answerA` ...), PIQA (`goal`, `sol1`, `sol2`), HellaSwag (`ctx`,
     `endings`), MMLU (`question`, `choices`, `answer`, or columns `A` to `D`), Alpaca (`instruction`, `input`,
-    `output`), and prompts or questions with a `completion`, `output` or `answer`.
+    `output`), chats (`messages`), and prompts or questions with a `completion`, `output` or `answer`.
     """
     if not isinstance(raw, dict):
         return raw
@@ -89,6 +89,16 @@ def lettered_columns(raw):
     return {"prompt": asked, "choices": texts, "answer": raw["answer"]} if len(texts) > 1 else None
 
 
+def chat(raw):
+    """`messages` of {"role", "content"}, the last of which is the answer; the prompt is a plain rendering."""
+    messages = [{"role": str(m["role"]), "content": m["content"].strip()} for m in raw["messages"]]
+    *asked, answer = messages
+    if answer["role"] not in ("assistant", "gpt", "model") or not asked:
+        raise ValueError("the last message is not the assistant's")
+    lines = [f"{message['role'].capitalize()}: {message['content']}\n" for message in asked]
+    return {"prompt": "".join(lines) + "Assistant:", "response": answer["content"], "messages": asked}
+
+
 def pair(raw):
     """Something asked and something answered, without choices."""
     answers = [raw[key] for key in ("output", "completion", "answer") if raw.get(key) is not None]
@@ -104,7 +114,7 @@ def pair(raw):
 
 
 FORMS = (labelled, lettered_answers, numbered_answers, two_solutions, endings, plain_question)
-FORMS += (lettered_columns, pair)
+FORMS += (lettered_columns, chat, pair)
 
 
 def read_rows(path):

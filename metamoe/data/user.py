@@ -45,6 +45,8 @@ def own_record(raw, source):
             record["number"] = number
         return record | {"answer": gap + texts[number], "choices": [gap + text for text in texts]}
     response = texts[0].rstrip()
+    if "messages" in raw:  # for the tokenizer's chat template, which the prompt's plain text stands in for
+        record["messages"] = raw["messages"]
     return record | {"answer": response if response[0].isspace() else gap + response}
 
 

@@ -95,80 +95,63 @@ def chosen(answer, texts):
     return number
 
 
-def parse(line, source, several):
-    """A line as a record. `several`: whether it must have choices; None: it may. Raises BadRecord."""
+def parse(item, source, several):
+    """A line (bytes) or a row (dict) as a record. `several`: whether it must have choices; None: it may."""
     try:
-        raw = json.loads(line)
+        raw = json.loads(item) if isinstance(item, bytes) else item
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"not JSON ({error})") from None
     record = own_record(raw, source)
-    alike(record, several)
+    which = "no 'choices'" if several else "has 'choices'"
+    alike = several in (None, "choices" in record)
+    check(alike, f"{which}, unlike the records before it: a client is one or the other")
     return record
 
 
-def alike(record, several):
-    which = "no 'choices'" if several else "has 'choices'"
-    same = several in (None, "choices" in record)
-    check(same, f"{which}, unlike the records before it: a client is one or the other")
-
-
-def own_file(path, flag, source, skip_bad, mixed=False):
-    """(Records, hashes of their prompts (n,)) of an own JSON-lines file, all of it checked.
-
-    One streaming pass; empty lines do not count. `mixed`: multiple choice and instructions may stand in one
-    file. The first bad record raises UserError with file, line number and reason; with `skip_bad` they are
-    left out and counted.
-    """
+def items_of(path, source):
+    """Yield (its name in errors, its offset or None, the line or row) of each record of an own file."""
     if is_table(path):
-        return own_rows(path, flag, source, skip_bad, mixed)
-    starts, keys = array("q"), array("Q")
-    bad, first, several = 0, None, None
+        for number, row in enumerate(read_rows(path), 1):
+            yield f"record {number}", None, row
+        return
     bar = progress(total=os.path.getsize(path), desc=f"checking {source}", unit="B", unit_scale=True)
     with open(path, "rb") as lines, bar:
         for number, line in enumerate(lines, 1):
             bar.update(len(line))
-            if not line.strip():
-                continue
-            try:
-                record = parse(line, source, several)
-            except BadRecord as error:
-                if not skip_bad:
-                    advice = "repair it, or leave such records out with --skip-bad-records"
-                    raise UserError(f"{path}, line {number}: {error}: {advice}") from None
-                bad, first = bad + 1, first or f"line {number}: {error}"
-                continue
-            several = None if mixed else "choices" in record
-            starts.append(lines.tell() - len(line))
-            keys.append(digest(record["input"]))
-    report(path, flag, bad, first, len(starts))
-    return Records(path, np.array(starts), partial(own_record, source=source)), np.array(keys)
+            if line.strip():
+                yield f"line {number}", lines.tell() - len(line), line
 
 
-def own_rows(path, flag, source, skip_bad, mixed):
-    """As own_file, of a CSV file or one JSON list, whose records stay in memory."""
-    records, bad, first, several = [], 0, None, None
-    for number, row in enumerate(read_rows(path), 1):
+def own_file(path, flag, source, skip_bad, mixed=False):
+    """(Records, hashes of their prompts (n,)) of an own file, all of it checked.
+
+    JSON lines are read in one streaming pass, empty ones do not count; a CSV file or one JSON list stays in
+    memory. `mixed`: multiple choice and instructions may stand in one file. The first bad record raises
+    UserError with file, line number and reason; with `skip_bad` they are left out and counted.
+    """
+    starts, rows, keys = array("q"), [], array("Q")
+    bad, first, several = 0, None, None
+    for where, start, item in items_of(path, source):
         try:
-            record = own_record(row, source)
-            alike(record, several)
+            record = parse(item, source, several)
         except BadRecord as error:
             if not skip_bad:
                 advice = "repair it, or leave such records out with --skip-bad-records"
-                raise UserError(f"{path}, record {number}: {error}: {advice}") from None
-            bad, first = bad + 1, first or f"record {number}: {error}"
+                raise UserError(f"{path}, {where}: {error}: {advice}") from None
+            bad, first = bad + 1, first or f"{where}: {error}"
             continue
         several = None if mixed else "choices" in record
-        records.append(record)
-    report(path, flag, bad, first, len(records))
-    return Records(path, (), more=records), np.array([digest(record["input"]) for record in records])
-
-
-def report(path, flag, bad, first, count):
-    """Say what was left out; UserError where too little is left."""
+        keys.append(digest(record["input"]))
+        if start is None:
+            rows.append(record)
+        else:
+            starts.append(start)
     if bad:
         print(f"select_proxies: {path}: {bad} bad records left out (the first: {first})")
-    if count < LEAST:
-        raise UserError(f"{flag}: {count} usable records, at least {LEAST} are needed")
+    if len(keys) < LEAST:
+        raise UserError(f"{flag}: {len(keys)} usable records, at least {LEAST} are needed")
+    records = Records(path, np.array(starts), partial(own_record, source=source), rows)
+    return records, np.array(keys)
 
 
 def own_text(name, path, sizes, seed, skip_bad=False):

@@ -58,15 +58,12 @@ def train(
     losses = []
     with enough_memory(label), progress(total=steps, desc=label, unit="step") as bar:
         for batch, loss in backbone.losses(model, records, classes, batch_size, steps, seed):
-            if extra_loss:
-                loss = loss + extra_loss(batch)
-            losses.append(update(optimizer, loss))
+            total = loss + extra_loss(batch) if extra_loss else loss
+            losses.append(update(optimizer, total))
             warmup.step()
             if after_step:
                 after_step()
-            if not math.isfinite(losses[-1]):
-                step = f"the loss became {losses[-1]} at step {len(losses)}"
-                raise UserError(f"{label}: {step}: lower the learning rate")
+            check_finite(losses, label)
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             bar.update()
     model.eval().requires_grad_(False)
@@ -77,6 +74,12 @@ def ends(losses):
     """The mean loss of the first steps and of the last: five each, of few steps at most a half each."""
     count = max(1, min(5, len(losses) // 2))
     return float(np.mean(losses[:count])), float(np.mean(losses[-count:]))
+
+
+def check_finite(losses, label):
+    if not math.isfinite(losses[-1]):
+        step = f"the loss became {losses[-1]} at step {len(losses)}"
+        raise UserError(f"{label}: {step}: lower the learning rate")
 
 
 def make_optimizer(name, groups, weight_decay):

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from metamoe import cli
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
-from metamoe.backbones.training import ends, train, use_checkpointing
+from metamoe.backbones.training import ends, train, use_checkpointing, warm_up
 from metamoe.errors import UserError, run_main
 from metamoe.presets import PRESETS
 from metamoe.records import read_records
@@ -83,9 +83,8 @@ def selected(client, rule):
 
 def training_data(run_dir, client, args):
     """(private records, proxies) that the expert is trained on."""
-    private, proxies = [], []
-    if args.data != "proxies":
-        private = read_records(client / "private" / "train.jsonl")
+    private = [] if args.data == "proxies" else read_records(client / "private" / "train.jsonl")
+    proxies = []
     if args.data != "private":
         public = read_records(run_dir / "public" / "records.jsonl")
         proxies = [public[i] for i in read_json(selected(client, args.selection))["proxies"]]
@@ -101,16 +100,6 @@ def label_set(backbone, run_dir, client):
     return classes
 
 
-def warmup(args, preset, steps):
-    """Steps of warm-up: the flag's, else the preset's but a tenth of all at most, so that few steps train."""
-    if args.warmup_steps is None and preset > steps // 10:
-        print(
-            f"train_expert: warm-up: {steps // 10} of {steps} steps (the preset's {preset}: --warmup-steps)"
-        )
-        return steps // 10
-    return preset
-
-
 def train_client(run_dir, run, name, args, settings):
     """Train one client's expert, take its routing vectors and write both; returns a line about it."""
     client = run_dir / "clients" / name
@@ -118,14 +107,12 @@ def train_client(run_dir, run, name, args, settings):
     records = private + proxies
     backbone = run_backbone(run, args)
     classes = label_set(backbone, run_dir, client)
-    if args.full_ffn:
-        model = backbone.train_full_ffn()
-    else:
-        model = backbone.add_lora(settings["rank"], settings["alpha"], run["seed"])
+    lora = settings["rank"], settings["alpha"], run["seed"]
+    model = backbone.train_full_ffn() if args.full_ffn else backbone.add_lora(*lora)
     steps = settings["epochs"] * math.ceil(len(records) / settings["batch_size"])
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": settings["lr"]}]
     options = {key: settings[key] for key in ("batch_size", "optimizer", "weight_decay")}
-    options["warmup_steps"] = warmup(args, settings["warmup_steps"], steps)
+    options["warmup_steps"] = warm_up(args.warmup_steps, settings["warmup_steps"], steps)
     options |= {"seed": run["seed"], "label": f"expert {name} ({args.data})", "classes": classes}
     checkpointing = use_checkpointing(args.gradient_checkpointing, run, backbone)
     losses = train(backbone, model, records, groups, steps=steps, checkpointing=checkpointing, **options)

@@ -257,6 +257,12 @@ def test_training_repeats_itself(load, records):
     assert losses[0] == losses[1] != losses[2] and len(losses[0]) == 3
 
 
+def test_the_presets_warm_up_is_at_most_a_tenth_and_the_flags_stays(capsys):
+    assert training.warm_up(None, 10, 200) == 10 and not capsys.readouterr().out
+    assert training.warm_up(None, 200, 20) == 2 and "2 of 20 steps" in capsys.readouterr().out
+    assert training.warm_up(15, 15, 20) == 15 and not capsys.readouterr().out
+
+
 def test_the_first_and_the_last_losses_do_not_overlap():
     assert training.ends([4.0]) == (4.0, 4.0)
     assert training.ends([4.0, 3.0, 1.0]) == (4.0, 1.0)

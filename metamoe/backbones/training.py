@@ -70,6 +70,14 @@ def train(
     return losses
 
 
+def warm_up(flag, setting, steps):
+    """Steps of warm-up: the setting's; of a preset (flag: None) at most a tenth of all, so that it trains."""
+    if flag is None and setting > steps // 10:
+        print(f"warm-up: {steps // 10} of {steps} steps, not the preset's {setting} (--warmup-steps)")
+        return steps // 10
+    return setting
+
+
 def ends(losses):
     """The mean loss of the first steps and of the last: five each, of few steps at most a half each."""
     count = max(1, min(5, len(losses) // 2))

@@ -268,7 +268,7 @@ def test_training_reads_its_records_one_at_a_time(make, records, tmp_path):
     write_records(tmp_path / "records.jsonl", records)
     backbone, found = make(), []
     for data in (records, read_records(tmp_path / "records.jsonl")):
-        found.append([loss.item() for loss in backbone.losses(backbone.model, data, (), 8, 3, 0)])
+        found.append([loss.item() for _, loss in backbone.losses(backbone.model, data, (), 8, 3, 0)])
     assert found[0] == found[1] and len(found[0]) == 3
 
 
@@ -311,7 +311,7 @@ def rows_of(run, suffix=""):
 @pytest.mark.parametrize("suffix", TITLES)
 def test_each_scoring_has_a_table_of_its_own(run, suffix):
     table = (run / f"results{suffix}.md").read_text()
-    assert table.startswith(f"# smollm2-135m, seed 0, {TITLES[suffix]}\n")
+    assert table.startswith(f"# smollm2-135m, random seed 0, {TITLES[suffix]}\n")
     assert "| | intent | hotels (perplexity) | question | Average |" in table
     assert ("--scoring letters" in table) == (suffix == ".generate")
     for model, row in rows_of(run, suffix).items():

@@ -75,7 +75,7 @@ def steps(backbone, records, batch_size, ours, plain, count):
         with backbone.autocast():
             return plain(input_ids=ids, attention_mask=real, labels=labels, use_cache=False).loss
 
-    losses = backbone.losses(ours, records, (), batch_size, count, 0)
+    losses = (loss for _, loss in backbone.losses(ours, records, (), batch_size, count, 0))
     lengths = [sum(map(len, backbone.example(record))) for record in records]
     for batch in epoch_batches(lengths, batch_size, count, 0):
         for model, work in ((ours, lambda batch: next(losses)), (plain, plain_loss)):

@@ -89,9 +89,14 @@ def given_settings(args, backbone):
     if PRESETS[backbone]["kind"] == "text":
         if args.chat_template == "off":
             settings["chat_template"] = "off"
+        if args.max_length is not None:
+            if args.max_length < 8:
+                raise UserError(f"--max-length {args.max_length}: must be at least 8")
+            settings["max_length"] = args.max_length
         return settings | {"answers": args.answers, "loss": args.loss}
-    if args.answers or args.loss or args.chat_template:
-        raise UserError(f"--answers, --loss and --chat-template are for language models: {backbone} is none")
+    if args.answers or args.loss or args.chat_template or args.max_length:
+        flags = "--answers, --loss, --chat-template and --max-length"
+        raise UserError(f"{flags} are for language models: {backbone} is none")
     return settings
 
 

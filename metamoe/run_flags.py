@@ -63,6 +63,10 @@ def add_setting_flags(parser):
         "(default: auto)"
     )
     flag("--chat-template", choices=["auto", "off"], help=chat)
+    longest = (
+        "tokens of a text, prompt and answer; a longer prompt loses its beginning (default: the preset's)"
+    )
+    flag("--max-length", type=int, metavar="TOKENS", help=longest)
     loss = (
         "language models: loss on the answer (router context: the prompt's mean) or on the whole text "
         "(context: the mean so far)"

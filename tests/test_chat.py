@@ -75,3 +75,17 @@ def test_a_client_of_chats_from_its_file_to_its_expert(tmp_path, seed_model):
     assert stage("train_expert", tmp_path / "run", "--epochs", "1", "--rank", "2").code == 0
     glyph = ["--backbone", "glyph-clip", "--chat-template", "off"]
     assert "--chat-template" in refused("select_proxies", tmp_path / "other", *glyph, watch=tmp_path)
+
+
+def test_texts_that_do_not_fit_are_counted(seed_model, capsys):
+    backbone = backbones.load_backbone("smollm2-135m", seed_model, "cpu", "float32", max_length=24)
+    short = user.own_record({"prompt": "Say a.", "response": "a"}, "shop")
+    long = user.own_record({"prompt": "word " * 40, "response": "a"}, "shop")
+    backbone.features([short, long, long], "embedding shop")
+    whole = len(backbone.tokenizer(long["prompt"])["input_ids"]) + 1
+    said = f"embedding shop: 2 of 3 texts cut to 24 tokens, the longest has {whole} (--max-length)\n"
+    assert capsys.readouterr().out == said
+    next(backbone.losses(backbone.model, [short, long], (), 2, 1, 0))
+    assert "training: 1 of 2 texts cut to 24 tokens" in capsys.readouterr().out
+    backbone.features([short], "embedding shop")
+    assert not capsys.readouterr().out

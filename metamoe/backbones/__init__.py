@@ -16,7 +16,7 @@ def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=No
 
     seed_model: hub id, local folder or checkpoint of the seed model (None: the preset's).
     language: `answers` and `loss` as in run.json, for a language model (default: the preset's), and
-        `chat_template`: whether messages go through the tokenizer's.
+        `chat_template`: whether messages go through the tokenizer's, and `max_length`.
     """
     if name not in PRESETS:
         raise UserError(f"backbone {name!r}: unknown, choose from {', '.join(PRESETS)}")
@@ -27,15 +27,14 @@ def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=No
         return ClipBackbone(preset, seed_model or preset["pretrained"], device, dtype, workers)
     source = seed_model or preset.get("seed_model") or default_seed(name)
     own = {key: language.get(key) or preset[key] for key in ("answers", "loss")}
-    return TextBackbone(
-        preset, source, device, dtype, **own, chat_template=language.get("chat_template", True)
-    )
+    own |= {"chat_template": language.get("chat_template", True), "max_length": language.get("max_length")}
+    return TextBackbone(preset, source, device, dtype, **own)
 
 
 def run_backbone(run, args):
     """The backbone of run.json, with a stage's --device, --dtype and --workers."""
     language = {key: run.get(key) for key in ("answers", "loss")}
-    language["chat_template"] = run.get("chat_template") != "off"
+    language |= {"chat_template": run.get("chat_template") != "off", "max_length": run.get("max_length")}
     how = args.device, args.dtype, args.workers
     return load_backbone(run["backbone"], run["seed_model"], *how, **language)
 

@@ -1,5 +1,6 @@
 """Causal language models: texts as tokens, embeddings, losses. A batch holds texts of like length."""
 
+import contextlib
 import os
 from functools import partial
 
@@ -26,10 +27,10 @@ class TextBackbone(ScoringMixin, Backbone):
     task_type = "CAUSAL_LM"
     unreadable, seconds = (), 0.0  # of images
 
-    def __init__(self, preset, source, device, dtype, answers, loss, chat_template=True):
+    def __init__(self, preset, source, device, dtype, answers, loss, chat_template=True, max_length=None):
         self.source, self.device, self.dtype = str(source), device, dtype
-        self.max_length, self.embedded = preset["max_length"], preset["embed"]
-        self.chat_template = chat_template
+        self.max_length, self.embedded = max_length or preset["max_length"], preset["embed"]
+        self.chat_template, self.cut, self.longest = chat_template, 0, 0
         self.letters, self.whole_text = answers == "letters", loss == "text"
         self.tokenizer, model = self._load()
         self.ffn_names = [name for name, _ in model.named_modules() if name.endswith(".mlp")]
@@ -68,19 +69,31 @@ class TextBackbone(ScoringMixin, Backbone):
         A prompt that is too long keeps its end, and its BOS, which language models rely on. An answer that is
         too long keeps its beginning.
         """
-        prompt, ids = self.prompt_ids(record), []
+        prompt, ids, room = self.prompt_ids(record), [], 0
         if answer is not None:
             if self.chats(record):
                 answer = answer.lstrip()  # the template ends where the answer begins
             room = self.max_length // 2
             if self.whole_text:  # an answer may have all that a short prompt leaves
                 room = max(room, self.max_length - 1 - len(prompt))
-            ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"][:room]
+            ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        if len(prompt) + len(ids) + 1 > self.max_length:
+            self.cut, self.longest = self.cut + 1, max(self.longest, len(prompt) + len(ids) + 1)
+        ids = ids[:room]
         room = self.max_length - len(ids) - 1
         if len(prompt) > room:
             begin = prompt[:1] if prompt[:1] == [self.tokenizer.bos_token_id] else []
             prompt = begin + prompt[len(prompt) - room + len(begin) :]
         return prompt, ids
+
+    @contextlib.contextmanager
+    def telling_cuts(self, label, count):
+        """Say how many of the `count` texts that are encoded inside do not fit in max_length."""
+        self.cut = self.longest = 0
+        yield
+        if self.cut and processes().is_main_process:
+            cut = f"{self.cut} of {count} texts cut to {self.max_length} tokens"
+            print(f"{label}: {cut}, the longest has {self.longest} (--max-length)", flush=True)
 
     def chats(self, record):
         """Whether the record's messages go through the tokenizer's chat template."""
@@ -174,7 +187,8 @@ class TextBackbone(ScoringMixin, Backbone):
 
         Texts are batched by length within a window of WINDOW records, so memory holds only a window's tokens.
         """
-        with progress(total=len(records), desc=label, unit="text") as bar:
+        bar = progress(total=len(records), desc=label, unit="text")
+        with self.telling_cuts(label, len(records)), bar:
             for start in range(0, len(records), WINDOW):
                 encoded = [self.encode(form(record)) for record in records[start : start + WINDOW]]
                 for batch in self.batches([len(prompt) for prompt, _ in encoded]):
@@ -186,7 +200,9 @@ class TextBackbone(ScoringMixin, Backbone):
         state = processes()
         bar = progress(records, desc="measuring lengths", unit="text", show=len(records) > 10_000)
         # Only the lengths are kept: the tokens of all records may not fit in memory.
-        lengths = np.fromiter((sum(map(len, self.example(record))) for record in bar), np.int32, len(records))
+        with self.telling_cuts("training", len(records)):
+            found = (sum(map(len, self.example(record))) for record in bar)
+            lengths = np.fromiter(found, np.int32, len(records))
         for batch in epoch_batches(lengths, batch_size, steps, seed):
             mine = batch[state.process_index :: state.num_processes]
             encoded = {i: self.example(records[i]) for i in batch}

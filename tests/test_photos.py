@@ -3,10 +3,12 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from metamoe.data import user
+from metamoe.data.decoding import BadImage, open_image
 from metamoe.data.glyphs.model import Tokenizer
 from metamoe.errors import UserError
 
@@ -103,3 +105,28 @@ def test_a_caption_that_glyph_clip_cannot_read_is_refused():
     assert Tokenizer(16)(["alpha", ""]).shape == (2, 16)
     with pytest.raises(UserError, match="собака"):
         Tokenizer(16)(["собака"])
+
+
+def opened(path, image, **options):
+    image.save(path, **options)
+    return open_image(str(path))
+
+
+def test_16_bits_are_scaled_and_values_without_a_white_are_refused(tmp_path):
+    grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    found = opened(tmp_path / "a.png", Image.fromarray(grey))
+    assert np.array_equal(np.asarray(found)[..., 0], np.round(grey / 257))
+    for dtype, mode in ((np.float32, "F"), (np.int32, "I")):
+        with pytest.raises(BadImage, match=f"mode {mode}"):
+            opened(tmp_path / f"{mode}.tiff", Image.fromarray(grey.astype(dtype)))
+
+
+@pytest.mark.parametrize("size", ((16_000, 1), (3, 400)))
+def test_of_a_very_long_image_the_middle_is_taken(tmp_path, size):
+    rows = np.arange(size[0] * size[1], dtype=np.uint32).reshape(size[1], size[0])
+    image = Image.fromarray((rows % 251).astype(np.uint8))
+    found = np.asarray(opened(tmp_path / "long.png", image))[..., 0]
+    assert max(found.shape) == 16 * min(size) and min(found.shape) == min(size)
+    middle = [(whole - part) // 2 for whole, part in zip(rows.shape, found.shape, strict=True)]
+    assert found[0, 0] == rows[middle[0], middle[1]] % 251
+    assert opened(tmp_path / "fine.png", Image.new("L", (64, 4))).size == (64, 4)

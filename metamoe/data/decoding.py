@@ -3,6 +3,8 @@
 import errno
 import io
 
+import numpy as np
+
 from metamoe.data.sources import open_dataset
 from metamoe.errors import UserError
 from metamoe.progress import progress
@@ -12,6 +14,7 @@ class BadImage(Exception):
     """An image that is missing or does not decode; the message names its file or row."""
 
 
+LONGEST = 16  # times as long as wide: of a longer image the middle is taken
 _OPENED = {}  # datasets opened in this process
 
 
@@ -32,15 +35,42 @@ def open_image(image, seen=_OPENED):
             cell = dataset[image["row"]][image["column"]]
             file = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
         with Image.open(file) as opened:
-            if opened.mode == "P" and "transparency" in opened.info:  # Pillow warns of the direct way
-                opened = opened.convert("RGBA")
-            return opened.convert("RGB")
+            return to_rgb(middle(opened))
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise nearly anything on damaged data
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EISDIR):
             raise
         raise BadImage(f"{name}: {type(error).__name__}: {error}") from None
+
+
+def middle(image):
+    """The middle of an image that is far longer than wide: resized whole, it would fill the memory.
+
+    Only the central square is used after the resize, so nothing that is used is lost.
+    """
+    short, long = sorted(image.size)
+    if long <= LONGEST * short:
+        return image
+    half = LONGEST * short // 2
+    width, height = (min(size, 2 * half) for size in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def to_rgb(image):
+    """8 bits a channel; 16 bits are scaled, where Pillow would cut them off. ValueError for other values."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
+        values = np.asarray(image).astype(np.float64) / 257  # 65535 is white
+        return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        why = f"mode {image.mode}, whose white nobody knows"
+        raise ValueError(f"its values are of {why}: save it with 8 or 16 bits")
+    if image.mode == "P" and "transparency" in image.info:  # Pillow warns of the direct way
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def dataset_of(image, name, seen):

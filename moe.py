@@ -552,7 +552,7 @@ def assemble(model, config, tensors, joining=()):
             for name, scaling in zip(ffn_names, config["scaling"], strict=True):
                 e[name]["scaling"] = scaling[p]
     vectors = torch.stack([tensors[f"{name}.router.vectors"] for name in ffn_names], dim=1)  # (K, L, d)
-    names, experts, vectors = [*config["names"]], [*experts], [*vectors]
+    names, vectors = [*config["names"]], [*vectors]
     for name, expert, own in joining:
         names.append(name)
         experts.append(expert)

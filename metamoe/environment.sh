@@ -12,42 +12,30 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 _env_fail() { echo "error: $*" >&2; exit 2; }
 
-# Status 0: "$1" has the required versions; 1: it has not; 2: it is older than Python 3.11; else it does not run.
-_env_check() {
-    "$1" - "$ROOT/requirements.txt" 2>/dev/null <<'PY'
+# Print what "$1" has other versions of. Status 0: it has the required ones; 1: it has not; 2: it is older than
+# Python 3.11; else it does not run.
+_env_differs() {
+    "$1" - "$ROOT/requirements.txt" <<'PY'
 import sys
 if sys.version_info < (3, 11):
     sys.exit(2)
 from importlib.metadata import PackageNotFoundError, version
+differs = []
 for line in open(sys.argv[1], encoding="utf-8"):
     name, _, wanted = line.split("#")[0].strip().partition("==")
     if name:
         try:
             found = version(name)
         except PackageNotFoundError:
-            sys.exit(1)
+            found = "none"
         if found.split("+")[0] != wanted:  # 2.13.0+cpu is 2.13.0
-            sys.exit(1)
+            differs.append(f"{name} {found} ({wanted})")
+print(", ".join(differs))
+sys.exit(bool(differs))
 PY
 }
 
-# Print what "$1" has other versions of.
-_env_differs() {
-    "$1" - "$ROOT/requirements.txt" <<'PY'
-import sys
-from importlib.metadata import PackageNotFoundError, version
-differs = []
-for line in open(sys.argv[1], encoding="utf-8"):
-    name, _, wanted = line.split("#")[0].strip().partition("==")
-    try:
-        found = version(name) if name else ""
-    except PackageNotFoundError:
-        found = "none"
-    if name and found.split("+")[0] != wanted:
-        differs.append(f"{name} {found} ({wanted})")
-print("METAMOE_VENV=never: other versions than in requirements.txt:", ", ".join(differs))
-PY
-}
+_env_check() { _env_differs "$1" >/dev/null 2>&1; }
 
 # Say so where there is a GPU that this torch cannot use.
 _env_gpu() {
@@ -93,7 +81,7 @@ _env_choose() {
     _env_check "$base" || status=$?
     case $status in
         0) if [ "${METAMOE_VENV:-}" != always ]; then PYTHON=$base; return; fi ;;
-        1) if [ "${METAMOE_VENV:-}" = never ]; then PYTHON=$base; _env_differs "$base" >&2; return; fi ;;
+        1) if [ "${METAMOE_VENV:-}" = never ]; then PYTHON=$base; echo "METAMOE_VENV=never: other versions than in requirements.txt: $(_env_differs "$base")" >&2; return; fi ;;
         2) _env_fail "$base is $("$base" -c 'import sys; print("Python %d.%d" % sys.version_info[:2])'): Python 3.11 or newer is needed (set PYTHON to one)" ;;
         *) _env_fail "$base does not run (status $status)" ;;
     esac

@@ -18,10 +18,10 @@ from metamoe.presets import PRESETS
 
 QUICK = dict(train_size=24, validation_size=8, test_size=16, public_size=240, candidates=60, proxies=12)
 SIZES = tuple(QUICK)
-STAGES = ("select_proxies", "train_expert", "unify_moe", "evaluate")
 # Shares of the work, roughly, of a stage on the embedded defaults; the first selection also embeds D_0.
 WORK = dict(select_proxies=1, train_expert=34, unify_moe=3, evaluate=24)
 EMBEDDING, UPPER_BOUND = 10, 8
+STAGES = tuple(WORK)
 PAPER_DATA = ("oxford_pets", "oxford_flowers", "eurosat")
 ABOUT = """MetaMoE end to end on one backbone: select proxies, train experts, unify, evaluate.
 
@@ -180,7 +180,8 @@ def settle(args):
             "--seeds: each has its own run directory, runs/BACKBONE-seedSEED: leave --seed and --run-dir out"
         )
     for size in SIZES if args.quick else ():
-        setattr(args, size, getattr(args, size) or QUICK[size])
+        if getattr(args, size) is None:
+            setattr(args, size, QUICK[size])
     for value in args.client:
         name, _, path = value.partition("=")
         if not (name and path):
@@ -190,7 +191,7 @@ def settle(args):
 def one_run(args, seed, run_dir):
     """[(work, title, command)] of one random seed: selections, experts and uploads, models, evaluation."""
     common = ["--run-dir", run_dir, "--device", args.device or "auto", "--dtype", args.dtype or "auto"]
-    common += ["--workers", str(args.workers)] if args.workers else []
+    common += [] if args.workers is None else ["--workers", str(args.workers)]
     steps = []
     for line in plan(args.methods or main_rows(), args.ablations):
         script, *flags = line.split()
@@ -214,7 +215,7 @@ def run_flags(args, seed):
     flags = ["--backbone", args.backbone, "--seed", str(seed)]
     for name in ("seed_model", "answers", "loss", "clients", "data_root", "dataset", "public", *SIZES):
         value = getattr(args, name)
-        if value:
+        if value not in (None, ""):
             words = value if isinstance(value, list) else [str(value)]
             flags += [f"--{name.replace('_', '-')}", *words]
     for value in args.client:

@@ -37,7 +37,7 @@ def atomic(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     _remove(temporary)
-    for stale in path.parent.glob(f"{glob.escape(temporary.name)}.*"):  # left where moe.save was killed
+    for stale in path.parent.glob(f"{glob.escape(temporary.name)}.*"):  # of earlier versions of moe.save
         _remove(stale)
     try:
         yield temporary

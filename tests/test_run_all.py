@@ -115,6 +115,12 @@ def test_variables_are_options_and_several_random_seeds_end_in_one_table(run_all
     assert [words[words.index("--seed") + 1] for words in plan if "--seed" in words] == ["3", "4"]
 
 
+def test_a_size_of_0_is_passed_on(run_all):
+    out, _ = run_all("--plan", "--quick", "--candidates", "0", "--workers", "0", "--methods", "soup")
+    assert all("--workers 0" in " ".join(words) for words in commands(out))
+    assert "--candidates 0" in " ".join(commands(out)[0])
+
+
 def test_the_scripts_run_under_bash_3():
     for script in ("run_all.sh", "metamoe/environment.sh"):
         text = (REPO / script).read_text()

@@ -32,22 +32,47 @@ def common_form(raw):
 
 
 def question(context, text, choices, number):
+    """As common_form's result; ValueError where `number` is not that of a choice (an unlabelled row)."""
     context, text = (context or "").strip(), text.strip()
+    if not 0 <= number < len(choices):
+        raise ValueError(f"label {number}")
     prompt = f"Question: {text}\nAnswer:"
     if context:
         prompt = f"Context: {context}\n{prompt}"
-    if not 0 <= number < len(choices):
-        raise ValueError(f"label {number}")
     return {"prompt": prompt, "choices": choices, "answer": number}
+
+
+def instruction_prompt(instruction, given):
+    return f"Question: {instruction}\n" + (f"Input: {given}\n" if given else "") + "Answer:"
+
+
+def stem_and_choices(asked, choices):
+    """(the question, {"label": [...], "text": [...]}) of CommonsenseQA, in its own file or on the hub."""
+    if isinstance(asked, dict):  # in its authors' file
+        asked, choices = asked["stem"], asked["choices"]
+    if isinstance(choices, list):
+        choices = {key: [choice[key] for choice in choices] for key in ("label", "text")}
+    return asked, choices
+
+
+def cosmosqa(row):
+    """(context, question, choices, number) of allenai/cosmos_qa: `answer0` ... `answer3`, `label` from 0."""
+    return row["context"], row["question"], [row[f"answer{i}"] for i in range(4)], int(row["label"])
+
+
+def socialiqa(row):
+    """(context, question, choices, number) of allenai/social_i_qa: `answerA` ... `answerC`, `label` from "1".
+
+    In version 1.4 the label is the letter `correct`.
+    """
+    number = "ABC".index(row["correct"]) if "correct" in row else int(row["label"]) - 1
+    return row["context"], row["question"], [row[f"answer{letter}"] for letter in "ABC"], number
 
 
 def labelled(raw):
     """`choices` {"label": [...], "text": [...]}, or a list of such pairs, and the right label."""
-    asked, choices = raw.get("question", raw.get("question_stem", raw.get("prompt"))), raw.get("choices")
-    if isinstance(asked, dict):  # in CommonsenseQA's own file
-        asked, choices = asked["stem"], asked["choices"]
-    if isinstance(choices, list):
-        choices = {key: [choice[key] for choice in choices] for key in ("label", "text")}
+    asked = raw.get("question", raw.get("question_stem", raw.get("prompt")))
+    asked, choices = stem_and_choices(asked, raw.get("choices"))
     right = raw["answerKey"] if "answerKey" in raw else raw["answer"]
     number = list(map(str, choices["label"])).index(str(right))
     if "prompt" in raw:
@@ -56,14 +81,11 @@ def labelled(raw):
 
 
 def lettered_answers(raw):
-    """SocialIQA: the label counts from 1, or in version 1.4 is the letter `correct`."""
-    number = "ABC".index(raw["correct"]) if "correct" in raw else int(raw["label"]) - 1
-    return question(raw["context"], raw["question"], [raw[f"answer{letter}"] for letter in "ABC"], number)
+    return question(*socialiqa(raw))
 
 
 def numbered_answers(raw):
-    """CosmosQA: the label counts from 0."""
-    return question(raw["context"], raw["question"], [raw[f"answer{i}"] for i in range(4)], int(raw["label"]))
+    return question(*cosmosqa(raw))
 
 
 def two_solutions(raw):
@@ -109,8 +131,7 @@ def pair(raw):
         return {"prompt": raw["prompt"], "response": response}
     asked = (raw["instruction"] if "instruction" in raw else raw["question"]).strip()
     given = (raw.get("input") or raw.get("context") or "").strip()
-    prompt = f"Question: {asked}\n" + (f"Input: {given}\n" if given else "") + "Answer:"
-    return {"prompt": prompt, "response": response}
+    return {"prompt": instruction_prompt(asked, given), "response": response}
 
 
 FORMS = (labelled, lettered_answers, numbered_answers, two_solutions, endings, plain_question)

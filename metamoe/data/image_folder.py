@@ -63,7 +63,7 @@ def suffixes():
 
     Image.init()
     openable = Image.OPEN.keys() - set(NO_PICTURES)
-    return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in openable)
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in openable)
 
 
 def image_files(folder, left_out):

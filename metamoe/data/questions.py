@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metamoe.data.forms import read_rows
+from metamoe.data import forms
 from metamoe.data.sources import dataset_at, holds_dataset, locate, open_dataset
 from metamoe.data.splits import digest, grouped, hold_out, public_subset, rng_of
 from metamoe.data.user import own_file
@@ -26,41 +26,25 @@ FILE_NAMES = {"train": ["train", "trn", "alpaca_data"], "validation": SPLIT_NAME
 
 def question_record(context, question, choices, number):
     """A multiple-choice record; ValueError where `number` is not that of a choice (an unlabelled row)."""
-    context, question = context.strip(), question.strip()
-    if not 0 <= number < len(choices):
-        raise ValueError(f"label {number}")
+    text = f"{context.strip()}\n{question.strip()}".strip()
+    prompt = forms.question(context, question, choices, number)["prompt"]
     choices = [" " + choice.strip() for choice in choices]
     same = {"number": number} if len(set(choices)) < len(choices) else {}  # the text does not say which
-    prompt = f"Question: {question}\nAnswer:"
-    if context:
-        prompt = f"Context: {context}\n{prompt}"
-    text = f"{context}\n{question}".strip()
     return {"input": text, "prompt": prompt, "answer": choices[number], "choices": choices} | same
 
 
 def commonsenseqa(row):
     """A row of tau/commonsense_qa: `question`, `choices` {"label", "text"}, `answerKey`."""
-    question, choices = row["question"], row.get("choices")
-    if isinstance(question, dict):  # in its authors' file
-        question, choices = question["stem"], question["choices"]
-    if isinstance(choices, list):
-        choices = {key: [choice[key] for choice in choices] for key in ("label", "text")}
+    question, choices = forms.stem_and_choices(row["question"], row.get("choices"))
     return question_record("", question, choices["text"], choices["label"].index(row["answerKey"]))
 
 
 def cosmosqa(row):
-    """A row of allenai/cosmos_qa: `context`, `question`, `answer0` ... `answer3`, `label` from 0."""
-    choices = [row[f"answer{i}"] for i in range(4)]
-    return question_record(row["context"], row["question"], choices, int(row["label"]))
+    return question_record(*forms.cosmosqa(row))
 
 
 def socialiqa(row):
-    """A row of allenai/social_i_qa: `context`, `question`, `answerA` ... `answerC`, `label` from "1".
-
-    In version 1.4 the label is the letter `correct`.
-    """
-    number = "ABC".index(row["correct"]) if "correct" in row else int(row["label"]) - 1
-    return question_record(row["context"], row["question"], [row[f"answer{c}"] for c in "ABC"], number)
+    return question_record(*forms.socialiqa(row))
 
 
 def alpaca(row):
@@ -69,11 +53,8 @@ def alpaca(row):
     given = (row.get("input") or "").strip()
     if not output:
         return None
-    prompt = f"Question: {instruction}\n"
-    if given:
-        prompt += f"Input: {given}\n"
-    text = f"{instruction}\n{given}".strip()
-    return {"input": text, "prompt": prompt + "Answer:", "answer": " " + output}
+    text, prompt = f"{instruction}\n{given}".strip(), forms.instruction_prompt(instruction, given)
+    return {"input": text, "prompt": prompt, "answer": " " + output}
 
 
 class TextSet(NamedTuple):
@@ -175,7 +156,7 @@ def read_files(folder, flag, hub_id):
 
 def read_rows_of(path):
     """The rows of a CSV or JSON file; a file NAME-labels.lst beside it gives each its `label`."""
-    path, rows = Path(path), read_rows(path)
+    path, rows = Path(path), forms.read_rows(path)
     labels = path.with_name(f"{path.stem}-labels.lst")
     if not labels.exists():
         return rows

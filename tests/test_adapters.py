@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny import llama
 
 import moe
 from metamoe.errors import UserError
@@ -13,19 +14,11 @@ from metamoe.uploads import read_expert
 
 fix_torchvision()
 import peft  # noqa: E402
-import transformers  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FFNS = [f"model.layers.{i}.mlp" for i in range(3)]
 LINEARS = ["gate_proj", "up_proj", "down_proj"]
 IDS = torch.randint(2, 60, (2, 9), generator=torch.Generator().manual_seed(1))
-
-
-def llama():
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=3)
-    heads = dict(num_attention_heads=2, num_key_value_heads=1, initializer_range=0.4)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
 
 
 def upload(folder, seed=1, **changed):

@@ -2,28 +2,21 @@
 
 import pytest
 import torch
+from tiny import llama
 
 import moe
 from metamoe.serving.seed_model import fix_torchvision
 
 fix_torchvision()
 import peft  # noqa: E402
-import transformers  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 K, NAMES, LINEARS = 3, [f"model.layers.{i}.mlp" for i in range(2)], ("gate_proj", "up_proj", "down_proj")
 IDS = torch.randint(2, 60, (2, 11), generator=torch.Generator().manual_seed(1))
 
 
-def llama():
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
-    heads = dict(num_attention_heads=2, num_key_value_heads=1, initializer_range=0.4)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
-
-
 def unified(context="prefix", lam=0.7, top_k=1):
-    model = llama()
+    model = llama(layers=2)
     experts = [{name: {"scaling": 2.0} for name in NAMES} for _ in range(K)]
     for expert in experts:
         for name in NAMES:

@@ -25,11 +25,7 @@ NAMES = [f"model.layers.{i}.mlp" for i in range(3)]
 
 
 def llama():
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=3)
-    heads = dict(num_attention_heads=2, num_key_value_heads=1, initializer_range=0.4)
-    tokens = dict(pad_token_id=0, bos_token_id=1, eos_token_id=None)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, **tokens)).eval()
+    return tiny.llama(pad_token_id=0, bos_token_id=1, eos_token_id=None)
 
 
 def unified(context="prefix", model=None, names=NAMES):

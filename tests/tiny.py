@@ -105,6 +105,17 @@ def make_seed_model(folder):
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
+def llama(layers=3, **tokens):
+    """A random LLaMA of width 16 with 60 tokens, without a tokenizer."""
+    from metamoe.backbones.base import import_transformers
+
+    transformers = import_transformers()
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=layers)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, initializer_range=0.4)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, **tokens)).eval()
+
+
 def make_run(run_dir, seed_model, seed=0, answers="text", loss="answer", **sizes):
     """RUN/run.json, RUN/public/ and RUN/clients/*/private/, before anything is embedded."""
     sizes = SIZES | sizes

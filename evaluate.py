@@ -10,6 +10,7 @@ instead: mean and standard deviation over the runs, differences with intervals o
 
 from pathlib import Path
 
+from metamoe.agreement import read_local
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.cli import add_machine_flags, announce, save_settings, stage_parser
@@ -20,10 +21,12 @@ from metamoe.report.costs import cost_tables
 from metamoe.report.evaluation import Evaluation, scoring_suffix
 from metamoe.report.figures import coverage, losses_figure, routing_figure
 from metamoe.report.models import list_models
+from metamoe.report.parties import check_model, read_reports, reports_table, write_reports
 from metamoe.report.pooled import pool
 from metamoe.report.results import chance, collect_timings, result_rows, uploaded_bytes
 from metamoe.report.tables import markdown
 from metamoe.rundir import atomic, open_run, write_json
+from metamoe.uploads import ffn_shapes
 
 
 def parse_args():
@@ -39,6 +42,12 @@ def parse_args():
     flag("--scoring", choices=["letters", "generate", "likelihood"], help=scoring)
     rows = "score these rows alone (zeroshot, expert-NAME, or a folder of RUN/moe/; default: all there are)"
     flag("--models", nargs="+", metavar="ROW", help=rows)
+    sent = (
+        "score this unified model, a folder that the server sent, alone, and write RUN/reports/: one to send"
+    )
+    flag("--model", metavar="FOLDER", help=sent)
+    reports = "print the table of these reports of clients, and write RUN/reports.md"
+    flag("--reports", nargs="+", metavar="FILE", help=reports)
     figure = (
         "also draw Figure 2 (t-SNE, a PNG a client) and measure how the proxies of each selection cover the "
         "private test data"
@@ -53,7 +62,11 @@ def parse_args():
 def main():
     args = parse_args()
     run_dir = Path(args.run_dir[0])
-    run = open_run(run_dir, backbone=None)
+    agreement, local = open_run(run_dir, backbone=None), read_local(run_dir)
+    if args.reports:
+        tabulate_reports(args.reports, run_dir, agreement)
+        return
+    run = {**agreement, "clients": check_some(local["clients"], run_dir)}
     if processes(args.device).num_processes > 1:
         raise UserError("evaluate.py is one process: start it with python, not under accelerate launch")
     scoring = pick_scoring(args, run)
@@ -64,7 +77,10 @@ def main():
         return
     settings = {"split": args.split, "scoring": scoring or "class prompts", "figure": args.figure}
     settings = announce(args, "evaluate", settings | {"models": args.models, "opt_out": args.opt_out})
-    evaluation = open_evaluation(args, run_dir, run, scoring)
+    evaluation = open_evaluation(args, run_dir, run, local, scoring)
+    if args.model:
+        score_given(args.model, evaluation, agreement)
+        return
     folders = list_models(run_dir, run, args.models)
     left_out = evaluation.check_opt_out(opt_out_models(args))
     save_settings(run_dir, "evaluate", stem, settings)
@@ -86,6 +102,28 @@ def main():
     )
 
 
+def check_some(clients, run_dir):
+    """The clients whose data are here; UserError without any."""
+    if not clients:
+        raise UserError(f"--run-dir {run_dir}: no client's data are here: clients score, and send --reports")
+    return clients
+
+
+def score_given(folder, evaluation, agreement):
+    """Score a model that was sent, beside the seed model, and write the clients' reports."""
+    weights, name = check_model(folder, list(ffn_shapes(evaluation.run_dir))), Path(folder).name
+    scores = evaluation.score_all({"zeroshot": None, name: Path(folder)})
+    write_reports(evaluation, agreement, folder, weights, scores)
+
+
+def tabulate_reports(paths, run_dir, agreement):
+    """The server's table of what clients report."""
+    text = reports_table(read_reports(paths, agreement), agreement)
+    write_text(run_dir / "reports.md", text)
+    print(text)
+    print(f"evaluate: {len(paths)} reports; {run_dir / 'reports.md'} written")
+
+
 def pick_scoring(args, run):
     """How multiple choice is scored: --scoring, else the backbone's own way; None for an image model."""
     own = PRESETS[run["backbone"]].get("scoring")
@@ -94,7 +132,7 @@ def pick_scoring(args, run):
     return args.scoring or own
 
 
-def open_evaluation(args, run_dir, run, scoring):
+def open_evaluation(args, run_dir, run, local, scoring):
     """The records to score on, and how."""
     records = {}
     for name in run["clients"]:
@@ -104,7 +142,9 @@ def open_evaluation(args, run_dir, run, scoring):
             f"--split {args.split}: a client has no samples in it; make the run with --{args.split}-size "
             "of at least 1"
         )
-    return Evaluation(run_dir, run, args.split, scoring, args.dtype, records, lambda: run_backbone(run, args))
+    return Evaluation(
+        run_dir, run, args.split, scoring, args.dtype, records, lambda: run_backbone(run, local, args)
+    )
 
 
 def opt_out_models(args):

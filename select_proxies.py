@@ -19,10 +19,12 @@ from metamoe.backbones.distributed import processes
 from metamoe.backbones.embedding import public_features
 from metamoe.cli import add_machine_flags, announce, save_settings, stage_parser
 from metamoe.errors import UserError, run_main
-from metamoe.federation import check_sizes, read_data, start_run, write_data
+from metamoe.federation import start_run
+from metamoe.party import read_data, seal, write_data
 from metamoe.records import read_records, usable_public
 from metamoe.report.statistics import log_det, unit
 from metamoe.run_flags import add_client_flags, add_setting_flags
+from metamoe.run_settings import check_sizes
 from metamoe.rundir import atomic, finished, read_json, write_json
 
 MOST_PRIVATE = 20_000  # private samples that a relevance head is fitted on
@@ -182,28 +184,40 @@ def selection_settings(args, run):
     return settings | {"selection": args.selection, "dtype": args.dtype}
 
 
+def plain(run, local):
+    """What is printed of the agreement: the seed model's place, and no fingerprints."""
+    return run | {"seed_model": local["seed_model"], "public": local["sources"].get("public", "")}
+
+
 def main():
     args = parse_args()
     run_dir = Path(args.run_dir)
-    run, names = start_run(args)
-    resolved = announce(args, "select_proxies", run | {"selection": args.selection})
+    run, local, names = start_run(args)
+    resolved = announce(args, "select_proxies", plain(run, local) | {"selection": args.selection})
     main_first = processes(args.device).main_process_first  # of several processes, under `accelerate launch`
     settings = selection_settings(args, run)
     folders = {name: run_dir / "clients" / name / "selection" / args.selection for name in names}
     todo = unfinished(run_dir, folders, settings, args.force)
-    if not todo:
+    if not todo and (run_dir / "public" / "done.json").exists():
         if processes().is_main_process:
-            write_data(run_dir, run, None, {})  # a client whose work is there joins (again)
+            write_data(run_dir, run, local, None, None, {})  # a client whose work is there joins (again)
         return
     # what is wrong in the data shows before the seed model is loaded
     given = {key for key in ("candidates", "proxies") if getattr(args, key) is not None}
-    data = read_data(run_dir, run, args.skip_bad_records, given) if processes().is_main_process else None
-    backbone = run_backbone(run, args)
-    save_settings(run_dir, "select_proxies", args.selection, resolved | run)
+    given |= {"candidates", "proxies"} if "public" in run else set()  # agreed
+    data = None
+    if processes().is_main_process:
+        data = read_data(run_dir, run, local, args.skip_bad_records, given)
+    backbone = run_backbone(run, local, args)
     with main_first():
         if data:
-            write_data(run_dir, run, *data)
+            write_data(run_dir, seal(run, backbone, data[0]), local, backbone, *data)
     run = read_json(run_dir / "run.json")  # n and m may have shrunk to D_0
+    if not names:
+        who = ", ".join(run["clients"])
+        print(f"select_proxies: {run_dir / 'run.json'} is the agreement of {who}: D_0 and seed model fit it")
+        return
+    save_settings(run_dir, "select_proxies", args.selection, resolved | plain(run, local))
     settings = selection_settings(args, run)
     public = read_records(run_dir / "public" / "records.jsonl")
     features = public_features(run_dir, backbone, public, args.dtype)  # once for all clients

@@ -21,22 +21,14 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from metamoe import cli
+from metamoe.agreement import check_here, read_local
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import ends, train, use_checkpointing, warm_up
 from metamoe.errors import UserError, run_main
 from metamoe.presets import PRESETS
 from metamoe.records import read_records
-from metamoe.rundir import (
-    atomic,
-    check_client,
-    finished,
-    folder_bytes,
-    open_run,
-    read_json,
-    sha256,
-    write_json,
-)
+from metamoe.rundir import atomic, finished, folder_bytes, open_run, read_json, sha256, write_json
 from metamoe.uploads import pack, save_expert, upload_variant
 
 # flag -> key of the preset that is its default
@@ -61,9 +53,12 @@ def parse_args():
 
 def resolve(args, run):
     """The settings of the experts: the backbone's preset, overridden by flags."""
-    settings = cli.from_preset(args, PRESETS[run["backbone"]], DEFAULTS)
+    agreed = {"lora_rank": run["rank"], "lora_alpha": run["alpha"]}
+    settings = cli.from_preset(args, PRESETS[run["backbone"]] | agreed, DEFAULTS)
     positive = dict.fromkeys(("rank", "alpha", "epochs", "lr", "batch_size"), 1e-12)
     cli.check_at_least(settings, positive | {"warmup_steps": 0, "weight_decay": 0})
+    if settings["rank"] > run["rank"]:
+        raise UserError(f"--rank {settings['rank']}: the agreement (run.json) has {run['rank']} at most")
     return settings | {"data": args.data, "full_ffn": args.full_ffn, "seed": run["seed"], "dtype": args.dtype}
 
 
@@ -100,12 +95,12 @@ def label_set(backbone, run_dir, client):
     return classes
 
 
-def train_client(run_dir, run, name, args, settings):
+def train_client(run_dir, run, local, name, args, settings):
     """Train one client's expert, take its routing vectors and write both; returns a line about it."""
     client = run_dir / "clients" / name
     private, proxies = training_data(run_dir, client, args)
     records = private + proxies
-    backbone = run_backbone(run, args)
+    backbone = run_backbone(run, local, args)
     classes = label_set(backbone, run_dir, client)
     lora = settings["rank"], settings["alpha"], run["seed"]
     model = backbone.train_full_ffn() if args.full_ffn else backbone.add_lora(*lora)
@@ -132,10 +127,9 @@ def main():
     args = parse_args()
     run_dir = Path(args.run_dir)
     run = open_run(run_dir, backbone=None)
-    settings, variant = resolve(args, run), expert_variant(args)
+    local, settings, variant = read_local(run_dir), resolve(args, run), expert_variant(args)
     resolved = cli.announce(args, "train_expert", settings | {"selection": args.selection})
-    for name in [args.client] if args.client else run["clients"]:
-        check_client(run, name)
+    for name in check_here(run, [args.client] if args.client else local["clients"], local):
         client, done = run_dir / "clients" / name, "expert is there already, skipped"
         selection = selected(client, args.selection)
         if args.data != "private":  # other proxies, another expert
@@ -144,12 +138,14 @@ def main():
             there = finished(client / "experts" / variant, settings, args.force)
         if not there:
             cli.save_settings(run_dir, "train_expert", variant, resolved)
-            done = train_client(run_dir, run, name, args, settings)  # lines 9-10
+            done = train_client(run_dir, run, local, name, args, settings)  # lines 9-10
             gc.collect()  # a PEFT model is a reference cycle: without this two of them are in memory at once
         if processes().is_main_process:
             upload = client / "upload" / upload_variant(args.data, args.selection, args.full_ffn)
             about = {"client": name, "data": args.data, "selection": args.selection}
-            pack(client / "experts" / variant, read_json(selection)["proxies"], upload, about)  # line 11
+            about["full_ffn"] = args.full_ffn
+            proxies = read_json(selection)["proxies"]
+            pack(client / "experts" / variant, proxies, upload, run, about)  # line 11
             megabytes = folder_bytes(upload) / 1e6
             print(f"train_expert: {name}: {args.data}-{args.selection}: {done}; upload {megabytes:.1f} MB")
     processes().wait_for_everyone()

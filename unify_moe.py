@@ -20,11 +20,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors.torch import load_file
 
 import moe
 from metamoe import cli
+from metamoe.agreement import read_local
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import ends, train, use_checkpointing
@@ -32,11 +31,12 @@ from metamoe.errors import UserError, run_main
 from metamoe.methods import METHODS, described
 from metamoe.model_settings import add_method_flags, resolve
 from metamoe.records import read_records, usable_public
-from metamoe.routing import RoutingLoss, of_one_length, proxy_targets
-from metamoe.rundir import atomic, finished, open_run, read_json, sha256, write_json
+from metamoe.routing import RoutingLoss, proxy_targets, start_vectors
+from metamoe.rundir import atomic, finished, open_run, write_json
 from metamoe.serving.export import check_export, export
 from metamoe.serving.members import check_extension, extend, leave_out
-from metamoe.uploads import read_expert, read_manifest
+from metamoe.takeover import attraction, check_lengths, tell_routing
+from metamoe.uploads import read_upload, receive
 
 
 def parse_args():
@@ -49,6 +49,10 @@ def parse_args():
     flag("--lambda-init", type=float, help="lambda at the start (default: the preset's)")
     flag("--lambda-lr", type=float, help="learning rate of lambda (default: the preset's)")
     cli.add_training_flags(parser)
+    sent = "the folder that a client has sent, once for each: checked, and copied into the run directory"
+    flag("--upload", action="append", metavar="NAME=DIR", help=sent)
+    bound = "refuse a client whose routing vector in a layer is this many times longer or shorter than D_0's"
+    flag("--length-bound", type=float, default=2.0, metavar="TIMES", help=bound + " (default: 2)")
     without = "leave the expert NAME out of the model (--name, else the method's): a model of its own"
     flag("--without", metavar="NAME", help=without)
     joining = "add the clients that the model RUN/moe/MODEL lacks and train again, to a model --name"
@@ -64,8 +68,8 @@ def parse_args():
 
 def build(backbone, run_dir, run, uploads, settings):
     """The unified model before its final training (Eq. 5-6)."""
-    experts = [read_expert(upload, backbone.ffn_names) for upload in uploads.values()]
-    vectors = [load_file(upload / "router.safetensors")["vectors"] for upload in uploads.values()]
+    experts = [upload.expert for upload in uploads.values()]
+    vectors = [upload.vectors for upload in uploads.values()]
     names = list(uploads)
     if settings["seed_expert"]:  # e_0: the seed model's FFN, its mean over up to 3,000 random samples of D_0
         public = read_records(run_dir / "public" / "records.jsonl")
@@ -75,11 +79,7 @@ def build(backbone, run_dir, run, uploads, settings):
         ffns = {name: backbone.model.get_submodule(name) for name in backbone.ffn_names}
         experts.insert(0, {name: moe.seed_expert(ffn, experts[0][name]) for name, ffn in ffns.items()})
         names.insert(0, "seed")
-    if settings["init"] == "unit":
-        vectors = of_one_length(vectors)
-    elif settings["init"] == "random":
-        generator = torch.Generator().manual_seed(run["seed"])
-        vectors = [torch.randn(v.shape, generator=generator) / v.shape[1] ** 0.5 for v in vectors]
+    vectors = start_vectors(vectors, settings["init"], run["seed"])
     context = "none"
     if settings["context"] == "on":  # whole texts have no end of the prompt to take a mean at
         context = "prefix" if run.get("loss") == "text" else "fixed"
@@ -91,18 +91,9 @@ def build(backbone, run_dir, run, uploads, settings):
 def final_samples(run_dir, run, uploads, settings):
     """The records of the final training."""
     public = read_records(run_dir / "public" / "records.jsonl")
-    proxies = [read_json(upload / "proxies.json") for upload in uploads.values()]
+    proxies = [upload.proxies for upload in uploads.values()]
     if settings["samples"] == "proxies":
-        union = sorted(set().union(*proxies))
-        if not union:
-            raise UserError(
-                "the uploads name no proxies: nothing to train on (no final training: --train none)"
-            )
-        for index in (union[0], union[-1]):
-            if not 0 <= index < len(public):
-                size = f"D_0 has {len(public)}: all parties need the same public set"
-                raise UserError(f"an upload names public sample {index}, {size}")
-        return [public[i] for i in union]
+        return [public[i] for i in sorted(set().union(*proxies))]
     if settings["samples"] == "public":
         count, usable = min(len(public), sum(map(len, proxies))), usable_public(run_dir, public)
         chosen = np.random.default_rng([run["seed"], 13]).choice(usable, count, replace=False)
@@ -143,7 +134,7 @@ def final_training(backbone, model, records, classes, run, settings, checkpointi
     options |= {"classes": classes, "checkpointing": checkpointing, "after_step": lambda: moe.clamp_(model)}
     routing = None
     if settings.get("routing_loss"):
-        proxies = {name: read_json(upload / "proxies.json") for name, upload in uploads.items()}
+        proxies = {name: upload.proxies for name, upload in uploads.items()}
         targets = proxy_targets(proxies, model.moe_config["names"])
         routing = options["extra_loss"] = RoutingLoss(model, targets, settings["routing_loss"])
     losses = train(backbone, model, records, groups, **options)
@@ -152,11 +143,10 @@ def final_training(backbone, model, records, classes, run, settings, checkpointi
     return losses
 
 
-def make(args, run_dir, run, uploads, settings, records):
-    """Merge (Eq. 5-6) and train on the records (lines 15-18); returns (model, losses, start of the merge)."""
-    if METHODS[args.method].merge != "moe":
-        return None, [], time.perf_counter()
-    backbone = run_backbone(run, args)
+def make(args, run_dir, run, backbone, uploads, settings, records):
+    """Merge (Eq. 5-6) and train (lines 15-18); returns (model, losses, tokens drawn, start of the merge)."""
+    if backbone is None:
+        return None, [], {}, time.perf_counter()
     start, losses = time.perf_counter(), []  # unification begins with the seed model in memory
     if args.extend:
         model = extend(backbone.model, run_dir / "moe" / args.extend, uploads, settings["init"])
@@ -166,16 +156,21 @@ def make(args, run_dir, run, uploads, settings, records):
         checkpointing = use_checkpointing(args.gradient_checkpointing, run, backbone)
         classes = label_set(backbone, run_dir, run, settings)
         losses = final_training(backbone, model, records, classes, run, settings, checkpointing, uploads)
-    return model, losses, start
+    merged = time.perf_counter()
+    tokens = attraction(backbone, model, read_records(run_dir / "public" / "records.jsonl"), uploads)
+    start += time.perf_counter() - merged
+    return model, losses, tokens, start
 
 
-def write(folder, args, model, losses, uploads, settings, start):
+def write(folder, args, made, lengths, uploads, settings):
     """Write the model, or what the rival's merge makes of the uploads, and say so."""
+    model, losses, tokens, start = made
     with atomic(folder) as part:
         part.mkdir(parents=True)
         if model is not None:
             moe.save(model, part)
             write_json(part / "losses.json", losses)
+            write_json(part / "routing.json", {"lengths": lengths, "tokens": tokens})
         else:
             rival = importlib.import_module(f"metamoe.rivals.{METHODS[args.method].merge}")
             rival.merge(list(uploads.values()), part)
@@ -185,6 +180,7 @@ def write(folder, args, model, losses, uploads, settings, start):
     about = f"{len(uploads)} experts ({settings['variant']})"
     if losses:
         about += ", {} final steps, loss {:.3f} -> {:.3f}".format(len(losses), *ends(losses))
+    tell_routing(settings["name"], lengths, tokens)
     print(f"unify_moe: {settings['name']}: {about}, {seconds:.1f} s")
 
 
@@ -192,23 +188,27 @@ def unify(args, run_dir, run):
     """RUN/moe/NAME/ from the uploads; returns its folder."""
     settings = resolve(args, run_dir, run)
     resolved = cli.announce(args, "unify_moe", settings)
-    uploads = {name: run_dir / "clients" / name / "upload" / settings["variant"] for name in run["clients"]}
-    for upload in uploads.values():
-        read_manifest(upload)
-    settings["uploads"] = {name: sha256(upload / "manifest.json") for name, upload in uploads.items()}
+    with processes(args.device).main_process_first():  # of several processes, under `accelerate launch`
+        receive(run_dir, run, args.upload or [], settings["variant"])
+    uploads = {name: read_upload(run_dir, run, name, settings["variant"]) for name in run["clients"]}
+    settings["uploads"] = {name: upload.digest for name, upload in uploads.items()}
     if args.extend:
         settings["extend"] = check_extension(args, run_dir, run, settings)
     folder = run_dir / "moe" / settings["name"]
-    with processes(args.device).main_process_first():  # of several processes, under `accelerate launch`
+    with processes().main_process_first():
         there = finished(folder, settings, args.force)
     if there:
         print(f"unify_moe: {settings['name']}: is there already, skipped")
         return folder
     records = final_samples(run_dir, run, uploads, settings) if settings.get("steps") else []
+    backbone, lengths = None, {}
+    if METHODS[args.method].merge == "moe":
+        backbone = run_backbone(run, read_local(run_dir), args)
+        lengths = check_lengths(backbone, run_dir, run, uploads, args.length_bound)
     cli.save_settings(run_dir, "unify_moe", settings["name"], resolved)
-    model, losses, start = make(args, run_dir, run, uploads, settings, records)
+    made = make(args, run_dir, run, backbone, uploads, settings, records)
     if processes().is_main_process:
-        write(folder, args, model, losses, uploads, settings, start)
+        write(folder, args, made, lengths, uploads, settings)
     return folder
 
 
@@ -222,7 +222,7 @@ def main():
         raise UserError("--without and --extend: one after the other")
     folder = leave_out(args, run_dir) if args.without else unify(args, run_dir, run)
     if args.export and processes().is_main_process:
-        export(run, folder, Path(args.export), args.force)
+        export(run, read_local(run_dir), folder, Path(args.export), args.force)
 
 
 if __name__ == "__main__":

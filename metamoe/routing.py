@@ -15,6 +15,16 @@ def of_one_length(vectors, length=None):
     return [v * (length / own.clamp(min=1e-12)).unsqueeze(1) for v, own in zip(vectors, lengths, strict=True)]
 
 
+def start_vectors(vectors, init, seed):
+    """The routing vectors K x (L, d) that a model starts with; init: "uploaded", "unit" or "random"."""
+    if init == "unit":
+        return of_one_length(vectors)
+    if init == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(v.shape, generator=generator) / v.shape[1] ** 0.5 for v in vectors]
+    return vectors
+
+
 def proxy_targets(proxies, names):
     """(n, K): by which experts the proxies should be routed, in the order of their indices into D_0.
 

@@ -1,7 +1,7 @@
 """The flags of select_proxies.py that say what a run is; run.json keeps them for every later stage."""
 
-from metamoe.federation import known_clients
 from metamoe.presets import PRESETS
+from metamoe.run_settings import known_clients
 
 
 def add_client_flags(parser):
@@ -18,6 +18,10 @@ def add_client_flags(parser):
     flag("--client", action="append", metavar="NAME[=PATH]", help=own)
     join = "add this client to a run that is there and select its proxies; the others' work stays"
     flag("--join", metavar="NAME[=PATH]", help=join)
+    agreement = "take part under the coordinator's run.json: as the --client of this party, or as the server"
+    flag("--agreement", metavar="FILE", help=agreement)
+    agree = "make the agreement of these clients, whose data stay with them, for all parties: RUN/run.json"
+    flag("--make-agreement", nargs="+", metavar="NAME", help=agree)
     skip = "leave out and count what is wrong in own data, instead of ending at the first of it"
     flag("--skip-bad-records", action="store_true", help=skip)
     root = (
@@ -53,6 +57,8 @@ def add_setting_flags(parser):
     pool = "n: most relevant public samples that the DPP chooses from (0: all of them, no pre-filter)"
     flag("--candidates", "--pool", type=int, help=pool)
     flag("--proxies", type=int, help="m: proxies a client")
+    flag("--rank", type=int, help="the most LoRA rank of an expert, and train_expert.py's default")
+    flag("--alpha", type=int, help="LoRA alpha, train_expert.py's default")
     answers = (
         "language models, multiple choice: train on the answer's text, or list the choices in the prompt and "
         "train on the answer's letter"

@@ -1,6 +1,7 @@
 """The run directory, through which the stages talk: settings, atomic files, resumption.
 
-    RUN/run.json                            backbone, seed model, clients and data sizes of the run
+    RUN/run.json                            the agreement: what all parties compute with
+    RUN/local.json                          this party's own: whose data are here, and where they come from
     RUN/public/                             D_0: records, seed-model features
     RUN/clients/NAME/private/               NAME's data; on the server only --method unrestricted reads it
     RUN/clients/NAME/selection/             relevance and the proxies of each selection rule
@@ -28,10 +29,11 @@ OLD = {"answers": "text", "loss": "answer"}  # settings of runs from before they
 
 
 @contextlib.contextmanager
-def atomic(path):
+def atomic(path, private=False):
     """Yield a temporary path (the caller makes it a file or a folder) that replaces `path` on success.
 
     The result gets the permissions of the umask: some libraries write files that only their owner can read.
+    With `private` its owner alone can read it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +43,7 @@ def atomic(path):
         _remove(stale)
     try:
         yield temporary
-        _follow_umask(temporary)
+        _follow_umask(temporary, 0o077 if private else 0)
         if path.is_dir():  # a folder cannot be replaced in one step
             _remove(path)
         os.replace(temporary, path)
@@ -49,10 +51,11 @@ def atomic(path):
         _remove(temporary)
 
 
-def _follow_umask(path):
+def _follow_umask(path, more=0):
     """Give `path`, and what is in it, the permissions of a plain open() or mkdir()."""
     mask = os.umask(0o077)  # the mask cannot be read without setting one
     os.umask(mask)
+    mask |= more
     for each in (path, *path.rglob("*")):
         if each.is_symlink():
             continue
@@ -69,10 +72,10 @@ def _remove(path):
         path.unlink(missing_ok=True)
 
 
-def write_json(path, value):
+def write_json(path, value, private=False):
     """Write `value` as JSON, atomically, with a fixed layout (same value: same bytes)."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    with atomic(path) as temporary:
+    with atomic(path, private) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -124,7 +127,8 @@ def open_run(run_dir, **settings):
         return found
     if None in settings.values():
         raise UserError(f"{where} holds no run yet (no run.json): run select_proxies.py first")
-    if folder.is_file() or any(folder.glob("[!.]*")):
+    begun = {"local.json", "settings"}  # of a run that was killed before it had its run.json
+    if folder.is_file() or {path.name for path in folder.glob("[!.]*")} - begun:
         raise UserError(f"{where} is not empty and not a run directory (no run.json): name another folder")
     return settings
 

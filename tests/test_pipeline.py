@@ -31,13 +31,14 @@ def test_every_expected_file_is_written(finished):
             assert load_file(upload / "router.safetensors")["vectors"].shape == (2, 32)
         experts = sorted(path.name for path in (client / "experts").iterdir())
         assert experts == ["aligned-dpp", "private", "proxies-random"]
-    moe = ["done.json", "losses.json", "moe.safetensors", "moe_config.json", "timing.json"]
+    moe = ["done.json", "losses.json", "moe.safetensors", "moe_config.json", "routing.json", "timing.json"]
     expected = dict.fromkeys((*METHODS, "from-proxies"), moe)
     expected |= {"soup": [*ADAPTER, "done.json", "timing.json"], "btm": ["done.json", "timing.json"]}
     assert {folder.name: sorted(drive.snapshot(folder)) for folder in (run_dir / "moe").iterdir()} == expected
     folders = {"settings", "public", "clients", "moe", "scores"}
     files = {
         "run.json",
+        "local.json",
         "results.json",
         "results.md",
         "timings.json",

@@ -1,4 +1,4 @@
-"""A tiny seed model and a run directory with synthetic data, as federation.write_data lays it out."""
+"""A tiny seed model and a run directory with synthetic data, as party.write_data lays it out."""
 
 import contextlib
 import json
@@ -15,10 +15,10 @@ from drive import call, snapshot
 from PIL import Image
 
 import moe
-from metamoe.backbones import training
+from metamoe import party
+from metamoe.backbones import load_backbone, training
 from metamoe.data import bigbench
-from metamoe.records import write_records
-from metamoe.rundir import read_json, write_json
+from metamoe.rundir import read_json
 from metamoe.uploads import write_manifest
 
 REPO = Path(__file__).resolve().parent.parent
@@ -117,30 +117,17 @@ def llama(layers=3, **tokens):
 
 
 def make_run(run_dir, seed_model, seed=0, answers="text", loss="answer", **sizes):
-    """RUN/run.json, RUN/public/ and RUN/clients/*/private/, before anything is embedded."""
-    sizes = SIZES | sizes
-    write_json(
-        run_dir / "run.json",
-        {
-            "backbone": "smollm2-135m",
-            "seed_model": str(seed_model),
-            "seed": seed,
-            "clients": CLIENTS,
-            "sources": {},
-            "answers": answers,
-            "loss": loss,
-            **sizes,
-        },
-    )
-    rng = random.Random(5)
-    write_records(run_dir / "public" / "records.jsonl", public_records(rng, sizes["public_size"]))
-    write_json(run_dir / "public" / "done.json", {"records": sizes["public_size"]})
-    parts = {part: sizes[f"{part}_size"] for part in ("train", "validation", "test")}
+    """RUN/run.json, local.json, public/ and clients/*/private/, before anything is embedded."""
+    sizes, rng = SIZES | sizes, random.Random(5)
+    run = {"backbone": "smollm2-135m", "seed": seed, "clients": CLIENTS, "rank": 16, "alpha": 32}
+    run |= {"answers": answers, "loss": loss, **sizes}
+    local = {"clients": CLIENTS, "seed_model": str(seed_model), "sources": {}, "own": {}}
+    public, parts = public_records(rng, sizes["public_size"]), {}
     for name in CLIENTS:
-        folder = run_dir / "clients" / name / "private"
-        for part, count in parts.items():
-            write_records(folder / f"{part}.jsonl", [record(name, rng, True) for _ in range(count)])
-        write_json(folder / "done.json", {"seed": seed, **parts})
+        counts = {part: sizes[f"{part}_size"] for part in ("train", "validation", "test")}
+        parts[name] = {part: [record(name, rng, True) for _ in range(n)] for part, n in counts.items()}
+    backbone = load_backbone("smollm2-135m", seed_model, "cpu", "float32")
+    party.write_data(run_dir, party.seal(run, backbone, public), local, backbone, public, parts)
 
 
 def commands(run_dir):
@@ -210,11 +197,13 @@ def fill(disk, room):
         ballast.truncate(ballast.tell() - room)
 
 
-def forge(upload):
+def forge(upload, run, **changed):
     """Close a changed upload with a manifest that fits it, as a client with such an upload would."""
-    about = {key: value for key, value in read_json(upload / "manifest.json").items() if key != "files"}
+    about = {
+        key: read_json(upload / "manifest.json")[key] for key in ("client", "data", "selection", "full_ffn")
+    }
     (upload / "manifest.json").unlink()
-    write_manifest(upload, about)
+    write_manifest(upload, run, about | changed)
 
 
 def uploads(run_dir):

@@ -2,6 +2,7 @@
 
 import torch
 
+from metamoe.agreement import check_seed_model
 from metamoe.backbones.base import import_transformers, pick_device, pick_dtype
 from metamoe.backbones.clip import ClipBackbone
 from metamoe.backbones.text import TextBackbone
@@ -31,12 +32,14 @@ def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=No
     return TextBackbone(preset, source, device, dtype, **own)
 
 
-def run_backbone(run, args):
-    """The backbone of run.json, with a stage's --device, --dtype and --workers."""
+def run_backbone(run, local, args):
+    """The agreed backbone, from this party's copy of the seed model, with a stage's --device and --dtype."""
     language = {key: run.get(key) for key in ("answers", "loss")}
     language |= {"chat_template": run.get("chat_template") != "off", "max_length": run.get("max_length")}
     how = args.device, args.dtype, args.workers
-    return load_backbone(run["backbone"], run["seed_model"], *how, **language)
+    backbone = load_backbone(run["backbone"], local["seed_model"], *how, **language)
+    check_seed_model(run, backbone)
+    return backbone
 
 
 def default_seed(name):

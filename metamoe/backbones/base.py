@@ -2,11 +2,9 @@
 
 import contextlib
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from metamoe.backbones.distributed import ALONE, processes, sharding
 from metamoe.errors import UserError
@@ -140,14 +138,28 @@ class Backbone:
             self.model.get_submodule(ffn).float().requires_grad_(True)
         return self.model
 
-    def with_adapter(self, folder):
-        """The model with a client's or the soup's expert: FOLDER/adapter (PEFT) or FOLDER/ffn.safetensors."""
-        if (Path(folder) / "adapter").exists():
-            from peft import PeftModel
+    def with_expert(self, expert):
+        """The model with one expert (uploads.read_expert): LoRA factors through PEFT, or whole FFNs."""
+        if not any("scaling" in own for own in expert.values()):
+            state = {f"{ffn}.{key}": tensor for ffn, own in expert.items() for key, tensor in own.items()}
+            self.model.load_state_dict(state, strict=False)
+            return self.model.eval()
+        from peft import LoraConfig, get_peft_model
 
-            return PeftModel.from_pretrained(self.model, Path(folder) / "adapter").eval()
-        self.model.load_state_dict(load_file(Path(folder) / "ffn.safetensors"), strict=False)
-        return self.model.eval()
+        factors = {}  # {linear: (A, B, scale of B A)}
+        for ffn, own in expert.items():
+            for key in (key for key in own if key.endswith(".lora_A")):
+                linear = key.removesuffix(".lora_A")
+                factors[f"{ffn}.{linear}"] = own[key], own[f"{linear}.lora_B"], own["scaling"]
+        ranks = {linear: len(A) for linear, (A, _, _) in factors.items()}
+        alphas = {linear: scale * len(A) for linear, (A, _, scale) in factors.items()}
+        options = {"target_modules": list(factors), "rank_pattern": ranks, "alpha_pattern": alphas}
+        model = get_peft_model(self.model, LoraConfig(task_type=self.task_type, **options))
+        for linear, (A, B, _) in factors.items():
+            adapted = unwrap(model).get_submodule(linear)
+            adapted.lora_A["default"].weight.data.copy_(A)
+            adapted.lora_B["default"].weight.data.copy_(B)
+        return model.eval()
 
 
 def unwrap(model):

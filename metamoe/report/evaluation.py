@@ -8,11 +8,12 @@ from pathlib import Path
 import moe
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
-from metamoe.report.models import expert_upload
+from metamoe.report.models import expert_variant
 from metamoe.report.results import client_result
 from metamoe.report.statistics import is_choice
 from metamoe.rivals.btm import ensemble
 from metamoe.rundir import read_json, sha256, write_json
+from metamoe.uploads import read_expert, read_upload
 
 
 def scoring_suffix(run, scoring):
@@ -63,12 +64,18 @@ class Evaluation:
         elif (folder / "moe_config.json").exists():
             model = moe.load(folder, backbone.model)
         else:
-            model = backbone.with_adapter(folder)
+            model = backbone.with_expert(self.read_expert(row, folder, backbone))
         if without:
             moe.disable_expert(model, without)
         found = {"identity": identity} | self.measure(row, backbone, model)
         write_json(path, found)
         return found
+
+    def read_expert(self, row, folder, backbone):
+        """The expert of a client's upload, or of a model like the soup."""
+        if row.startswith("expert-"):
+            return read_upload(self.run_dir, self.run, row.removeprefix("expert-"), folder.name).expert
+        return read_expert(folder, backbone.ffn_names)
 
     def identity(self, row, folder):
         """What scores depend on: kept ones are of use only where this is the same."""
@@ -106,7 +113,8 @@ class Evaluation:
         clients = self.run["clients"]
         # it combines probabilities, and a generated letter has none
         combined = replace(self, scoring="letters") if self.scoring == "generate" else self
-        experts = [combined.score(f"expert-{name}", expert_upload(self.run_dir, name)) for name in clients]
+        uploads, variant = self.run_dir / "clients", expert_variant(self.run_dir)
+        experts = [combined.score(f"expert-{name}", uploads / name / "upload" / variant) for name in clients]
         instruction = [name for name in clients if not is_choice(self.records[name])]
         seconds = sum(1 / expert["samples_per_second"] for expert in experts)
         return {"scores": ensemble(experts, instruction), "samples_per_second": 1 / seconds}

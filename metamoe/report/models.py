@@ -4,7 +4,7 @@ from metamoe.errors import UserError
 from metamoe.methods import METHODS, main_rows
 from metamoe.methods import title as method_title
 from metamoe.rundir import read_json
-from metamoe.uploads import read_manifest, upload_variant
+from metamoe.uploads import read_upload, upload_variant
 
 ROMAN = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X"]
 
@@ -33,8 +33,9 @@ def list_models(run_dir, run, only=None):
             continue
         folders[row] = None if row == "zeroshot" else run_dir / "moe" / row
         if row.startswith("expert-"):
-            folders[row] = expert_upload(run_dir, row.removeprefix("expert-"))
-            read_manifest(folders[row])
+            name = row.removeprefix("expert-")
+            folders[row] = run_dir / "clients" / name / "upload" / expert_variant(run_dir)
+            read_upload(run_dir, run, name, folders[row].name)  # what is wrong with it shows at once
     return folders
 
 
@@ -47,10 +48,9 @@ def table_order(run_dir, run):
     return list(dict.fromkeys(rows))
 
 
-def expert_upload(run_dir, client):
-    """A client's private-only expert: the upload that BTM combines."""
+def expert_variant(run_dir):
+    """Of a client's private-only expert: the upload that BTM combines."""
     btm = run_dir / "moe" / "btm" / "done.json"
-    variant = upload_variant(METHODS["btm"].data, METHODS["btm"].selection)
     if btm.exists():
-        variant = read_json(btm)["variant"]
-    return run_dir / "clients" / client / "upload" / variant
+        return read_json(btm)["variant"]
+    return upload_variant(METHODS["btm"].data, METHODS["btm"].selection)

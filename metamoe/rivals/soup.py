@@ -5,35 +5,30 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from metamoe.errors import UserError
-from metamoe.rundir import read_json, write_json
-from metamoe.uploads import read_expert
+from metamoe.rundir import write_json
 
 
 def merge(uploads, folder):
-    """Write the soup of the uploads into `folder`, in the form of a client's upload."""
-    experts = [read_expert(upload) for upload in uploads]
-    adapters = [(upload / "adapter").exists() for upload in uploads]
+    """Write the soup of the uploads into `folder`, in the form of a client's expert."""
+    experts = [upload.expert for upload in uploads]
+    adapters = ["scaling" in next(iter(expert.values())) for expert in experts]
     if any(adapters) != all(adapters):
-        mixed = uploads[adapters.index(not adapters[0])]
-        raise UserError(
-            f"upload {mixed}: is of another kind than {uploads[0]}: adapters or FFN weights, not both"
-        )
+        other = uploads[adapters.index(not adapters[0])]
+        kinds = "adapters or FFN weights, not both"
+        raise UserError(f"client {other.client}: sent another kind than {uploads[0].client}: {kinds}")
     if not adapters[0]:
         tensors = {f"{ffn}.{key}": t for ffn, own in average(experts).items() for key, t in own.items()}
         save_file(tensors, folder / "ffn.safetensors")
         return
-    soup = average_lora(experts)
-    config = read_json(uploads[0] / "adapter" / "adapter_config.json")
+    soup, tensors = average_lora(experts), {}
     rank = next(A.shape[0] for A, _ in soup.values())
-    config |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    config |= {"target_modules": sorted(soup), "layers_to_transform": None, "exclude_modules": None}
-    tensors = {}
     for module, (A, B) in soup.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = A.contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = B.contiguous()
+    config = {"peft_type": "LORA", "task_type": None, "bias": "none", "target_modules": sorted(soup)}
     (folder / "adapter").mkdir()
     save_file(tensors, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "adapter" / "adapter_config.json", config)
+    write_json(folder / "adapter" / "adapter_config.json", config | {"r": rank, "lora_alpha": rank})
 
 
 def average(experts):

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import moe
+from metamoe.agreement import check_seed_model
 from metamoe.backbones import load_backbone
 from metamoe.backbones.base import import_transformers
 from metamoe.errors import UserError
@@ -25,7 +26,7 @@ def check_export(args, run):
         raise UserError(f"--export {args.export}: is there already and holds no export: name another folder")
 
 
-def export(run, source, folder, force):
+def export(run, local, source, folder, force):
     """Write the model RUN/moe/NAME as a Hugging Face folder: weights, configuration, tokenizer, code."""
     settings = {
         "model": source.name,
@@ -35,7 +36,8 @@ def export(run, source, folder, force):
     if finished(folder, settings, force):
         print(f"unify_moe: {folder}: is there already, skipped")
         return
-    backbone = load_backbone(run["backbone"], run["seed_model"], "cpu", "bfloat16")
+    backbone = load_backbone(run["backbone"], local["seed_model"], "cpu", "bfloat16")
+    check_seed_model(run, backbone)
     backbone.model = None  # the weights are wanted as they are stored
     auto = import_transformers().AutoModelForCausalLM
     model = moe.load(source, auto.from_pretrained(backbone.source, dtype="auto"))

@@ -1,13 +1,11 @@
 """Clients that leave or join a unified model: unify_moe.py's --without and --extend."""
 
 import torch
-from safetensors.torch import load_file
 
 import moe
 from metamoe.errors import UserError
 from metamoe.routing import of_one_length
 from metamoe.rundir import atomic, finished, read_json, sha256, write_json
-from metamoe.uploads import read_expert
 
 
 def leave_out(args, run_dir):
@@ -67,18 +65,18 @@ def check_extension(args, run_dir, run, settings):
 def extend(seed_model, folder, uploads, init):
     """The model in `folder` with the experts of the clients that it lacks, before its final training.
 
-    uploads: {client: its upload's folder} of all clients of the run. init: of the routing vectors; where it
+    uploads: {client: its Upload} of all clients of the run. init: of the routing vectors; where it
     is "unit", the new ones get the mean length of those that are there.
     """
     config, tensors = moe.read(folder)
     joining = []
     for name, upload in uploads.items():
         if name not in config["names"]:
-            vectors = load_file(upload / "router.safetensors")["vectors"]  # (L, d)
+            vectors = upload.vectors
             if init == "unit":
                 there = [tensors[f"{ffn}.router.vectors"].norm(dim=1).mean() for ffn in config["ffn_names"]]
                 (vectors,) = of_one_length([vectors], torch.stack(there))
-            joining.append((name, read_expert(upload, config["ffn_names"]), vectors))
+            joining.append((name, upload.expert, vectors))
     return moe.assemble(seed_model, config, tensors, joining)
 
 

@@ -8,10 +8,13 @@ backbones'), RUN/routing.png, RUN/losses.png, RUN/timings.json and RUN/timings.m
 instead: mean and standard deviation over the runs, differences with intervals over all their samples.
 """
 
+from functools import partial
 from pathlib import Path
 
 from metamoe.agreement import read_local
+from metamoe.atomic import atomic
 from metamoe.backbones import run_backbone
+from metamoe.backbones.base import machine
 from metamoe.backbones.distributed import processes
 from metamoe.cli import add_machine_flags, announce, save_settings, stage_parser
 from metamoe.errors import UserError, run_main
@@ -25,7 +28,7 @@ from metamoe.report.parties import check_model, read_reports, reports_table, wri
 from metamoe.report.pooled import pool
 from metamoe.report.results import chance, collect_timings, result_rows, uploaded_bytes
 from metamoe.report.tables import markdown
-from metamoe.rundir import atomic, open_run, write_json
+from metamoe.rundir import open_run, write_json
 from metamoe.uploads import ffn_shapes
 
 
@@ -142,9 +145,9 @@ def open_evaluation(args, run_dir, run, local, scoring):
             f"--split {args.split}: a client has no samples in it; make the run with --{args.split}-size "
             "of at least 1"
         )
-    return Evaluation(
-        run_dir, run, args.split, scoring, args.dtype, records, lambda: run_backbone(run, local, args)
-    )
+    dtype = str(machine(args)[1]).removeprefix("torch.")
+    load = partial(run_backbone, run, local, args)
+    return Evaluation(run_dir, run, args.split, scoring, dtype, records, load)
 
 
 def opt_out_models(args):

@@ -14,6 +14,22 @@ for word in "$@"; do
 done
 . "$here/metamoe/environment.sh"  # sets PYTHON, or ends where there is no Python that will do
 
+# What interrupts this script ends its stage, which removes its temporary files.
+child=
+interrupted() {
+    trap '' TERM HUP INT
+    if [ -n "$child" ]; then
+        kill -TERM "$child" 2>/dev/null || true
+        wait "$child" 2>/dev/null || true
+    fi
+    echo "run_all: interrupted; run the same command again to go on" >&2
+    exit $((128 + $1))
+}
+trap 'interrupted 1' HUP
+trap 'interrupted 2' INT
+trap 'interrupted 15' TERM
+export METAMOE_RUN_ALL=1  # the stage leaves that line to this script
+
 # Each line of the plan: share of the work, title, command. What is left is told from the stages that took time.
 total=$(printf '%s\n' "$plan" | awk -F '\t' '{ sum += $1 } END { print NR, sum }')
 steps=${total% *} left=${total#* } number=0 done=0 spent=0
@@ -23,7 +39,10 @@ while IFS=$'\t' read -r work title command <&3; do
     line="run_all: $number of $steps, $title: $((SECONDS / 60)) min so far"
     [ "$done" = 0 ] || line="$line, about $((left * spent / done / 60 + 1)) min left"
     echo "$line"
-    eval "\"\$PYTHON\" \"\$here\"/$command"
+    eval "\"\$PYTHON\" \"\$here\"/$command &"  # bash would wait for its end before it heeds a signal
+    child=$!
+    wait "$child"
+    child=
     took=$((SECONDS - began)) left=$((left - work))
     [ "$took" -lt 10 ] || done=$((done + work)) spent=$((spent + took))
 done 3<<< "$plan"

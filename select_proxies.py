@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 import dpp
+from metamoe.atomic import atomic, locked_run
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
-from metamoe.backbones.embedding import public_features
+from metamoe.backbones.embedding import public_features, read_array
 from metamoe.cli import add_machine_flags, announce, save_settings, stage_parser
 from metamoe.errors import UserError, run_main
 from metamoe.federation import start_run
@@ -25,7 +26,16 @@ from metamoe.records import read_records, usable_public
 from metamoe.report.statistics import log_det, unit
 from metamoe.run_flags import add_client_flags, add_setting_flags
 from metamoe.run_settings import check_sizes
-from metamoe.rundir import atomic, finished, read_json, write_json
+from metamoe.rundir import (
+    finish,
+    finish_file,
+    finished,
+    finished_file,
+    inside,
+    read_run,
+    versions,
+    write_json,
+)
 
 MOST_PRIVATE = 20_000  # private samples that a relevance head is fitted on
 
@@ -111,11 +121,14 @@ def relevance(public, private, seed, usable=None):
     return scores
 
 
-def client_relevance(run_dir, run, backbone, features, usable, name):
+def client_relevance(run_dir, run, backbone, features, usable, name, made_from, force):
     """The client's g over D_0, computed once for all rules; None in processes that are not the main one."""
-    folder = run_dir / "clients" / name
-    cached, start, private = folder / "selection" / "relevance.npy", time.perf_counter(), None
-    if not cached.exists():
+    folder, start, private = run_dir / "clients" / name, time.perf_counter(), None
+    cached = inside(folder, "selection") / "relevance.npy"
+    settings = {"dtype": str(backbone.dtype).removeprefix("torch.")}
+    with processes().main_process_first():
+        there = finished_file(cached, settings, force, made_from)
+    if not there:
         private = read_records(folder / "private" / "train.jsonl")
         if len(private) > MOST_PRIVATE:
             sample = np.random.default_rng([run["seed"], 5]).permutation(len(private))[:MOST_PRIVATE]
@@ -127,8 +140,9 @@ def client_relevance(run_dir, run, backbone, features, usable, name):
         np.save(buffer := io.BytesIO(), relevance(features, private, run["seed"], usable))
         with atomic(cached) as temporary:  # NumPy's own write to a full disk raises an OSError without errno
             temporary.write_bytes(buffer.getvalue())
+            finish_file(temporary, cached, settings, made_from)
         write_json(cached.with_name("timing.json"), {"relevance_seconds": time.perf_counter() - start})
-    return np.load(cached)
+    return read_array(cached, len(features))
 
 
 def describe(features, scores, proxies, m):
@@ -142,17 +156,17 @@ def describe(features, scores, proxies, m):
     }
 
 
-def select(folder, run, name, settings, features, scores, usable, public):
+def select(folder, run, name, settings, made_from, features, scores, usable, public):
     """Choose the client's m proxies by the rule and write them."""
     rule, m, start = settings["selection"], run["proxies"], time.perf_counter()
     rng = np.random.default_rng([run["seed"], 11, run["clients"].index(name)])
     proxies = RULES[rule](features, scores, usable, m, run["candidates"], rng)
     seconds, terms = time.perf_counter() - start, describe(features, scores, proxies, m)
     with atomic(folder) as part:
-        part.mkdir(parents=True)
+        part.mkdir()
         write_json(part / "selection.json", {"proxies": proxies.tolist(), **terms})
         write_json(part / "timing.json", {"selection_seconds": seconds})
-        write_json(part / "done.json", settings)
+        finish(part, settings, made_from)
     print(
         f"select_proxies: {name}: {len(proxies)} of {len(public)} by {rule}: 2 sum log r = "
         f"{terms['relevance_term']:.1f}, log det L_S = {terms['diversity_term']:.1f}, Jaccard with the most "
@@ -163,14 +177,19 @@ def select(folder, run, name, settings, features, scores, usable, public):
         print(f"    r = {scores[index]:.3f}  {what!r} -> {public[index]['answer']!r}")
 
 
+def sources(run_dir, name):
+    """The versions of the files that a client's relevance and selections are made from."""
+    private = f"clients/{name}/private/train.jsonl"
+    return versions(run_dir, "public/records.jsonl", "public/features.npy", private)
+
+
 def unfinished(run_dir, folders, settings, force):
-    """The clients of {name: folder of its selection} that are to do; `force` removes what they had."""
+    """The clients of {name: folder of its selection} that are to do."""
+    todo = []
     with processes().main_process_first():
-        todo = [name for name, folder in folders.items() if not finished(folder, settings, force)]
-    if force and todo and processes().is_main_process:
-        stale = [run_dir / "public" / name for name in ("features.npy", ".features.npy")]
-        for path in stale + [folders[name].parent / "relevance.npy" for name in todo]:
-            path.unlink(missing_ok=True)
+        for name, folder in folders.items():
+            if not finished(folder, settings, force, sources(run_dir, name)):
+                todo.append(name)
     for name in folders:
         if name not in todo:
             print(f"select_proxies: {name}: {settings['selection']} selection is there already, skipped")
@@ -189,12 +208,13 @@ def plain(run, local):
     return run | {"seed_model": local["seed_model"], "public": local["sources"].get("public", "")}
 
 
-def main():
-    args = parse_args()
+def select_all(args):
+    """Make the run, or check it, and choose the proxies of its clients."""
     run_dir = Path(args.run_dir)
-    run, local, names = start_run(args)
-    resolved = announce(args, "select_proxies", plain(run, local) | {"selection": args.selection})
     main_first = processes(args.device).main_process_first  # of several processes, under `accelerate launch`
+    with main_first():
+        run, local, names = start_run(args)
+    resolved = announce(args, "select_proxies", plain(run, local) | {"selection": args.selection})
     settings = selection_settings(args, run)
     folders = {name: run_dir / "clients" / name / "selection" / args.selection for name in names}
     todo = unfinished(run_dir, folders, settings, args.force)
@@ -212,7 +232,7 @@ def main():
     with main_first():
         if data:
             write_data(run_dir, seal(run, backbone, data[0]), local, backbone, *data)
-    run = read_json(run_dir / "run.json")  # n and m may have shrunk to D_0
+    run = read_run(run_dir)  # n and m may have shrunk to D_0
     if not names:
         who = ", ".join(run["clients"])
         print(f"select_proxies: {run_dir / 'run.json'} is the agreement of {who}: D_0 and seed model fit it")
@@ -220,16 +240,25 @@ def main():
     save_settings(run_dir, "select_proxies", args.selection, resolved | plain(run, local))
     settings = selection_settings(args, run)
     public = read_records(run_dir / "public" / "records.jsonl")
-    features = public_features(run_dir, backbone, public, args.dtype)  # once for all clients
+    features = public_features(run_dir, backbone, public, args.force)  # once for all clients
     usable = usable_public(run_dir, public)
     check_sizes(run, len(usable), "readable public samples")
     with main_first():
         backbone.public_classes(run_dir / "public")  # their text features, once for all stages
     for name in todo:
-        scores = client_relevance(run_dir, run, backbone, features, usable, name)  # Eq. 7
-        if scores is not None:
-            select(folders[name], run, name, settings, features, scores, usable, public)  # Eq. 2-4
+        made_from = sources(run_dir, name)
+        scores = client_relevance(
+            run_dir, run, backbone, features, usable, name, made_from, args.force
+        )  # Eq. 7
+        if scores is not None:  # Eq. 2-4
+            select(folders[name], run, name, settings, made_from, features, scores, usable, public)
     processes().wait_for_everyone()
+
+
+def main():
+    args = parse_args()
+    with locked_run(args.run_dir):
+        select_all(args)
 
 
 if __name__ == "__main__":

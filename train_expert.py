@@ -22,13 +22,25 @@ from safetensors.torch import save_file
 
 from metamoe import cli
 from metamoe.agreement import check_here, read_local
+from metamoe.atomic import atomic, locked
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import ends, train, use_checkpointing, warm_up
 from metamoe.errors import UserError, run_main
 from metamoe.presets import PRESETS
 from metamoe.records import read_records
-from metamoe.rundir import atomic, finished, folder_bytes, open_run, read_json, sha256, write_json
+from metamoe.rundir import (
+    check_whole,
+    finish,
+    finished,
+    folder_bytes,
+    inside,
+    open_run,
+    read_json,
+    sha256,
+    versions,
+    write_json,
+)
 from metamoe.uploads import pack, save_expert, upload_variant
 
 # flag -> key of the preset that is its default
@@ -73,6 +85,7 @@ def selected(client, rule):
     path = client / "selection" / rule / "selection.json"
     if not (path.parent / "done.json").exists():
         raise UserError(f"{path} is missing: run select_proxies.py --selection {rule} first")
+    check_whole(path.parent, f"run select_proxies.py --selection {rule} again")
     return path
 
 
@@ -95,7 +108,7 @@ def label_set(backbone, run_dir, client):
     return classes
 
 
-def train_client(run_dir, run, local, name, args, settings):
+def train_client(run_dir, run, local, name, args, settings, made_from):
     """Train one client's expert, take its routing vectors and write both; returns a line about it."""
     client = run_dir / "clients" / name
     private, proxies = training_data(run_dir, client, args)
@@ -114,40 +127,51 @@ def train_client(run_dir, run, local, name, args, settings):
     vectors = backbone.routing_vectors(model, records, label=f"routing vectors {name}")
     if processes().is_main_process:
         with atomic(client / "experts" / expert_variant(args)) as part:
-            part.mkdir(parents=True)
+            part.mkdir()
             save_expert(model, backbone, part, args.full_ffn)
             save_file({"vectors": vectors}, part / "router.safetensors")
             write_json(part / "losses.json", losses)
-            write_json(part / "done.json", settings)
+            finish(part, settings, made_from)
     first, last = ends(losses)
     return f"{len(private)} private + {len(proxies)} proxies, {steps} steps, loss {first:.3f} -> {last:.3f}"
+
+
+def make_expert(run_dir, run, local, name, args, settings, resolved):
+    """One client's expert, where it is not there yet, and its upload."""
+    client, variant = run_dir / "clients" / name, expert_variant(args)
+    done = "expert is there already, skipped"
+    selection = selected(client, args.selection)
+    names = ["public/records.jsonl", f"clients/{name}/private/train.jsonl"]
+    if args.data == "private":
+        names = names[1:]
+    else:  # other proxies, another expert
+        settings = settings | {"selection": args.selection, "proxies": sha256(selection)}
+    folder = inside(client, "experts") / variant
+    with locked(folder):
+        made_from = versions(run_dir, *names)
+        with processes(args.device).main_process_first():  # of several processes, under `accelerate launch`
+            there = finished(folder, settings, args.force, made_from)
+        if not there:
+            cli.save_settings(run_dir, "train_expert", variant, resolved)
+            done = train_client(run_dir, run, local, name, args, settings, made_from)  # lines 9-10
+            gc.collect()  # a PEFT model is a reference cycle: without this two are in memory at once
+        if processes().is_main_process:
+            upload = inside(client, "upload") / upload_variant(args.data, args.selection, args.full_ffn)
+            about = {"client": name, "data": args.data, "selection": args.selection}
+            about["full_ffn"] = args.full_ffn
+            pack(folder, read_json(selection)["proxies"], upload, run, about)  # line 11
+            megabytes = folder_bytes(upload) / 1e6
+            print(f"train_expert: {name}: {args.data}-{args.selection}: {done}; upload {megabytes:.1f} MB")
 
 
 def main():
     args = parse_args()
     run_dir = Path(args.run_dir)
     run = open_run(run_dir, backbone=None)
-    local, settings, variant = read_local(run_dir), resolve(args, run), expert_variant(args)
+    local, settings = read_local(run_dir), resolve(args, run)
     resolved = cli.announce(args, "train_expert", settings | {"selection": args.selection})
     for name in check_here(run, [args.client] if args.client else local["clients"], local):
-        client, done = run_dir / "clients" / name, "expert is there already, skipped"
-        selection = selected(client, args.selection)
-        if args.data != "private":  # other proxies, another expert
-            settings |= {"selection": args.selection, "proxies": sha256(selection)}
-        with processes(args.device).main_process_first():  # of several processes, under `accelerate launch`
-            there = finished(client / "experts" / variant, settings, args.force)
-        if not there:
-            cli.save_settings(run_dir, "train_expert", variant, resolved)
-            done = train_client(run_dir, run, local, name, args, settings)  # lines 9-10
-            gc.collect()  # a PEFT model is a reference cycle: without this two of them are in memory at once
-        if processes().is_main_process:
-            upload = client / "upload" / upload_variant(args.data, args.selection, args.full_ffn)
-            about = {"client": name, "data": args.data, "selection": args.selection}
-            about["full_ffn"] = args.full_ffn
-            proxies = read_json(selection)["proxies"]
-            pack(client / "experts" / variant, proxies, upload, run, about)  # line 11
-            megabytes = folder_bytes(upload) / 1e6
-            print(f"train_expert: {name}: {args.data}-{args.selection}: {done}; upload {megabytes:.1f} MB")
+        make_expert(run_dir, run, local, name, args, settings, resolved)
     processes().wait_for_everyone()
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import moe
 from metamoe import cli
 from metamoe.agreement import read_local
+from metamoe.atomic import atomic, locked
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import ends, train, use_checkpointing
@@ -32,7 +33,7 @@ from metamoe.methods import METHODS, described
 from metamoe.model_settings import add_method_flags, resolve
 from metamoe.records import read_records, usable_public
 from metamoe.routing import RoutingLoss, proxy_targets, start_vectors
-from metamoe.rundir import atomic, finished, open_run, write_json
+from metamoe.rundir import finish, finished, inside, open_run, versions, write_json
 from metamoe.serving.export import check_export, export
 from metamoe.serving.members import check_extension, extend, leave_out
 from metamoe.takeover import attraction, check_lengths, tell_routing
@@ -162,11 +163,11 @@ def make(args, run_dir, run, backbone, uploads, settings, records):
     return model, losses, tokens, start
 
 
-def write(folder, args, made, lengths, uploads, settings):
+def write(folder, args, made, lengths, uploads, settings, made_from):
     """Write the model, or what the rival's merge makes of the uploads, and say so."""
     model, losses, tokens, start = made
     with atomic(folder) as part:
-        part.mkdir(parents=True)
+        part.mkdir()
         if model is not None:
             moe.save(model, part)
             write_json(part / "losses.json", losses)
@@ -176,7 +177,7 @@ def write(folder, args, made, lengths, uploads, settings):
             rival.merge(list(uploads.values()), part)
         seconds = time.perf_counter() - start
         write_json(part / "timing.json", {"unify_seconds": seconds})
-        write_json(part / "done.json", settings)
+        finish(part, settings, made_from)
     about = f"{len(uploads)} experts ({settings['variant']})"
     if losses:
         about += ", {} final steps, loss {:.3f} -> {:.3f}".format(len(losses), *ends(losses))
@@ -194,22 +195,32 @@ def unify(args, run_dir, run):
     settings["uploads"] = {name: upload.digest for name, upload in uploads.items()}
     if args.extend:
         settings["extend"] = check_extension(args, run_dir, run, settings)
-    folder = run_dir / "moe" / settings["name"]
-    with processes().main_process_first():
-        there = finished(folder, settings, args.force)
-    if there:
-        print(f"unify_moe: {settings['name']}: is there already, skipped")
-        return folder
-    records = final_samples(run_dir, run, uploads, settings) if settings.get("steps") else []
-    backbone, lengths = None, {}
-    if METHODS[args.method].merge == "moe":
-        backbone = run_backbone(run, read_local(run_dir), args)
-        lengths = check_lengths(backbone, run_dir, run, uploads, args.length_bound)
-    cli.save_settings(run_dir, "unify_moe", settings["name"], resolved)
-    made = make(args, run_dir, run, backbone, uploads, settings, records)
-    if processes().is_main_process:
-        write(folder, args, made, lengths, uploads, settings)
+    folder = inside(run_dir, "moe") / settings["name"]
+    with locked(folder):
+        made_from = sources(run_dir, run, settings)
+        with processes().main_process_first():
+            there = finished(folder, settings, args.force, made_from)
+        if there:
+            print(f"unify_moe: {settings['name']}: is there already, skipped")
+            return folder
+        records = final_samples(run_dir, run, uploads, settings) if settings.get("steps") else []
+        backbone, lengths = None, {}
+        if METHODS[args.method].merge == "moe":
+            backbone = run_backbone(run, read_local(run_dir), args)
+            lengths = check_lengths(backbone, run_dir, run, uploads, args.length_bound)
+        cli.save_settings(run_dir, "unify_moe", settings["name"], resolved)
+        made = make(args, run_dir, run, backbone, uploads, settings, records)
+        if processes().is_main_process:
+            write(folder, args, made, lengths, uploads, settings, made_from)
     return folder
+
+
+def sources(run_dir, run, settings):
+    """The versions of the records that the final training reads."""
+    names = ["public/records.jsonl"]
+    if settings.get("samples") == "private":
+        names = [f"clients/{name}/private/train.jsonl" for name in run["clients"]]
+    return versions(run_dir, *names)
 
 
 def main():

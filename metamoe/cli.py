@@ -8,7 +8,7 @@ import textwrap
 from metamoe.backbones.base import machine
 from metamoe.backbones.distributed import processes
 from metamoe.errors import UserError
-from metamoe.rundir import is_name, write_json
+from metamoe.rundir import inside, is_name, write_json
 
 DATA = ("aligned", "private", "proxies")
 
@@ -97,4 +97,4 @@ def announce(args, stage, settings):
 def save_settings(run_dir, stage, what, settings):
     """Write RUN/settings/STAGE/WHAT/settings.json, before the work begins."""
     if processes().is_main_process:
-        write_json(run_dir / "settings" / stage / what / "settings.json", settings)
+        write_json(inside(run_dir, "settings", stage, what) / "settings.json", settings)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from metamoe.agreement import agreement_hash, check_here
+from metamoe.check_run import check_client_name, check_run, is_name
 from metamoe.errors import UserError
 from metamoe.party import local_places, own_client
 from metamoe.presets import PRESETS
@@ -14,7 +15,7 @@ from metamoe.run_settings import (
     known_clients,
     with_defaults,
 )
-from metamoe.rundir import check_client, is_name, open_run, read_json
+from metamoe.rundir import check_client, open_run, read_json, read_run
 
 
 def start_run(args):
@@ -25,7 +26,7 @@ def start_run(args):
     seed model may still be missing.
     """
     run_file = Path(args.run_dir) / "run.json"
-    found = read_json(run_file) if run_file.exists() else {}
+    found = read_run(args.run_dir) if run_file.exists() else {}
     theirs = read_agreement(args, found) if args.agreement else found
     own, alone, joined = client_flags(args)
     backbone = theirs["backbone"] if theirs else args.backbone or "smollm2-135m"
@@ -54,8 +55,7 @@ def read_agreement(args, found):
     if not Path(args.agreement).is_file():
         raise UserError(f"--agreement {args.agreement}: no such file; name the coordinator's run.json")
     theirs = read_json(args.agreement)
-    if "public" not in theirs:
-        raise UserError(f"--agreement {args.agreement}: is no agreement (--make-agreement writes one)")
+    check_run(theirs, f"--agreement {args.agreement}")
     names = theirs["clients"]
     if found and (
         agreement_hash(found) != agreement_hash(theirs) or found["clients"] != names[: len(found["clients"])]
@@ -88,8 +88,7 @@ def agree(args, settings, local, found, backbone):
     if args.client or args.clients:
         raise UserError("--make-agreement: names the clients, whose data stay with them: leave out --client")
     for name in names:
-        if not is_name(name):
-            raise UserError(f"--make-agreement {name}: a client's name is of letters, digits, '-', '_', '.'")
+        check_client_name(name, "--make-agreement")
     if found:
         check_given(f"--run-dir {args.run_dir}", found, settings)
         if names[: len(found["clients"])] != found["clients"]:

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from metamoe.agreement import check_public, ffn_shapes, public_fingerprint, read_local, seed_fingerprint
+from metamoe.atomic import atomic
 from metamoe.data.registry import DATASETS, FAMILIES, OWN, datasets_of
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
 from metamoe.records import write_records
 from metamoe.run_settings import LEAST, PARTS, check_sizes, known_clients, shrink
-from metamoe.rundir import atomic, read_json, write_json
+from metamoe.rundir import finish, inside, read_json, write_json
 
 
 def local_places(args, backbone, own):
@@ -116,17 +117,19 @@ def write_data(run_dir, run, local, backbone, public, parts):
     if not (run_dir / "run.json").exists() or read_json(run_dir / "run.json") != run:
         write_json(run_dir / "run.json", run)
     for name in parts:
-        with atomic(run_dir / "clients" / name / "private", private=True) as folder:
+        with atomic(inside(run_dir, "clients", name) / "private", private=True) as folder:
+            folder.mkdir(mode=0o700)
             for part, records in parts[name].items():
                 write_records(folder / f"{part}.jsonl", records)
             counts = {part: len(records) for part, records in parts[name].items()}
             source = local["sources"].get(name) or local["sources"].get("root") or ""
             write_json(folder / "source.json", own.get(name) or {"dataset": source})
-            write_json(folder / "done.json", {"seed": run["seed"], **counts})
+            finish(folder, {"seed": run["seed"], **counts})
     if public is not None:
         with atomic(run_dir / "public") as folder:
+            folder.mkdir()
             write_records(folder / "records.jsonl", public)
             if PRESETS[run["backbone"]]["kind"] == "clip":
                 write_json(folder / "classes.json", sorted({record["answer"] for record in public}))
             write_json(folder / "ffns.json", ffn_shapes(backbone))
-            write_json(folder / "done.json", {"records": len(public)})
+            finish(folder, {"records": len(public)})

@@ -7,7 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from metamoe.errors import UserError
-from metamoe.rundir import atomic, read_json
+from metamoe.rundir import atomic, check_input, read_json
 
 
 def write_records(path, records):
@@ -58,8 +58,17 @@ class Records(Sequence):
                     yield self.more[i - len(self.starts)]
                     continue
                 file.seek(self.starts[i])
-                record = json.loads(file.readline())
+                record = self._parse(file.readline())
                 yield self.convert(record) if self.convert else record
+
+    def _parse(self, line):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.path} is damaged: {error} in {line[:60]!r}") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{self.path} is damaged: {line[:60]!r} is no JSON object")
+        return record
 
 
 def line_starts(path):
@@ -69,10 +78,13 @@ def line_starts(path):
 
 
 def read_records(path):
-    """The records of a file that write_records wrote, as a sequence that is read on demand."""
+    """The records of a file that write_records wrote, as a sequence that is read on demand.
+
+    UserError where the file is not what the done.json beside it says.
+    """
     if not Path(path).exists():
         raise UserError(f"{path} is missing: run select_proxies.py first")
-    return Records(path)
+    return Records(check_input(path))
 
 
 def usable_public(run_dir, public):

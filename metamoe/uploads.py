@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from metamoe.adapters import complete, expert_of, read_adapter
 from metamoe.agreement import FORMAT, agreement_hash
+from metamoe.atomic import atomic
 from metamoe.backbones.base import unwrap
+from metamoe.check_run import is_name
 from metamoe.cli import DATA
 from metamoe.errors import UserError
-from metamoe.rundir import atomic, is_name, read_json, sha256, write_json
+from metamoe.rundir import inside, read_json, sha256, write_json
 from metamoe.untrusted import UploadError, check_tensors, parse_json, parse_tensors, read_folder
 
 MANIFEST, PROXIES, ROUTER, FFN = "manifest.json", "proxies.json", "router.safetensors", "ffn.safetensors"
@@ -112,6 +114,7 @@ def receive(run_dir, run, given, variant):
             again = f"sent another one before, which is in {target}; remove that to take this one"
             raise UserError(f"client {name}: upload {source}: {again}")
     for name, (target, content) in accepted.items():
+        inside(run_dir, "clients", name, "upload")
         with atomic(target) as part:
             for file, data in content.items():
                 (part / file).parent.mkdir(parents=True, exist_ok=True)

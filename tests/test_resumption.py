@@ -9,7 +9,7 @@ import pytest
 import tiny
 from tiny import CLOCKS, flags_of, refused, stage
 
-from metamoe import rundir
+from metamoe import atomic, rundir
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,18 +99,30 @@ def test_a_killed_pipeline_goes_on_to_the_same_results(tmp_path, pristine, finis
 
 
 @pytest.mark.parametrize("victim", range(3))
-def test_a_folder_killed_while_removed_is_not_taken_for_finished(tmp_path, victim, monkeypatch):
-    """rmtree has no order: whichever file goes first, the folder must stop counting as finished."""
-    folder = tmp_path / "folder"
-    for name in ("a.txt", "done.json", "z.txt"):
-        folder.mkdir(exist_ok=True)
-        (folder / name).write_text("{}")
+def test_a_kill_while_the_old_folder_is_removed_leaves_the_new_one(tmp_path, victim, monkeypatch):
+    """rmtree has no order: whichever file goes first, the new folder is there, and the next run tidies."""
+    folder, rmtree = tmp_path / "folder", shutil.rmtree
+
+    def make(what):
+        with atomic.atomic(folder) as part:
+            part.mkdir()
+            for name in ("a.txt", "z.txt"):
+                (part / name).write_text(what)
+            rundir.finish(part, {"made": what})
 
     def killed(path, *args, **kwargs):
-        sorted(Path(path).iterdir())[min(victim, len(list(Path(path).iterdir())) - 1)].unlink()
+        files = sorted(Path(path).iterdir())
+        files[min(victim, len(files) - 1)].unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rundir.shutil, "rmtree", killed)
+    make("first")
+    before = drive.snapshot(folder)
+    assert not rundir.finished(folder, {"made": "second"}, force=True)
+    assert drive.snapshot(folder) == before  # --force removes nothing by itself
+    monkeypatch.setattr(atomic.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        rundir.finished(folder, {"other": 1}, force=True)
-    assert not rundir.finished(folder, {})
+        make("second")
+    monkeypatch.setattr(atomic.shutil, "rmtree", rmtree)
+    assert rundir.finished(folder, {"made": "second"})
+    with atomic.locked(folder):
+        assert [path.name for path in tmp_path.iterdir() if path.suffix == ".old"] == []

@@ -28,7 +28,7 @@ def test_the_fixtures_layout_is_that_of_write_data(tmp_path, seed_model, pristin
     synthetic_archive(monkeypatch)
     run_dir = tmp_path / "run"
     assert stage("select_proxies", run_dir, "--seed-model", seed_model, *SIZE_FLAGS).code == 0
-    later = re.compile(r"selection|^settings/|(features.npy|unreadable.json|timing.json)$")
+    later = re.compile(r"selection|^settings/|(features.npy|features.npy.json|unreadable.json|timing.json)$")
     made = {path for path in drive.snapshot(run_dir) if not later.search(path)}
     assert made == set(drive.snapshot(pristine))
     assert read_json(pristine / "run.json") == read_json(run_dir / "run.json")

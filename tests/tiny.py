@@ -127,6 +127,7 @@ def make_run(run_dir, seed_model, seed=0, answers="text", loss="answer", **sizes
         counts = {part: sizes[f"{part}_size"] for part in ("train", "validation", "test")}
         parts[name] = {part: [record(name, rng, True) for _ in range(n)] for part, n in counts.items()}
     backbone = load_backbone("smollm2-135m", seed_model, "cpu", "float32")
+    run_dir.mkdir(parents=True)
     party.write_data(run_dir, party.seal(run, backbone, public), local, backbone, public, parts)
 
 

@@ -51,6 +51,7 @@ def default_seed(name):
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         options = {"quantization_config": transformers.GgufConfig(dequantize=True), "dtype": torch.float32}
         model = transformers.AutoModelForCausalLM.from_pretrained(**source, **options)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic(folder) as temporary:
             model.save_pretrained(temporary)
             transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)

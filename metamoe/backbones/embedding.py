@@ -5,21 +5,28 @@ import time
 
 import numpy as np
 
+from metamoe.atomic import flush
 from metamoe.backbones.distributed import processes
-from metamoe.rundir import read_json, write_json
+from metamoe.errors import UserError
+from metamoe.rundir import finish_file, finished_file, read_json, versions, write_json
 
 
-def public_features(run_dir, backbone, records, dtype):
+def public_features(run_dir, backbone, records, force=False):
     """RUN/public/features.npy, memory-mapped: D_0's embeddings (|D_0|, d) float32.
 
-    The row of an unreadable image stays NaN; RUN/public/unreadable.json lists those.
+    The row of an unreadable image stays NaN; RUN/public/unreadable.json lists those. Features
+    of other records are made again; those of another dtype are refused, or with `force` made again.
     """
     path = run_dir / "public" / "features.npy"
     part, note = path.with_name(".features.npy"), path.with_name(".progress.json")
-    if path.exists():
-        return np.load(path, mmap_mode="r")
+    settings = {"dtype": str(backbone.dtype).removeprefix("torch.")}
+    made_from = versions(run_dir, "public/records.jsonl")
+    with processes().main_process_first():
+        there = finished_file(path, settings, force, made_from)
+    if there:
+        return read_array(path, len(records))
     try:
-        state = embed_public(part, note, backbone, records, dtype)
+        state = embed_public(part, note, backbone, records, settings | made_from)
     except OSError:  # a full disk: nothing half-written stays on it
         part.unlink(missing_ok=True)
         note.unlink(missing_ok=True)
@@ -27,17 +34,33 @@ def public_features(run_dir, backbone, records, dtype):
     if processes().is_main_process:
         write_json(path.with_name("unreadable.json"), sorted(index for index, _ in state["unreadable"]))
         write_json(path.with_name("timing.json"), {"embedding_seconds": state["seconds"]})
+        flush(part)
+        finish_file(part, path, settings, made_from)
         os.replace(part, path)
         note.unlink()
     processes().wait_for_everyone()
     return np.load(path, mmap_mode="r")
 
 
-def embed_public(part, note, backbone, records, dtype):
-    """Embed D_0 into the file `part`; returns the final state, which is kept in the file `note`."""
+def read_array(path, rows):
+    """The memory-mapped array of a file; UserError where it is none with these rows."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it and run the same command again") from None
+    if len(array) != rows:
+        raise UserError(f"{path} has {len(array)} rows, not {rows}: remove it and run the same command again")
+    return array
+
+
+def embed_public(part, note, backbone, records, identity):
+    """Embed D_0 into the file `part`; returns the final state, which is kept in the file `note`.
+
+    identity: what a pass that was killed must have in common with this one to go on.
+    """
     main = processes().is_main_process
     with processes().main_process_first():
-        state = begin(part, note, (len(records), backbone.width), dtype)
+        state = begin(part, note, (len(records), backbone.width), identity)
     out = np.load(part, mmap_mode="r+")
     before, earlier, count = list(state["unreadable"]), state["seconds"], 0
     start = saved = time.perf_counter()
@@ -66,11 +89,11 @@ def embed_public(part, note, backbone, records, dtype):
     return state
 
 
-def begin(part, note, shape, dtype):
+def begin(part, note, shape, identity):
     """The state that a killed pass left in `note`, or that of a new pass, whose file is made."""
     if part.exists() and note.exists():
         state = read_json(note)
-        if state["dtype"] == dtype:
+        if state.get("identity") == identity:
             return state
     if processes().is_main_process:
         note.unlink(missing_ok=True)
@@ -78,4 +101,4 @@ def begin(part, note, shape, dtype):
         if hasattr(os, "posix_fallocate"):  # a full disk ends here, not in a SIGBUS half-way through
             with open(part, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-    return {"dtype": dtype, "batches": 0, "unreadable": [], "seconds": 0.0}
+    return {"identity": identity, "batches": 0, "unreadable": [], "seconds": 0.0}

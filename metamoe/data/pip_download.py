@@ -10,6 +10,7 @@ import sys
 
 from metamoe.errors import UserError
 from metamoe.progress import progress
+from metamoe.rundir import sha256 as file_hash
 
 # pip as a child that does not outlive this process (Linux's prctl PR_SET_PDEATHSIG; elsewhere it runs on).
 _PIP = """
@@ -20,46 +21,59 @@ if sys.platform == "linux":
 sys.argv[0] = "pip"
 runpy.run_module("pip", run_name="__main__", alter_sys=True)
 """
-_FLAGS = "--no-deps --no-cache-dir --no-input --quiet --disable-pip-version-check --progress-bar off".split()
+# pip checks the hash before it unpacks or builds; packages that a build would need are not fetched.
+_FLAGS = "--no-deps --require-hashes --no-build-isolation --no-cache-dir --no-input --quiet"
+_FLAGS += " --disable-pip-version-check --progress-bar off"
 
-# Signs in pip's messages that a download was cut off.
-_CUT = "IncompleteRead|EOFError|BadZipFile|incomplete-download| is invalid|file could not be opened"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ROOM = "make room, or set METAMOE_CACHE to a folder on another disk"
-INDEX = "the index that pip uses"
+INDEX = "the package index that pip uses"
 
 
-def pip_download(name, filename, size, kind, tmp):
-    """Let pip download the file into `tmp` and return its path.
+def pip_download(name, filename, size, sha256, kind, tmp):
+    """Let pip download the file into `tmp`; return its path. UserError if it is not the published file.
 
     pip writes a download to $TMPDIR/pip-unpack-*/<filename>. The file is taken from there once it is
-    complete, and pip is stopped: for a source distribution it would go on, unpack the file and run its
-    setup.py.
+    complete, and pip is stopped: for a source distribution it would go on, unpack the file and, where the
+    hash is right, run its setup.py.
     """
-    out, scratch = tmp / "out", tmp / "scratch"
-    out.mkdir()
-    scratch.mkdir()
+    whole = tmp / filename
+    (tmp / "out").mkdir()
+    (tmp / "scratch").mkdir()
+    (tmp / "requirements.txt").write_text(f"{name} --hash=sha256:{sha256}\n")
     if not sys.stderr.isatty():
         print(f"fetching {name} with pip ({size / 1e6:,.1f} MB)", file=sys.stderr)
     seen, said, bar = 0, None, progress(total=size, unit="B", unit_scale=True, desc=name)
-    with _running_pip(name, kind, out, scratch) as pip, bar:
-        while said is None and seen <= size:
+    with _running_pip(kind, tmp) as pip, bar:
+        while said is None and seen < size:
             said = _wait(pip)  # before looking for the file, so that nothing is missed
-            for path in [*out.glob(filename), *scratch.glob(f"pip-*/{filename}")]:
+            for path in [*tmp.glob(f"out/{filename}"), *tmp.glob(f"scratch/pip-*/{filename}")]:
                 now = _size_of(path)
                 bar.update(max(0, min(now, size) - seen))
                 seen = max(seen, now)
-                if now == size:
-                    return path
-    raise UserError(_failure(pip, name, filename, size, seen, said, out))
+                if seen >= size:
+                    path.rename(whole)
+                    break
+    if whole.exists():
+        found = file_hash(whole)
+    elif match := re.search(r"\bGot +([0-9a-f]{64})", said):
+        found = match[1]
+    else:
+        raise UserError(_failure(pip, name, filename, said, tmp / "out"))
+    if found != sha256:
+        sent = f"{name}: the package index sent a {filename} with SHA-256 {found}, not {sha256}"
+        advice = f"it is not the published file or was cut off; run this again, or check {INDEX}"
+        raise UserError(f"{sent}: {advice}")
+    return whole
 
 
 @contextlib.contextmanager
-def _running_pip(name, kind, out, scratch):
+def _running_pip(kind, tmp):
     """pip as a process, which is killed at the end."""
-    command = [sys.executable, "-P", "-c", _PIP, "download", *_FLAGS]
-    command += ["--only-binary" if kind == "wheel" else "--no-binary", ":all:", "--dest", str(out), name]
-    env = {**os.environ, "TMPDIR": str(scratch), "PIP_REQUIRE_VIRTUALENV": "0"}
+    command = [sys.executable, "-P", "-c", _PIP, "download", *_FLAGS.split(), "--dest", str(tmp / "out")]
+    command += ["--only-binary" if kind == "wheel" else "--no-binary", ":all:"]
+    command += ["--requirement", str(tmp / "requirements.txt")]
+    env = {**os.environ, "TMPDIR": str(tmp / "scratch"), "PIP_REQUIRE_VIRTUALENV": "0"}
     no, pipe = subprocess.DEVNULL, subprocess.PIPE
     options = {"env": env, "text": True, "errors": "replace", "start_new_session": True}
     pip = subprocess.Popen(command, stdin=no, stdout=no, stderr=pipe, **options)
@@ -89,19 +103,15 @@ def _size_of(path):
         return 0
 
 
-def _failure(pip, name, filename, size, seen, said, out):
-    """The error line for a download that gave no complete file."""
-    if seen > size or (seen and pip.returncode == 0):
-        more = " or more" if seen > size else ""
-        sent = f"{name}: the package index sent a {filename} of {seen:,} bytes{more}, not {size:,}"
-        return f"{sent}: it is not the published file or was cut off; run this again, or check {INDEX}"
+def _failure(pip, name, filename, said, out):
+    """The error line for a download that gave no file."""
     if pip.returncode == 0:
         found = ", ".join(sorted(os.listdir(out))) or "nothing"
         return f"{name}: pip downloaded {found}, not {filename}; check {INDEX}"
-    return f"cannot fetch {name}: {_pip_reason(said, seen, size)}"
+    return f"cannot fetch {name}: {_pip_reason(said)}"
 
 
-def _pip_reason(said, seen, size):
+def _pip_reason(said):
     """Why pip gave up, and what to do, from what it wrote."""
     lines = [line.strip() for line in said.split("\n") if line.strip()]
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
@@ -113,8 +123,6 @@ def _pip_reason(said, seen, size):
         return f"pip: {full[-1].removeprefix('ERROR:').strip()}; {ROOM}"
     if "No module named pip" in said:
         return f"{sys.executable} has no pip (python -m ensurepip installs it)"
-    if seen or re.search(_CUT, said):
-        return f"the download ended before its {size:,} bytes were there (pip: {last}); run this again"
     if "connection broken by" in said or "Connection" in last:
         return f"pip cannot reach its package index ({last}); run this again with the network up"
-    return f"pip: {last}; check the network and the package index that pip uses, then run this again"
+    return f"pip: {last}; check the network and {INDEX}, then run this again"

@@ -19,6 +19,7 @@ from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.embedding import public_features, read_array
 from metamoe.cli import add_machine_flags, announce, save_settings, stage_parser
+from metamoe.data.overlap import warn_of_overlap
 from metamoe.errors import UserError, run_main
 from metamoe.federation import start_run
 from metamoe.party import read_data, seal, write_data
@@ -121,7 +122,7 @@ def relevance(public, private, seed, usable=None):
     return scores
 
 
-def client_relevance(run_dir, run, backbone, features, usable, name, made_from, force):
+def client_relevance(run_dir, run, name, backbone, features, usable, made_from, force):
     """The client's g over D_0, computed once for all rules; None in processes that are not the main one."""
     folder, start, private = run_dir / "clients" / name, time.perf_counter(), None
     cached = inside(folder, "selection") / "relevance.npy"
@@ -246,10 +247,11 @@ def select_all(args):
     with main_first():
         backbone.public_classes(run_dir / "public")  # their text features, once for all stages
     for name in todo:
+        if processes().is_main_process:
+            warn_of_overlap(name, run_dir / "clients" / name / "private", public, run.get("loss") == "text")
         made_from = sources(run_dir, name)
-        scores = client_relevance(
-            run_dir, run, backbone, features, usable, name, made_from, args.force
-        )  # Eq. 7
+        relevant = backbone, features, usable, made_from, args.force
+        scores = client_relevance(run_dir, run, name, *relevant)  # Eq. 7
         if scores is not None:  # Eq. 2-4
             select(folders[name], run, name, settings, made_from, features, scores, usable, public)
     processes().wait_for_everyone()

@@ -1,5 +1,6 @@
 """What every test needs set before the first heavy import."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -17,6 +18,9 @@ os.environ["MPLBACKEND"] = "Agg"
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
+
+from metamoe.presets import PRESETS  # noqa: E402
+from metamoe.serving.seed_model import fix_torchvision  # noqa: E402
 
 torch.set_num_threads(THREADS)
 
@@ -78,3 +82,20 @@ def small_disk(tmp_path):
         pytest.skip("may not mount a small disk here")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture
+def small_vit(tmp_path, monkeypatch):
+    """Give the backbone vit-b-32 an architecture of two narrow layers; returns a checkpoint of it."""
+    fix_torchvision()
+    import open_clip
+
+    config = {"embed_dim": 32, "quick_gelu": True}
+    config["vision_cfg"] = {"image_size": 224, "layers": 2, "width": 64, "head_width": 32, "patch_size": 32}
+    config["text_cfg"] = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    (tmp_path / "small-vit.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "small-vit.json")
+    monkeypatch.setitem(PRESETS["vit-b-32"], "architecture", "small-vit")
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("small-vit", pretrained=None).state_dict(), tmp_path / "small.pt")
+    return tmp_path / "small.pt"

@@ -17,7 +17,6 @@ from metamoe.backbones import base, embedding, training
 from metamoe.data.glyphs import model as glyph
 from metamoe.data.glyphs import world
 from metamoe.errors import UserError
-from metamoe.presets import PRESETS
 from metamoe.records import read_records
 from metamoe.rundir import read_json
 
@@ -293,20 +292,6 @@ def test_checkpoints_of_the_papers_clip_and_of_something_else(tmp_path):
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="other.safetensors.*glyph-clip"):
         backbones.load_backbone("glyph-clip", tmp_path / "other.safetensors", "cpu")
-
-
-@pytest.fixture
-def small_vit(tmp_path, monkeypatch):
-    """Give the backbone vit-b-32 an architecture of two narrow layers; returns a checkpoint of it."""
-    config = {"embed_dim": 32, "quick_gelu": True}
-    config["vision_cfg"] = {"image_size": 224, "layers": 2, "width": 64, "head_width": 32, "patch_size": 32}
-    config["text_cfg"] = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-    (tmp_path / "small-vit.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path / "small-vit.json")
-    monkeypatch.setitem(PRESETS["vit-b-32"], "architecture", "small-vit")
-    torch.manual_seed(0)
-    torch.save(open_clip.create_model("small-vit", pretrained=None).state_dict(), tmp_path / "small.pt")
-    return tmp_path / "small.pt"
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ class ClipBackbone(Backbone):
                 from metamoe.data.glyphs.model import WEIGHTS, create
 
                 return create(self.source or WEIGHTS)
-            model = open_clip.create_model(architecture, pretrained=self.source)
+            model = open_clip.create_model(architecture, pretrained=self.source, weights_only=True)
             return model, open_clip.get_tokenizer(architecture)
         except UserError:
             raise

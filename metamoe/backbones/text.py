@@ -16,6 +16,7 @@ from metamoe.backbones.scoring import ScoringMixin, pack
 from metamoe.backbones.training import epoch_batches
 from metamoe.errors import UserError
 from metamoe.progress import progress
+from metamoe.serving.seed_model import SAFE
 
 WINDOW = 8192  # texts that are tokenised at a time to be grouped by length
 
@@ -49,13 +50,17 @@ class TextBackbone(ScoringMixin, Backbone):
         # Eager attention on the CPU: the fused kernel's backward is twice as slow on short texts.
         attention = "eager" if self.device.type == "cpu" else "sdpa"
         # Frozen weights are stored in the compute dtype; autocast then casts only the small trained ones.
-        options = {"dtype": self.dtype, "attn_implementation": attention}
+        options = {"dtype": self.dtype, "attn_implementation": attention, **SAFE}
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.source)
+            check_code(self.source)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.source, trust_remote_code=False)
             return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(self.source, **options)
-        except (OSError, ValueError) as error:
-            reason = f"cannot be loaded as a causal language model ({str(error).splitlines()[0]})"
-            remedy = "name a local folder with --seed-model, or log in to the hub (hf auth login) where it "
+        except UserError:
+            raise
+        except Exception as error:  # transformers passes on what tokenizers, safetensors and torch raise
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = f"cannot be loaded as a causal language model ({why})"
+            remedy = "name a local folder of safetensors, or log in to the hub (hf auth login) where it "
             raise UserError(f"seed model {self.source}: {reason}; {remedy}asks for that") from None
 
     def public_classes(self, folder):
@@ -229,6 +234,19 @@ class TextBackbone(ScoringMixin, Backbone):
     def checkpoint(self, model):
         """Keep only each layer's input; the backward computes the rest again. Same losses, a third slower."""
         unwrap(model).activation_checkpointing_enable({"use_reentrant": False})
+
+
+def check_code(source):
+    """UserError where a seed model has code of its own: it is never run, whatever transformers would ask."""
+    from transformers import PretrainedConfig
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    configs = {"config.json": PretrainedConfig.get_config_dict(source)[0]}
+    configs["tokenizer_config.json"] = get_tokenizer_config(source)
+    for file, config in configs.items():
+        if "auto_map" in config:
+            why = f"has code of its own (auto_map in {file}), which is never run"
+            raise UserError(f"seed model {source}: {why}; name a model that transformers loads without")
 
 
 def head_loss(head, states, targets, logit_bytes=2**29):

@@ -86,7 +86,7 @@ def open_dataset(where, flag):
 
 
 def load_splits(name, config):
-    """What `datasets` makes of a folder or of a hub id."""
+    """What `datasets` makes of a folder or of a hub id: data files alone, it runs no scripts."""
     import datasets
 
     if os.path.isabs(name) and any(os.path.exists(os.path.join(name, file)) for file in SAVED):

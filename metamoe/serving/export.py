@@ -44,7 +44,7 @@ def export(run, local, source, folder, force):
         check_seed_model(run, backbone)
         backbone.model = None  # the weights are wanted as they are stored
         auto = import_transformers().AutoModelForCausalLM
-        model = moe.load(source, auto.from_pretrained(backbone.source, dtype="auto"))
+        model = moe.load(source, auto.from_pretrained(backbone.source, dtype="auto", **seed_model.SAFE))
         shapes = [{key: list(t.shape) for key, t in moe.added(layer).items()} for layer in moe.layers(model)]
         if any(layer != shapes[0] for layer in shapes):
             raise UserError(f"--export {folder}: the experts' shapes differ from layer to layer")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+# For every from_pretrained: no code that comes with a model is run, nothing is asked, no pickle is read.
+SAFE = {"trust_remote_code": False, "use_safetensors": True}
 _torchvision_operators = []  # what fix_torchvision defined; it must stay alive
 
 
@@ -25,8 +27,8 @@ def load_seed(folder: Path, seed: str, options: dict):
     import transformers
 
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(source, **options).eval()
-    except OSError as error:
+        return transformers.AutoModelForCausalLM.from_pretrained(source, **SAFE | options).eval()
+    except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
             f"the seed model {source!r} of {folder} cannot be loaded ({reason}): "

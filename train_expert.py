@@ -27,6 +27,7 @@ from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import ends, train, use_checkpointing, warm_up
 from metamoe.errors import UserError, run_main
+from metamoe.flag_values import count, number, positive_int
 from metamoe.presets import PRESETS
 from metamoe.records import read_records
 from metamoe.rundir import (
@@ -54,9 +55,10 @@ def parse_args():
     flag = parser.add_argument
     flag("--client", metavar="NAME", help="train this one alone (default: every client of the run)")
     cli.add_upload_flags(parser, data="aligned", selection="dpp")
-    flag("--rank", type=int, help="LoRA rank (default: the backbone's preset, like all below)")
-    flag("--alpha", type=int, help="LoRA alpha; the update is scaled by alpha / rank")
-    flag("--warmup-steps", type=int, help="steps of linear warm-up (default: at most a tenth of all)")
+    rank = "LoRA rank (default: the backbone's preset, like all below)"
+    flag("--rank", type=number(int, 1, 4096), help=rank)
+    flag("--alpha", type=positive_int, help="LoRA alpha; the update is scaled by alpha / rank")
+    flag("--warmup-steps", type=count, help="steps of linear warm-up (default: at most a tenth of all)")
     cli.add_training_flags(parser)
     cli.add_machine_flags(parser)
     flag("--force", action="store_true", help="redo an expert that was made with other settings")
@@ -67,10 +69,9 @@ def resolve(args, run):
     """The settings of the experts: the backbone's preset, overridden by flags."""
     agreed = {"lora_rank": run["rank"], "lora_alpha": run["alpha"]}
     settings = cli.from_preset(args, PRESETS[run["backbone"]] | agreed, DEFAULTS)
-    positive = dict.fromkeys(("rank", "alpha", "epochs", "lr", "batch_size"), 1e-12)
-    cli.check_at_least(settings, positive | {"warmup_steps": 0, "weight_decay": 0})
     if settings["rank"] > run["rank"]:
-        raise UserError(f"--rank {settings['rank']}: the agreement (run.json) has {run['rank']} at most")
+        most = f"the agreement (run.json) has {run['rank']} at most (select_proxies.py --rank)"
+        raise UserError(f"--rank {settings['rank']}: {most}")
     return settings | {"data": args.data, "full_ffn": args.full_ffn, "seed": run["seed"], "dtype": args.dtype}
 
 

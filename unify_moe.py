@@ -29,6 +29,7 @@ from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import ends, train, use_checkpointing
 from metamoe.errors import UserError, run_main
+from metamoe.flag_values import fraction, number, positive_float
 from metamoe.methods import METHODS, described
 from metamoe.model_settings import add_method_flags, resolve
 from metamoe.records import read_records, usable_public
@@ -47,13 +48,13 @@ def parse_args():
     flag("--name", help="folder of the model under RUN/moe/ (default: the method)")
     cli.add_upload_flags(parser, data=None, selection=None)
     add_method_flags(parser)
-    flag("--lambda-init", type=float, help="lambda at the start (default: the preset's)")
-    flag("--lambda-lr", type=float, help="learning rate of lambda (default: the preset's)")
+    flag("--lambda-init", type=fraction, help="lambda at the start (default: the preset's)")
+    flag("--lambda-lr", type=positive_float, help="learning rate of lambda (default: the preset's)")
     cli.add_training_flags(parser)
     sent = "the folder that a client has sent, once for each: checked, and copied into the run directory"
     flag("--upload", action="append", metavar="NAME=DIR", help=sent)
     bound = "refuse a client whose routing vector in a layer is this many times longer or shorter than D_0's"
-    flag("--length-bound", type=float, default=2.0, metavar="TIMES", help=bound + " (default: 2)")
+    flag("--length-bound", type=number(float, 1), default=2.0, metavar="TIMES", help=bound + " (default: 2)")
     without = "leave the expert NAME out of the model (--name, else the method's): a model of its own"
     flag("--without", metavar="NAME", help=without)
     joining = "add the clients that the model RUN/moe/MODEL lacks and train again, to a model --name"

@@ -5,17 +5,26 @@ import json
 import sys
 import textwrap
 
-from metamoe.backbones.base import machine
+from metamoe import flag_values
+from metamoe.backbones.base import check_device, machine
 from metamoe.backbones.distributed import processes
 from metamoe.errors import UserError
+from metamoe.flag_values import not_negative, number, one_line, positive_float, positive_int
 from metamoe.rundir import inside, is_name, write_json
 
 DATA = ("aligned", "private", "proxies")
 
 
+class Parser(flag_values.Parser):
+    """Its errors are one line, like all others."""
+
+    def error(self, message):
+        raise UserError(one_line(message))
+
+
 def stage_parser(doc, **run_dir):
     """A parser with the stage's docstring above its flags, and --run-dir."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", required=True, **{"help": "folder of the run", **run_dir})
     return parser
 
@@ -24,8 +33,8 @@ def add_machine_flags(parser):
     """Where and how a stage computes, and --print-config."""
     flag = parser.add_argument
     workers = "processes that decode images (default: one a core with CUDA, else none)"
-    flag("--workers", type=int, help=workers)
-    flag("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
+    flag("--workers", type=number(int, 0, 1000), help=workers)
+    flag("--device", type=device_name, default="auto", help="auto (CUDA if there is one), cpu or cuda")
     dtypes = ["auto", "float32", "bfloat16"]
     flag("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 where the hardware computes in it")
     flag("--print-config", action="store_true", help="print all settings as JSON and end; nothing is written")
@@ -45,13 +54,20 @@ def add_upload_flags(parser, data, selection):
 def add_training_flags(parser):
     """The optimiser's settings; the defaults are the backbone's preset."""
     flag = parser.add_argument
-    flag("--epochs", type=int, help="passes over the training data (default: the preset's, like all below)")
-    flag("--lr", type=float, help="learning rate")
-    flag("--batch-size", type=int, help="samples a step")
+    epochs = "passes over the training data (default: the preset's, like all below)"
+    flag("--epochs", type=positive_int, help=epochs)
+    flag("--lr", type=positive_float, help="learning rate")
+    flag("--batch-size", type=positive_int, help="samples a step")
     flag("--optimizer", choices=["adamw", "sgd"], help="sgd: with Nesterov momentum 0.9")
-    flag("--weight-decay", type=float, help="of the optimiser, never of lambda")
+    flag("--weight-decay", type=not_negative, help="of the optimiser, never of lambda")
     recompute = "language models: recompute activations in the backward instead of keeping them"
     flag("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help=recompute)
+
+
+def device_name(text):
+    """A flag's value that names a device which is there."""
+    check_device(text)
+    return text
 
 
 def folder_name(text):
@@ -68,14 +84,6 @@ def from_preset(args, preset, keys):
         value = getattr(args, flag)
         settings[flag] = preset[key] if value is None else value
     return settings
-
-
-def check_at_least(settings, least):
-    """UserError naming the flag where a setting is not at least {flag: number}, or is NaN."""
-    for flag, number in least.items():
-        if not settings[flag] >= number:
-            wanted = "positive" if number > 0 else "at least 0"
-            raise UserError(f"--{flag.replace('_', '-')} {settings[flag]}: must be {wanted}")
 
 
 def announce(args, stage, settings):

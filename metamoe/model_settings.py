@@ -4,8 +4,9 @@ import math
 
 import moe
 from metamoe.backbones.distributed import processes
-from metamoe.cli import check_at_least, from_preset
+from metamoe.cli import from_preset
 from metamoe.errors import UserError
+from metamoe.flag_values import not_negative, positive_int
 from metamoe.methods import METHODS, main_rows
 from metamoe.presets import PRESETS
 from metamoe.rundir import is_name, read_json
@@ -39,10 +40,10 @@ def add_method_flags(parser):
     seed_expert = "add e_0, the seed model's own FFN, as an expert (full paper, Eq. 6)"
     flag("--seed-expert", action="store_true", default=None, help=seed_expert)
     routed = "weight of a loss that tells the router whose proxy a sample is (0: none; beyond the paper)"
-    flag("--routing-loss", type=float, default=0.0, metavar="W", help=routed)
+    flag("--routing-loss", type=not_negative, default=0.0, metavar="W", help=routed)
     weights = "weights of the chosen experts: pi / stop_gradient(sum), Eq. 5's pi, or pi / sum"
     flag("--weighting", choices=moe.WEIGHTINGS, help=weights)
-    flag("--top-k", type=int, help="experts a token")
+    flag("--top-k", type=positive_int, help="experts a token")
     offset = "add -|e_p|^2 / 2 to the routing logits: nearest mean instead of largest product"
     flag("--offset", action="store_true", default=None, help=offset)
 
@@ -94,8 +95,6 @@ def check_routing_loss(settings, checkpointing):
     if "routing_loss" not in settings:
         return
     flag = f"--routing-loss {settings['routing_loss']}"
-    if not 0 < settings["routing_loss"] < math.inf:
-        raise UserError(f"{flag}: must be positive, or 0 for none")
     if settings["samples"] != "proxies" or settings["train"] == "none":
         raise UserError(
             f"{flag}: goes with a final training on proxies: whose another sample is nobody knows"
@@ -106,10 +105,6 @@ def check_routing_loss(settings, checkpointing):
 
 def check_settings(settings, run):
     """UserError naming the flag of a setting that is out of range."""
-    if not 0 <= settings["lambda_init"] <= 1:
-        raise UserError(f"--lambda-init {settings['lambda_init']}: must lie in [0, 1]")
     count = len(run["clients"]) + settings["seed_expert"]
-    if not 1 <= settings["top_k"] <= count:
+    if settings["top_k"] > count:
         raise UserError(f"--top-k {settings['top_k']}: must be 1 to {count}, the number of experts")
-    positive = dict.fromkeys(("epochs", "lr", "lambda_lr", "batch_size"), 1e-12)
-    check_at_least(settings, positive | {"weight_decay": 0})

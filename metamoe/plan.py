@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from metamoe import flag_values
+from metamoe.flag_values import count, number, one_line, random_seed
 from metamoe.methods import METHODS, main_rows, plan
 from metamoe.presets import PRESETS
 
@@ -41,9 +43,9 @@ Finished stages are skipped: run the same command again after an interruption. A
 run directory."""
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(flag_values.Parser):
     def error(self, message):
-        fail(message.removeprefix("argument "))
+        fail(one_line(message))
 
 
 def fail(message):
@@ -95,7 +97,7 @@ def add_run_flags(parser):
     copy = "vit-b-*, llama-*: a client's copy of its dataset: a folder, or a hub id"
     option(parser, "--dataset", nargs="+", metavar="NAME=SOURCE", help=copy)
     for size in SIZES:
-        option(parser, f"--{size.replace('_', '-')}", type=int, metavar="N", help="as of select_proxies.py")
+        option(parser, f"--{size.replace('_', '-')}", type=count, metavar="N", help="as of select_proxies.py")
     model = "another seed model: hub id, local folder, or a checkpoint that open_clip reads"
     option(parser, "--seed-model", metavar="PATH", help=model)
     answers = "language models train on a choice's text or its letter: text, letters"
@@ -110,12 +112,12 @@ def add_front_flags(parser):
     folder = "everything is written here (default: runs/BACKBONE-seedSEED)"
     option(parser, "--run-dir", metavar="DIR", help=folder)
     seed = "the random seed of splits, initialisation, batches (default: 0)"
-    option(parser, "--seed", type=int, metavar="N", help=seed)
+    option(parser, "--seed", type=random_seed, metavar="N", help=seed)
     option(
         parser,
         "--seeds",
         nargs="+",
-        type=int,
+        type=random_seed,
         metavar="N",
         help="several random seeds, then the table over all runs",
     )
@@ -125,7 +127,7 @@ def add_front_flags(parser):
     switch(parser, "--figure", "FIGURE", "also draw Figure 2 and measure coverage")
     scoring = "how multiple choice is scored: letters, generate, likelihood"
     option(parser, "--scoring", metavar="WAY", help=scoring)
-    option(parser, "--workers", type=int, metavar="N", help="processes that decode images")
+    option(parser, "--workers", type=number(int, 0, 1000), metavar="N", help="processes that decode images")
     option(parser, "--device", metavar="NAME", help="auto, cpu or cuda (default: auto)")
     option(parser, "--dtype", metavar="NAME", help="auto, float32 or bfloat16 (default: auto)")
     quick = "the same stages on a few dozen samples: a smoke test, its numbers say nothing"
@@ -133,14 +135,18 @@ def add_front_flags(parser):
     parser.add_argument("--plan", action="store_true", help="print the stages' commands and end")
     for stage in STAGES:
         flags = f"more flags of {stage}.py, in one word: --{stage.replace('_', '-')}='--flag value ...'"
-        parser.add_argument(f"--{stage.replace('_', '-')}", default="", metavar="FLAGS", help=flags)
+        parser.add_argument(f"--{stage.replace('_', '-')}", type=str, default="", metavar="FLAGS", help=flags)
 
 
 def option(parser, flag, **keywords):
     """A flag whose default is the environment variable of its name."""
-    value = os.environ.get(flag[2:].upper().replace("-", "_")) or None
+    variable = flag[2:].upper().replace("-", "_")
+    value = os.environ.get(variable) or None
     if value and keywords.get("nargs"):
-        value = [keywords.get("type", str)(word) for word in value.split()]
+        try:
+            value = [keywords.get("type", str)(word) for word in value.split()]
+        except argparse.ArgumentTypeError as error:
+            fail(f"{variable}={error}")
     parser.add_argument(flag, default=value, **keywords)
 
 
@@ -215,7 +221,7 @@ def run_flags(args, seed):
     flags = ["--backbone", args.backbone, "--seed", str(seed)]
     for name in ("seed_model", "answers", "loss", "clients", "data_root", "dataset", "public", *SIZES):
         value = getattr(args, name)
-        if value not in (None, ""):
+        if value is not None:
             words = value if isinstance(value, list) else [str(value)]
             flags += [f"--{name.replace('_', '-')}", *words]
     for value in args.client:

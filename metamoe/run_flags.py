@@ -1,5 +1,6 @@
 """The flags of select_proxies.py that say what a run is; run.json keeps them for every later stage."""
 
+from metamoe.flag_values import count, number, positive_int, random_seed
 from metamoe.presets import PRESETS
 from metamoe.run_settings import known_clients
 
@@ -45,20 +46,20 @@ def add_setting_flags(parser):
     flag("--backbone", help=presets)
     model = "hub id, local folder or (CLIP) checkpoint of another seed model than the backbone's own"
     flag("--seed-model", "--pretrained", help=model)
-    flag("--seed", type=int, help="the random seed of splits and of every random choice (default: 0)")
+    flag("--seed", type=random_seed, help="the random seed of splits and of every random choice (default: 0)")
     train = (
         "private training samples a client (default: the preset's, like all below; 0, also below: all; own "
         "data: default and 0 are 80/10/10 of it)"
     )
-    flag("--train-size", type=int, help=train)
-    flag("--validation-size", type=int, help="private validation samples a client")
-    flag("--test-size", type=int, help="test samples a client")
-    flag("--public-size", type=int, help="public samples, |D_0|")
+    flag("--train-size", type=count, help=train)
+    flag("--validation-size", type=count, help="private validation samples a client")
+    flag("--test-size", type=count, help="test samples a client")
+    flag("--public-size", type=count, help="public samples, |D_0|")
     pool = "n: most relevant public samples that the DPP chooses from (0: all of them, no pre-filter)"
-    flag("--candidates", "--pool", type=int, help=pool)
-    flag("--proxies", type=int, help="m: proxies a client")
-    flag("--rank", type=int, help="the most LoRA rank of an expert, and train_expert.py's default")
-    flag("--alpha", type=int, help="LoRA alpha, train_expert.py's default")
+    flag("--candidates", "--pool", type=count, help=pool)
+    flag("--proxies", type=count, help="m: proxies a client")
+    flag("--rank", type=positive_int, help="the most LoRA rank of an expert, and train_expert.py's default")
+    flag("--alpha", type=positive_int, help="LoRA alpha, train_expert.py's default")
     answers = (
         "language models, multiple choice: train on the answer's text, or list the choices in the prompt and "
         "train on the answer's letter"
@@ -72,7 +73,7 @@ def add_setting_flags(parser):
     longest = (
         "tokens of a text, prompt and answer; a longer prompt loses its beginning (default: the preset's)"
     )
-    flag("--max-length", type=int, metavar="TOKENS", help=longest)
+    flag("--max-length", type=number(int, 8), metavar="TOKENS", help=longest)
     loss = (
         "language models: loss on the answer (router context: the prompt's mean) or on the whole text "
         "(context: the mean so far)"

@@ -34,8 +34,6 @@ def given_settings(args, backbone):
         if args.chat_template == "off":
             settings["chat_template"] = "off"
         if args.max_length is not None:
-            if args.max_length < 8:
-                raise UserError(f"--max-length {args.max_length}: must be at least 8")
             settings["max_length"] = args.max_length
         return settings | {"answers": args.answers, "loss": args.loss}
     if args.answers or args.loss or args.chat_template or args.max_length:

@@ -27,8 +27,6 @@ def check_lengths(backbone, run_dir, run, uploads, bound):
     Eq. 6 takes products: a vector of ten times the length would draw every token. bound: a ratio may lie in
     1 / bound to bound. D_0's lengths are computed once, and kept in RUN/public/lengths.json.
     """
-    if not bound > 1:
-        raise UserError(f"--length-bound {bound}: must be above 1")
     kept, dtype = run_dir / "public" / "lengths.json", str(backbone.dtype)
     known = kept.exists() and read_json(kept)["dtype"] == dtype
     lengths = torch.tensor(read_json(kept)["lengths"]) if known else public_lengths(backbone, run_dir, run)

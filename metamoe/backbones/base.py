@@ -28,15 +28,23 @@ def machine(args):
 
 def pick_device(name="auto"):
     """The torch device of a name; under `accelerate launch` this process's own."""
+    device = check_device(name)
+    return getattr(processes(device.type), "device", device)
+
+
+def check_device(name):
+    """The torch device of a name; UserError where it is none that the stages run on, or is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    device = None
+    with contextlib.suppress(RuntimeError):
         device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: unknown, choose auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; use --device cpu")
-    return getattr(processes(device.type), "device", device)
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: must be auto, cpu, cuda or cuda:NUMBER")
+    there = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise UserError(f"--device {name}: there are {there} CUDA devices here, counted from 0; or use cpu")
+    return device
 
 
 def pick_dtype(name, device):

@@ -14,29 +14,20 @@ from pathlib import Path
 import numpy as np
 
 import dpp
+from metamoe.agreement import shown
 from metamoe.atomic import atomic, locked_run
-from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.embedding import public_features, read_array
 from metamoe.cli import add_machine_flags, announce, save_settings, stage_parser
 from metamoe.data.overlap import warn_of_overlap
 from metamoe.errors import UserError, run_main
 from metamoe.federation import start_run
-from metamoe.party import read_data, seal, write_data
+from metamoe.party import open_party, write_data
 from metamoe.records import read_records, usable_public
-from metamoe.report.statistics import log_det, unit
+from metamoe.report.statistics import selection_terms
 from metamoe.run_flags import add_client_flags, add_setting_flags
 from metamoe.run_settings import check_sizes
-from metamoe.rundir import (
-    finish,
-    finish_file,
-    finished,
-    finished_file,
-    inside,
-    read_run,
-    versions,
-    write_json,
-)
+from metamoe.rundir import finish, finish_file, finished, finished_file, inside, versions, write_json
 
 MOST_PRIVATE = 20_000  # private samples that a relevance head is fitted on
 
@@ -146,23 +137,12 @@ def client_relevance(run_dir, run, name, backbone, features, usable, made_from, 
     return read_array(cached, len(features))
 
 
-def describe(features, scores, proxies, m):
-    """Both terms of Eq. 4 for the chosen set, and its overlap with the m most relevant."""
-    top = set(np.argsort(-scores, kind="stable")[:m].tolist())
-    chosen = set(proxies.tolist())
-    return {
-        "relevance_term": float(2 * np.log(scores[proxies]).sum()),  # Eq. 4, first term
-        "diversity_term": log_det(unit(features[proxies])),  # Eq. 4, second term
-        "jaccard_similarity": len(chosen & top) / len(chosen | top),
-    }
-
-
 def select(folder, run, name, settings, made_from, features, scores, usable, public):
     """Choose the client's m proxies by the rule and write them."""
     rule, m, start = settings["selection"], run["proxies"], time.perf_counter()
     rng = np.random.default_rng([run["seed"], 11, run["clients"].index(name)])
     proxies = RULES[rule](features, scores, usable, m, run["candidates"], rng)
-    seconds, terms = time.perf_counter() - start, describe(features, scores, proxies, m)
+    seconds, terms = time.perf_counter() - start, selection_terms(features, scores, proxies, m)
     with atomic(folder) as part:
         part.mkdir()
         write_json(part / "selection.json", {"proxies": proxies.tolist(), **terms})
@@ -189,24 +169,18 @@ def unfinished(run_dir, folders, settings, force):
     todo = []
     with processes().main_process_first():
         for name, folder in folders.items():
-            if not finished(folder, settings, force, sources(run_dir, name)):
+            if finished(folder, settings, force, sources(run_dir, name)):
+                print(f"select_proxies: {name}: {settings['selection']} selection is there already, skipped")
+            else:
                 todo.append(name)
-    for name in folders:
-        if name not in todo:
-            print(f"select_proxies: {name}: {settings['selection']} selection is there already, skipped")
     return todo
 
 
 def selection_settings(args, run):
     """The settings that a selection is made with."""
     candidates = 0 if args.selection == "dpp-all" else run["candidates"]
-    settings = {"seed": run["seed"], "candidates": candidates, "proxies": run["proxies"]}
-    return settings | {"selection": args.selection, "dtype": args.dtype}
-
-
-def plain(run, local):
-    """What is printed of the agreement: the seed model's place, and no fingerprints."""
-    return run | {"seed_model": local["seed_model"], "public": local["sources"].get("public", "")}
+    sizes = {"candidates": candidates, "proxies": run["proxies"]}
+    return {"seed": run["seed"], "selection": args.selection, "dtype": args.dtype, **sizes}
 
 
 def select_all(args):
@@ -215,7 +189,7 @@ def select_all(args):
     main_first = processes(args.device).main_process_first  # of several processes, under `accelerate launch`
     with main_first():
         run, local, names = start_run(args)
-    resolved = announce(args, "select_proxies", plain(run, local) | {"selection": args.selection})
+    resolved = announce(args, "select_proxies", shown(run, local) | {"selection": args.selection})
     settings = selection_settings(args, run)
     folders = {name: run_dir / "clients" / name / "selection" / args.selection for name in names}
     todo = unfinished(run_dir, folders, settings, args.force)
@@ -223,22 +197,12 @@ def select_all(args):
         if processes().is_main_process:
             write_data(run_dir, run, local, None, None, {})  # a client whose work is there joins (again)
         return
-    # what is wrong in the data shows before the seed model is loaded
-    given = {key for key in ("candidates", "proxies") if getattr(args, key) is not None}
-    given |= {"candidates", "proxies"} if "public" in run else set()  # agreed
-    data = None
-    if processes().is_main_process:
-        data = read_data(run_dir, run, local, args.skip_bad_records, given)
-    backbone = run_backbone(run, local, args)
-    with main_first():
-        if data:
-            write_data(run_dir, seal(run, backbone, data[0]), local, backbone, *data)
-    run = read_run(run_dir)  # n and m may have shrunk to D_0
+    backbone, run = open_party(args, run_dir, run, local)
     if not names:
         who = ", ".join(run["clients"])
         print(f"select_proxies: {run_dir / 'run.json'} is the agreement of {who}: D_0 and seed model fit it")
         return
-    save_settings(run_dir, "select_proxies", args.selection, resolved | plain(run, local))
+    save_settings(run_dir, "select_proxies", args.selection, resolved | shown(run, local))
     settings = selection_settings(args, run)
     public = read_records(run_dir / "public" / "records.jsonl")
     features = public_features(run_dir, backbone, public, args.force)  # once for all clients
@@ -250,9 +214,8 @@ def select_all(args):
         if processes().is_main_process:
             warn_of_overlap(name, run_dir / "clients" / name / "private", public, run.get("loss") == "text")
         made_from = sources(run_dir, name)
-        relevant = backbone, features, usable, made_from, args.force
-        scores = client_relevance(run_dir, run, name, *relevant)  # Eq. 7
-        if scores is not None:  # Eq. 2-4
+        scores = client_relevance(run_dir, run, name, backbone, features, usable, made_from, args.force)
+        if scores is not None:
             select(folders[name], run, name, settings, made_from, features, scores, usable, public)
     processes().wait_for_everyone()
 

@@ -28,21 +28,11 @@ from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import ends, train, use_checkpointing, warm_up
 from metamoe.errors import UserError, run_main
 from metamoe.flag_values import count, number, positive_int
+from metamoe.party import selection_of
 from metamoe.presets import PRESETS
 from metamoe.records import read_records
-from metamoe.rundir import (
-    check_whole,
-    finish,
-    finished,
-    folder_bytes,
-    inside,
-    open_run,
-    read_json,
-    sha256,
-    versions,
-    write_json,
-)
-from metamoe.uploads import pack, save_expert, upload_variant
+from metamoe.rundir import finish, finished, folder_bytes, inside, open_run, versions, write_json
+from metamoe.uploads import expert_variant, pack, save_expert, upload_variant
 
 # flag -> key of the preset that is its default
 DEFAULTS = dict(rank="lora_rank", alpha="lora_alpha", epochs="expert_epochs", lr="expert_lr")
@@ -75,29 +65,11 @@ def resolve(args, run):
     return settings | {"data": args.data, "full_ffn": args.full_ffn, "seed": run["seed"], "dtype": args.dtype}
 
 
-def expert_variant(args):
-    """The expert's folder name. A private-only expert knows no proxies: one serves every selection."""
-    selection = "" if args.data == "private" else f"-{args.selection}"
-    return args.data + selection + ("-full" if args.full_ffn else "")
-
-
-def selected(client, rule):
-    """The file that select_proxies.py wrote for the client under this rule; UserError if it did not."""
-    path = client / "selection" / rule / "selection.json"
-    if not (path.parent / "done.json").exists():
-        raise UserError(f"{path} is missing: run select_proxies.py --selection {rule} first")
-    check_whole(path.parent, f"run select_proxies.py --selection {rule} again")
-    return path
-
-
-def training_data(run_dir, client, args):
+def training_data(run_dir, client, data, indices):
     """(private records, proxies) that the expert is trained on."""
-    private = [] if args.data == "proxies" else read_records(client / "private" / "train.jsonl")
-    proxies = []
-    if args.data != "private":
-        public = read_records(run_dir / "public" / "records.jsonl")
-        proxies = [public[i] for i in read_json(selected(client, args.selection))["proxies"]]
-    return private, proxies
+    private = [] if data == "proxies" else read_records(client / "private" / "train.jsonl")
+    public = read_records(run_dir / "public" / "records.jsonl")
+    return private, [] if data == "private" else [public[i] for i in indices]
 
 
 def label_set(backbone, run_dir, client):
@@ -109,10 +81,10 @@ def label_set(backbone, run_dir, client):
     return classes
 
 
-def train_client(run_dir, run, local, name, args, settings, made_from):
+def train_client(run_dir, run, local, name, indices, args, settings, made_from):
     """Train one client's expert, take its routing vectors and write both; returns a line about it."""
     client = run_dir / "clients" / name
-    private, proxies = training_data(run_dir, client, args)
+    private, proxies = training_data(run_dir, client, args.data, indices)
     records = private + proxies
     backbone = run_backbone(run, local, args)
     classes = label_set(backbone, run_dir, client)
@@ -127,7 +99,7 @@ def train_client(run_dir, run, local, name, args, settings, made_from):
     losses = train(backbone, model, records, groups, steps=steps, checkpointing=checkpointing, **options)
     vectors = backbone.routing_vectors(model, records, label=f"routing vectors {name}")
     if processes().is_main_process:
-        with atomic(client / "experts" / expert_variant(args)) as part:
+        with atomic(client / "experts" / expert_variant(args.data, args.selection, args.full_ffn)) as part:
             part.mkdir()
             save_expert(model, backbone, part, args.full_ffn)
             save_file({"vectors": vectors}, part / "router.safetensors")
@@ -139,14 +111,18 @@ def train_client(run_dir, run, local, name, args, settings, made_from):
 
 def make_expert(run_dir, run, local, name, args, settings, resolved):
     """One client's expert, where it is not there yet, and its upload."""
-    client, variant = run_dir / "clients" / name, expert_variant(args)
-    done = "expert is there already, skipped"
-    selection = selected(client, args.selection)
+    kind = args.data, args.selection, args.full_ffn
+    client, variant, done = (
+        run_dir / "clients" / name,
+        expert_variant(*kind),
+        "expert is there already, skipped",
+    )
+    proxies, digest = selection_of(client, args.selection)
     names = ["public/records.jsonl", f"clients/{name}/private/train.jsonl"]
     if args.data == "private":
         names = names[1:]
     else:  # other proxies, another expert
-        settings = settings | {"selection": args.selection, "proxies": sha256(selection)}
+        settings = settings | {"selection": args.selection, "proxies": digest}
     folder = inside(client, "experts") / variant
     with locked(folder):
         made_from = versions(run_dir, *names)
@@ -154,13 +130,12 @@ def make_expert(run_dir, run, local, name, args, settings, resolved):
             there = finished(folder, settings, args.force, made_from)
         if not there:
             cli.save_settings(run_dir, "train_expert", variant, resolved)
-            done = train_client(run_dir, run, local, name, args, settings, made_from)  # lines 9-10
+            done = train_client(run_dir, run, local, name, proxies, args, settings, made_from)  # lines 9-10
             gc.collect()  # a PEFT model is a reference cycle: without this two are in memory at once
         if processes().is_main_process:
-            upload = inside(client, "upload") / upload_variant(args.data, args.selection, args.full_ffn)
-            about = {"client": name, "data": args.data, "selection": args.selection}
-            about["full_ffn"] = args.full_ffn
-            pack(folder, read_json(selection)["proxies"], upload, run, about)  # line 11
+            upload = inside(client, "upload") / upload_variant(*kind)
+            about = dict(client=name, data=args.data, selection=args.selection, full_ffn=args.full_ffn)
+            pack(folder, proxies, upload, run, about)  # line 11
             megabytes = folder_bytes(upload) / 1e6
             print(f"train_expert: {name}: {args.data}-{args.selection}: {done}; upload {megabytes:.1f} MB")
 

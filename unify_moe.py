@@ -31,10 +31,10 @@ from metamoe.backbones.training import ends, train, use_checkpointing
 from metamoe.errors import UserError, run_main
 from metamoe.flag_values import fraction, number, positive_float
 from metamoe.methods import METHODS, described
-from metamoe.model_settings import add_method_flags, resolve
+from metamoe.model_settings import add_method_flags, resolve, sources
 from metamoe.records import read_records, usable_public
 from metamoe.routing import RoutingLoss, proxy_targets, start_vectors
-from metamoe.rundir import finish, finished, inside, open_run, versions, write_json
+from metamoe.rundir import finish, finished, inside, open_run, write_json
 from metamoe.serving.export import check_export, export
 from metamoe.serving.members import check_extension, extend, leave_out
 from metamoe.takeover import attraction, check_lengths, tell_routing
@@ -93,15 +93,14 @@ def build(backbone, run_dir, run, uploads, settings):
 def final_samples(run_dir, run, uploads, settings):
     """The records of the final training."""
     public = read_records(run_dir / "public" / "records.jsonl")
-    proxies = [upload.proxies for upload in uploads.values()]
     if settings["samples"] == "proxies":
-        return [public[i] for i in sorted(set().union(*proxies))]
+        return [public[i] for i in sorted(set().union(*(upload.proxies for upload in uploads.values())))]
     if settings["samples"] == "public":
-        count, usable = min(len(public), sum(map(len, proxies))), usable_public(run_dir, public)
+        count, usable = min(len(public), len(uploads) * run["proxies"]), usable_public(run_dir, public)
         chosen = np.random.default_rng([run["seed"], 13]).choice(usable, count, replace=False)
         return [public[i] for i in chosen]
-    warning = "THIS MODEL IS TRAINED ON ALL CLIENTS' PRIVATE DATA: the upper bound, not a private method"
-    print(f"unify_moe: {warning}", flush=True)  # ahead of the training's progress, also in a log
+    # flushed: ahead of the training's progress, also in a log
+    print("unify_moe: THIS MODEL IS TRAINED ON ALL CLIENTS' PRIVATE DATA: the upper bound", flush=True)
     return [record for part in private_data(run_dir, run) for record in part]
 
 
@@ -111,8 +110,7 @@ def private_data(run_dir, run):
 
 
 def label_set(backbone, run_dir, run, settings):
-    """The classes that an image model's final training tells apart: the public set's, or for the upper bound
-    all clients'."""
+    """The classes that an image model's final training tells apart; for the upper bound all clients'."""
     classes = backbone.public_classes(run_dir / "public")
     if classes and settings["samples"] == "private":
         own = [records[0]["choices"] for records in private_data(run_dir, run)]
@@ -136,8 +134,7 @@ def final_training(backbone, model, records, classes, run, settings, checkpointi
     options |= {"classes": classes, "checkpointing": checkpointing, "after_step": lambda: moe.clamp_(model)}
     routing = None
     if settings.get("routing_loss"):
-        proxies = {name: upload.proxies for name, upload in uploads.items()}
-        targets = proxy_targets(proxies, model.moe_config["names"])
+        targets = proxy_targets(uploads, model.moe_config["names"])
         routing = options["extra_loss"] = RoutingLoss(model, targets, settings["routing_loss"])
     losses = train(backbone, model, records, groups, **options)
     if routing:
@@ -145,16 +142,17 @@ def final_training(backbone, model, records, classes, run, settings, checkpointi
     return losses
 
 
-def make(args, run_dir, run, backbone, uploads, settings, records):
+def make(args, run_dir, run, backbone, uploads, settings):
     """Merge (Eq. 5-6) and train (lines 15-18); returns (model, losses, tokens drawn, start of the merge)."""
     if backbone is None:
         return None, [], {}, time.perf_counter()
-    start, losses = time.perf_counter(), []  # unification begins with the seed model in memory
+    start, losses = time.perf_counter(), []  # the seed model is in memory
     if args.extend:
         model = extend(backbone.model, run_dir / "moe" / args.extend, uploads, settings["init"])
     else:
         model = build(backbone, run_dir, run, uploads, settings)
     if settings["steps"]:
+        records = final_samples(run_dir, run, uploads, settings)
         checkpointing = use_checkpointing(args.gradient_checkpointing, run, backbone)
         classes = label_set(backbone, run_dir, run, settings)
         losses = final_training(backbone, model, records, classes, run, settings, checkpointing, uploads)
@@ -204,24 +202,15 @@ def unify(args, run_dir, run):
         if there:
             print(f"unify_moe: {settings['name']}: is there already, skipped")
             return folder
-        records = final_samples(run_dir, run, uploads, settings) if settings.get("steps") else []
         backbone, lengths = None, {}
         if METHODS[args.method].merge == "moe":
             backbone = run_backbone(run, read_local(run_dir), args)
             lengths = check_lengths(backbone, run_dir, run, uploads, args.length_bound)
         cli.save_settings(run_dir, "unify_moe", settings["name"], resolved)
-        made = make(args, run_dir, run, backbone, uploads, settings, records)
+        made = make(args, run_dir, run, backbone, uploads, settings)
         if processes().is_main_process:
             write(folder, args, made, lengths, uploads, settings, made_from)
     return folder
-
-
-def sources(run_dir, run, settings):
-    """The versions of the records that the final training reads."""
-    names = ["public/records.jsonl"]
-    if settings.get("samples") == "private":
-        names = [f"clients/{name}/private/train.jsonl" for name in run["clients"]]
-    return versions(run_dir, *names)
 
 
 def main():

@@ -34,6 +34,11 @@ def read_local(run_dir):
     return read_json(path) if path.exists() else {"clients": [], "seed_model": "", "sources": {}}
 
 
+def shown(run, local):
+    """What a stage prints of the agreement: places instead of fingerprints."""
+    return run | {"seed_model": local["seed_model"], "public": local["sources"].get("public", "")}
+
+
 def check_here(run, names, local):
     """The names; UserError for one that is no client of the run, or whose data another party has."""
     for name in names:

@@ -9,7 +9,7 @@ from metamoe.errors import UserError
 from metamoe.flag_values import not_negative, positive_int
 from metamoe.methods import METHODS, main_rows
 from metamoe.presets import PRESETS
-from metamoe.rundir import is_name, read_json
+from metamoe.rundir import is_name, read_json, versions
 from metamoe.uploads import upload_variant
 
 # flag -> key of the preset that is its default
@@ -79,6 +79,14 @@ def resolve(args, run_dir, run):
     steps = settings["epochs"] * math.ceil(samples / settings["batch_size"])
     settings["steps"] = 0 if settings["train"] == "none" else steps
     return settings
+
+
+def sources(run_dir, run, settings):
+    """The versions of the records that the final training reads."""
+    names = ["public/records.jsonl"]
+    if settings.get("samples") == "private":
+        names = [f"clients/{name}/private/train.jsonl" for name in run["clients"]]
+    return versions(run_dir, *names)
 
 
 def check_name(name, method):

@@ -4,12 +4,14 @@ from pathlib import Path
 
 from metamoe.agreement import check_public, ffn_shapes, public_fingerprint, read_local, seed_fingerprint
 from metamoe.atomic import atomic
+from metamoe.backbones import run_backbone
+from metamoe.backbones.distributed import processes
 from metamoe.data.registry import DATASETS, FAMILIES, OWN, datasets_of
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
 from metamoe.records import write_records
 from metamoe.run_settings import LEAST, PARTS, check_sizes, known_clients, shrink
-from metamoe.rundir import finish, inside, read_json, write_json
+from metamoe.rundir import check_whole, finish, inside, read_json, read_run, sha256, write_json
 
 
 def local_places(args, backbone, own):
@@ -99,6 +101,29 @@ def read_data(run_dir, run, local, skip_bad=False, given=LEAST):
         shrink(run, given, len(public))
         check_sizes(run, len(public), "public samples there are")
     return public, parts
+
+
+def open_party(args, run_dir, run, local):
+    """(backbone, agreement) after what this party has not got yet was read, checked and written."""
+    given = {key for key in ("candidates", "proxies") if getattr(args, key) is not None}
+    given |= {"candidates", "proxies"} if "public" in run else set()  # agreed
+    data = None
+    if processes().is_main_process:  # what is wrong in the data shows before the seed model is loaded
+        data = read_data(run_dir, run, local, args.skip_bad_records, given)
+    backbone = run_backbone(run, local, args)
+    with processes().main_process_first():
+        if data:
+            write_data(run_dir, seal(run, backbone, data[0]), local, backbone, *data)
+    return backbone, read_run(run_dir)  # n and m may have shrunk to D_0
+
+
+def selection_of(client, rule):
+    """(the proxies that select_proxies.py chose in a client's folder by this rule, hash of its file)."""
+    path, stage = client / "selection" / rule / "selection.json", f"run select_proxies.py --selection {rule}"
+    if not (path.parent / "done.json").exists():
+        raise UserError(f"{path} is missing: {stage} first")
+    check_whole(path.parent, f"{stage} again")
+    return read_json(path)["proxies"], sha256(path)
 
 
 def seal(run, backbone, public):

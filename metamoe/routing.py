@@ -25,12 +25,13 @@ def start_vectors(vectors, init, seed):
     return vectors
 
 
-def proxy_targets(proxies, names):
+def proxy_targets(uploads, names):
     """(n, K): by which experts the proxies should be routed, in the order of their indices into D_0.
 
-    proxies: {client: the indices that it chose}. names: of the K experts. Where several clients chose a
-    sample, each has an equal share.
+    uploads: {client: its Upload}. names: of the K experts. Where several clients chose a sample, each has an
+    equal share.
     """
+    proxies = {name: upload.proxies for name, upload in uploads.items()}
     row = {index: i for i, index in enumerate(sorted(set().union(*proxies.values())))}
     targets = torch.zeros(len(row), len(names))
     for p, name in enumerate(names):

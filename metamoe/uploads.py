@@ -48,6 +48,12 @@ def upload_variant(data, selection, full_ffn=False):
     return f"{data}-{selection}" + ("-full" if full_ffn else "")
 
 
+def expert_variant(data, selection, full_ffn=False):
+    """The expert's folder name. A private-only expert knows no proxies: one serves every selection."""
+    variant = upload_variant(data, selection, full_ffn)
+    return variant.replace(f"-{selection}", "", 1) if data == "private" else variant
+
+
 # --- at the client
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,7 +40,9 @@ def test_vectors_of_one_length_point_where_they_did():
 
 def test_targets_share_a_sample_that_several_chose():
     proxies = {"a": [7, 2], "b": [2, 40, 9], "c": []}
-    found = routing.proxy_targets(proxies, ["seed", "a", "b", "c"])
+    found = routing.proxy_targets(
+        {name: SimpleNamespace(proxies=own) for name, own in proxies.items()}, ["seed", "a", "b", "c"]
+    )
     assert found.tolist() == [[0, 0.5, 0.5, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0]]  # 2, 7, 9, 40
 
 

@@ -62,3 +62,14 @@ def unit(features):
 def log_det(z):
     """log det L_S of a set of unit vectors z (m, d), Eq. 4's diversity."""
     return float(np.linalg.slogdet(z @ z.T)[1])
+
+
+def selection_terms(features, scores, proxies, m):
+    """Both terms of Eq. 4 for the chosen set, and its overlap with the m most relevant."""
+    top = set(np.argsort(-scores, kind="stable")[:m].tolist())
+    chosen = set(proxies.tolist())
+    return {
+        "relevance_term": float(2 * np.log(scores[proxies]).sum()),  # Eq. 4, first term
+        "diversity_term": log_det(unit(features[proxies])),  # Eq. 4, second term
+        "jaccard_similarity": len(chosen & top) / len(chosen | top),
+    }

@@ -170,7 +170,7 @@ def check_join(args, found, before, name, path):
         why = "one client joins a run as it is: leave out --client, --clients and --public"
     elif not path and name not in known and not there:
         why = f"{found['backbone']} has {', '.join(known)}; data of your own: --join {name}=PATH"
-    elif there and path and path != before.get("path"):
+    elif there and path and path != before.get("path") or before and path not in ("", before["path"]):
         where = Path(args.run_dir) / "run.json"
         why = f"a client of that name is in {where} already, with other data: take another name"
     if why:

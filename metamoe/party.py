@@ -23,15 +23,15 @@ def local_places(args, backbone, own):
     run_dir = Path(args.run_dir)
     local, new = read_local(run_dir), not (run_dir / "local.json").exists()
     local["own"] = {}
-    for name in local["clients"]:
+    joins = (args.join or "").partition("=")[0]
+    for name in dict.fromkeys([*local["clients"], *own, joins]):
         source = run_dir / "clients" / name / "private" / "source.json"
         if source.exists() and "path" in read_json(source):
             local["own"][name] = read_json(source)
     given = given_sources(args, backbone) | ({"seed_model": args.seed_model} if args.seed_model else {})
     before = {**local["sources"], "seed_model": local["seed_model"]}
     for key, value in given.items():
-        joins = args.join and key in ("root", args.join.partition("=")[0])
-        if not (new or joins or value == before.get(key)):
+        if not (new or joins and key in ("root", joins) or value == before.get(key)):
             was = f"was made with {key} {before.get(key)!r}, now {value!r}"
             raise UserError(f"--run-dir {run_dir} {was}: use another --run-dir")
     local["seed_model"] = given.pop("seed_model", local["seed_model"])
@@ -137,10 +137,10 @@ def seal(run, backbone, public):
 
 def write_data(run_dir, run, local, backbone, public, parts):
     """Write run.json, local.json and what read_data has found."""
-    own, local = local["own"], {key: value for key, value in local.items() if key != "own"}
-    write_json(run_dir / "local.json", local, private=True)  # first: run.json makes the folder a run
-    if not (run_dir / "run.json").exists() or read_json(run_dir / "run.json") != run:
-        write_json(run_dir / "run.json", run)
+    new = not (run_dir / "run.json").exists()
+    if new:
+        write_run(run_dir, run, local)
+    own = local["own"]
     for name in parts:
         with atomic(inside(run_dir, "clients", name) / "private", private=True) as folder:
             folder.mkdir(mode=0o700)
@@ -158,3 +158,14 @@ def write_data(run_dir, run, local, backbone, public, parts):
                 write_json(folder / "classes.json", sorted({record["answer"] for record in public}))
             write_json(folder / "ffns.json", ffn_shapes(backbone))
             finish(folder, {"records": len(public)})
+    if not new:  # a client that joins is one when its data are there
+        write_run(run_dir, run, local)
+
+
+def write_run(run_dir, run, local):
+    """Write local.json and run.json where they change; run.json last: it makes the folder a run."""
+    local = {key: value for key, value in local.items() if key != "own"}
+    if local != read_local(run_dir) or not (run_dir / "local.json").exists():
+        write_json(run_dir / "local.json", local, private=True)
+    if not (run_dir / "run.json").exists() or read_json(run_dir / "run.json") != run:
+        write_json(run_dir / "run.json", run)

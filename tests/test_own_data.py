@@ -14,12 +14,12 @@ import tiny
 from PIL import Image
 from tiny import flags_of, refused, stage, synthetic_archive
 
-from metamoe import backbones, federation
+from metamoe import backbones, party
 from metamoe.backbones import text
 from metamoe.data import user
 from metamoe.errors import UserError
 from metamoe.records import Records, read_records, write_records
-from metamoe.rundir import read_json, write_json
+from metamoe.rundir import read_json, settings_of
 
 SHARES = {"train": 0, "validation": 0, "test": 0}
 FEW = ["--candidates", "24", "--proxies", "6"]
@@ -56,22 +56,28 @@ def state(run_dir):
 
 
 def done_of(run_dir, name):
-    return read_json(run_dir / "clients" / name / "private" / "done.json")
+    return settings_of(run_dir / "clients" / name / "private")
 
 
 def own_run(backbone, client, path):
-    """The settings of a run whose client and public set are both in `path`."""
-    run = {
-        "backbone": backbone,
-        "seed_model": "",
-        "seed": 0,
-        "clients": [client],
-        "candidates": 20,
-        "proxies": 4,
-    }
+    """(agreement, local) of a run whose client and public set are both in `path`."""
+    run = {"backbone": backbone, "seed": 0, "clients": [client], "candidates": 20, "proxies": 4}
     run |= dict.fromkeys(("public_size", "train_size", "validation_size", "test_size"), 0)
+    run |= {"seed_model": {"weights": "0" * 64, "tokenizer": "0" * 64}, "rank": 4, "alpha": 8}
     own = {client: {"path": str(path)} | SHARES}
-    return run | {"sources": {"root": None, "public": str(path)}, "own": own}
+    return run, {"clients": [client], "seed_model": "", "sources": {"public": str(path)}, "own": own}
+
+
+class NoModel:
+    """Of a seed model what write_data asks for."""
+
+    ffn_names, width = [], 0
+
+
+def read_and_write(run_dir, run, local):
+    run_dir.mkdir()
+    public, parts = party.read_data(run_dir, run, local)
+    party.write_data(run_dir, party.seal(run, NoModel, public), local, NoModel, public, parts)
 
 
 def passes(name, run_dir, *flags):
@@ -266,12 +272,12 @@ def test_a_folder_of_images_is_split_with_every_class_alike(photos, capsys):
 
 def test_image_clients_and_public_set_of_ones_own(photos, tmp_path):
     """The data of a CLIP run, without the CLIP."""
-    run, run_dir = own_run("vit-b-32", "zoo", photos), tmp_path / "run"
-    federation.write_data(run_dir, run, *federation.read_data(run_dir, run))
+    run_dir = tmp_path / "run"
+    read_and_write(run_dir, *own_run("vit-b-32", "zoo", photos))
     assert done_of(run_dir, "zoo") == {"seed": 0, "train": 74, "validation": 9, "test": 9}
     assert read_json(run_dir / "public" / "classes.json") == ["cat", "emu", "small dog"]
     assert len(read_records(run_dir / "public" / "records.jsonl")) == 92
-    assert read_json(run_dir / "run.json") == run
+    assert read_json(run_dir / "run.json")["public"]["records"] == 92
 
 
 @pytest.fixture
@@ -295,7 +301,8 @@ def test_own_clients_and_public_set_from_nothing(files, seed_model):
     assert "brick.jsonl: 1 bad records left out" in said
     run = read_json(run_dir / "run.json")
     assert run["clients"] == ["acme", "brick"] and run["public_size"] == 0
-    assert run["own"]["brick"] == {"path": f"{files}/brick.jsonl"} | SHARES
+    source = read_json(run_dir / "clients" / "brick" / "private" / "source.json")
+    assert source == {"path": f"{files}/brick.jsonl"} | SHARES
     assert [done_of(run_dir, name)["train"] for name in run["clients"]] == [48, 64]
     public = read_records(run_dir / "public" / "records.jsonl")
     prompt = "Describe the grey thing number 0."
@@ -305,7 +312,7 @@ def test_own_clients_and_public_set_from_nothing(files, seed_model):
     assert stage("select_proxies", run_dir, *flags).out.count("skipped") == 2
     assert stage("select_proxies", run_dir, "--client", "brick").out.count("skipped") == 1
     assert state(run_dir) == before
-    assert "own" in refused("select_proxies", run_dir, *flags, "--train-size", "20")
+    assert "acme" in refused("select_proxies", run_dir, *flags, "--train-size", "20")
     assert "clients" in refused("select_proxies", run_dir, "--client", acme)
     assert "nobody" in refused("select_proxies", run_dir, "--client", "nobody")
     assert "48 private + 6 proxies" in passes("train_expert", run_dir, "--epochs", "1", "--rank", "2")
@@ -385,7 +392,7 @@ def test_a_client_joins_and_the_others_work_stays(files, run):
     assert "select_proxies: acme: 6 of 48" in passes("select_proxies", run, "--join", acme)
     after = state(run)
     changed = {path for path in before | after if before.get(path) != after.get(path)}
-    assert {path for path in changed if not path.startswith("clients/acme/")} == {"run.json"}
+    assert {path for path in changed if not path.startswith("clients/acme/")} == {"run.json", "local.json"}
     assert read_json(run / "run.json")["clients"] == [*tiny.CLIENTS, "acme"]
     for again in (acme, "acme", "hotels"):
         assert "selection is there already, skipped" in stage("select_proxies", run, "--join", again).out
@@ -403,28 +410,30 @@ def test_a_client_joins_and_the_others_work_stays(files, run):
 
 
 def test_a_join_that_was_killed_goes_on(files, run):
-    """run.json is written before the client's data: without them the same command makes them."""
+    """run.json is written after the client's data: with them the same command ends the work."""
     join = ["--join", f"acme={files}/acme.jsonl"]
+    before = {name: (run / name).read_text() for name in ("run.json", "local.json")}
     passes("select_proxies", run, *join, "--test-size", "9")
     whole = state(run)
-    shutil.rmtree(run / "clients" / "acme")
-    passes("select_proxies", run, *join)
+    for name, content in before.items():
+        (run / name).write_text(content)
+    assert "other data" in refused("select_proxies", run, "--join", f"acme={files}/brick.jsonl")
+    assert "skipped" in passes("select_proxies", run, *join)
     assert state(run) == whole and done_of(run, "acme")["test"] == 9
-    left = {key: value for key, value in read_json(run / "run.json").items() if key != "own"}
-    # it had left: all its work is there still
-    write_json(run / "run.json", left | {"clients": tiny.CLIENTS})
-    assert "skipped" in stage("select_proxies", run, *join, "--test-size", "9").out
-    assert state(run) == whole
 
 
 MEASURE = """
 import json, resource, sys
 from pathlib import Path
-from metamoe import federation
+from metamoe import party
 from metamoe.records import read_records
-run, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
+(run, local), folder = json.loads(sys.argv[1]), Path(sys.argv[2])
+class NoModel:
+    ffn_names, width = [], 0
+folder.mkdir()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-federation.write_data(folder, run, *federation.read_data(folder, run))
+public, parts = party.read_data(folder, run, local)
+party.write_data(folder, party.seal(run, NoModel, public), local, NoModel, public, parts)
 for path in sorted(folder.rglob("*.jsonl")):
     records = read_records(path)
     assert sum(1 for record in records) == len(records) == len(records + [])

@@ -14,7 +14,7 @@ from pathlib import Path
 from metamoe.agreement import read_local
 from metamoe.atomic import atomic
 from metamoe.backbones import run_backbone
-from metamoe.backbones.base import machine
+from metamoe.backbones.base import dtype_name, machine
 from metamoe.backbones.distributed import processes
 from metamoe.cli import add_machine_flags, announce, save_settings, stage_parser
 from metamoe.errors import UserError, run_main
@@ -145,7 +145,7 @@ def open_evaluation(args, run_dir, run, local, scoring):
             f"--split {args.split}: a client has no samples in it; make the run with --{args.split}-size "
             "of at least 1"
         )
-    dtype = str(machine(args)[1]).removeprefix("torch.")
+    dtype = dtype_name(machine(args)[1])
     load = partial(run_backbone, run, local, args)
     return Evaluation(run_dir, run, args.split, scoring, dtype, records, load)
 

@@ -7,7 +7,6 @@ relevance alone (FlexOlmo's rule), or at random. Clients are the paper's, the em
 user's own files. Writes RUN/public/, RUN/clients/NAME/private/ and RUN/clients/NAME/selection/RULE/.
 """
 
-import io
 import time
 from pathlib import Path
 
@@ -16,8 +15,9 @@ import numpy as np
 import dpp
 from metamoe.agreement import shown
 from metamoe.atomic import atomic, locked_run
+from metamoe.backbones.base import dtype_name
 from metamoe.backbones.distributed import processes
-from metamoe.backbones.embedding import public_features, read_array
+from metamoe.backbones.embedding import keep_array, private_features, public_features, read_array
 from metamoe.cli import add_machine_flags, announce, save_settings, stage_parser
 from metamoe.data.overlap import warn_of_overlap
 from metamoe.errors import UserError, run_main
@@ -27,9 +27,7 @@ from metamoe.records import read_records, usable_public
 from metamoe.report.statistics import selection_terms
 from metamoe.run_flags import add_client_flags, add_setting_flags
 from metamoe.run_settings import check_sizes
-from metamoe.rundir import finish, finish_file, finished, finished_file, inside, versions, write_json
-
-MOST_PRIVATE = 20_000  # private samples that a relevance head is fitted on
+from metamoe.rundir import finish, finished, finished_file, inside, versions, write_json
 
 
 def most_relevant(features, relevance, usable, m, n, rng):
@@ -115,24 +113,16 @@ def relevance(public, private, seed, usable=None):
 
 def client_relevance(run_dir, run, name, backbone, features, usable, made_from, force):
     """The client's g over D_0, computed once for all rules; None in processes that are not the main one."""
-    folder, start, private = run_dir / "clients" / name, time.perf_counter(), None
-    cached = inside(folder, "selection") / "relevance.npy"
-    settings = {"dtype": str(backbone.dtype).removeprefix("torch.")}
+    cached, start = inside(run_dir / "clients" / name, "selection") / "relevance.npy", time.perf_counter()
+    settings = {"dtype": dtype_name(backbone.dtype)}
     with processes().main_process_first():
         there = finished_file(cached, settings, force, made_from)
-    if not there:
-        private = read_records(folder / "private" / "train.jsonl")
-        if len(private) > MOST_PRIVATE:
-            sample = np.random.default_rng([run["seed"], 5]).permutation(len(private))[:MOST_PRIVATE]
-            private = [private[i] for i in np.sort(sample)]
-        private = backbone.features(private, label=f"embedding {name}")
+    private = None if there else private_features(run_dir, run, backbone, name)
     if not processes().is_main_process:
         return None
-    if private is not None:
-        np.save(buffer := io.BytesIO(), relevance(features, private, run["seed"], usable))
-        with atomic(cached) as temporary:  # NumPy's own write to a full disk raises an OSError without errno
-            temporary.write_bytes(buffer.getvalue())
-            finish_file(temporary, cached, settings, made_from)
+    if not there:
+        scores = relevance(features, private, run["seed"], usable)
+        keep_array(cached, scores, settings, made_from)
         write_json(cached.with_name("timing.json"), {"relevance_seconds": time.perf_counter() - start})
     return read_array(cached, len(features))
 

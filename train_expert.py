@@ -20,7 +20,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from metamoe import cli
+from metamoe import cli, rundir
 from metamoe.agreement import check_here, read_local
 from metamoe.atomic import atomic, locked
 from metamoe.backbones import run_backbone
@@ -31,7 +31,6 @@ from metamoe.flag_values import count, number, positive_int
 from metamoe.party import selection_of
 from metamoe.presets import PRESETS
 from metamoe.records import read_records
-from metamoe.rundir import finish, finished, folder_bytes, inside, open_run, versions, write_json
 from metamoe.uploads import expert_variant, pack, save_expert, upload_variant
 
 # flag -> key of the preset that is its default
@@ -103,8 +102,9 @@ def train_client(run_dir, run, local, name, indices, args, settings, made_from):
             part.mkdir()
             save_expert(model, backbone, part, args.full_ffn)
             save_file({"vectors": vectors}, part / "router.safetensors")
-            write_json(part / "losses.json", losses)
-            finish(part, settings, made_from)
+            rundir.write_json(part / "losses.json", losses)
+            rundir.check_unchanged(run_dir, made_from)
+            rundir.finish(part, settings, made_from)
     first, last = ends(losses)
     return f"{len(private)} private + {len(proxies)} proxies, {steps} steps, loss {first:.3f} -> {last:.3f}"
 
@@ -112,38 +112,34 @@ def train_client(run_dir, run, local, name, indices, args, settings, made_from):
 def make_expert(run_dir, run, local, name, args, settings, resolved):
     """One client's expert, where it is not there yet, and its upload."""
     kind = args.data, args.selection, args.full_ffn
-    client, variant, done = (
-        run_dir / "clients" / name,
-        expert_variant(*kind),
-        "expert is there already, skipped",
-    )
+    client, done = run_dir / "clients" / name, "expert is there already, skipped"
     proxies, digest = selection_of(client, args.selection)
     names = ["public/records.jsonl", f"clients/{name}/private/train.jsonl"]
     if args.data == "private":
         names = names[1:]
     else:  # other proxies, another expert
         settings = settings | {"selection": args.selection, "proxies": digest}
-    folder = inside(client, "experts") / variant
+    folder = rundir.inside(client, "experts") / expert_variant(*kind)
     with locked(folder):
-        made_from = versions(run_dir, *names)
+        made_from = rundir.versions(run_dir, *names)
         with processes(args.device).main_process_first():  # of several processes, under `accelerate launch`
-            there = finished(folder, settings, args.force, made_from)
+            there = rundir.finished(folder, settings, args.force, made_from)
         if not there:
-            cli.save_settings(run_dir, "train_expert", variant, resolved)
+            cli.save_settings(run_dir, "train_expert", folder.name, resolved)
             done = train_client(run_dir, run, local, name, proxies, args, settings, made_from)  # lines 9-10
             gc.collect()  # a PEFT model is a reference cycle: without this two are in memory at once
         if processes().is_main_process:
-            upload = inside(client, "upload") / upload_variant(*kind)
+            upload = rundir.inside(client, "upload") / upload_variant(*kind)
             about = dict(client=name, data=args.data, selection=args.selection, full_ffn=args.full_ffn)
             pack(folder, proxies, upload, run, about)  # line 11
-            megabytes = folder_bytes(upload) / 1e6
+            megabytes = rundir.folder_bytes(upload) / 1e6
             print(f"train_expert: {name}: {args.data}-{args.selection}: {done}; upload {megabytes:.1f} MB")
 
 
 def main():
     args = parse_args()
     run_dir = Path(args.run_dir)
-    run = open_run(run_dir, backbone=None)
+    run = rundir.open_run(run_dir, backbone=None)
     local, settings = read_local(run_dir), resolve(args, run)
     resolved = cli.announce(args, "train_expert", settings | {"selection": args.selection})
     for name in check_here(run, [args.client] if args.client else local["clients"], local):

@@ -34,7 +34,7 @@ from metamoe.methods import METHODS, described
 from metamoe.model_settings import add_method_flags, resolve, sources
 from metamoe.records import read_records, usable_public
 from metamoe.routing import RoutingLoss, proxy_targets, start_vectors
-from metamoe.rundir import finish, finished, inside, open_run, write_json
+from metamoe.rundir import check_unchanged, finish, finished, inside, open_run, write_json
 from metamoe.serving.export import check_export, export
 from metamoe.serving.members import check_extension, extend, leave_out
 from metamoe.takeover import attraction, check_lengths, tell_routing
@@ -59,9 +59,7 @@ def parse_args():
     flag("--without", metavar="NAME", help=without)
     joining = "add the clients that the model RUN/moe/MODEL lacks and train again, to a model --name"
     flag("--extend", metavar="MODEL", help=joining)
-    folder = (
-        "also write the model there as a Hugging Face folder (language models; context: the prefix's mean)"
-    )
+    folder = "also write the model as a Hugging Face folder (language models; context: the prefix's mean)"
     flag("--export", metavar="DIR", help=folder)
     cli.add_machine_flags(parser)
     flag("--force", action="store_true", help="redo a model that was made with other settings")
@@ -176,6 +174,7 @@ def write(folder, args, made, lengths, uploads, settings, made_from):
             rival.merge(list(uploads.values()), part)
         seconds = time.perf_counter() - start
         write_json(part / "timing.json", {"unify_seconds": seconds})
+        check_unchanged(folder.parents[1], made_from)
         finish(part, settings, made_from)
     about = f"{len(uploads)} experts ({settings['variant']})"
     if losses:

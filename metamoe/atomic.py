@@ -213,15 +213,18 @@ def _put_back_or_remove(aside, path):
 
 def tidy(folder):
     """Remove or put back what processes left in a run directory that died; what others make stays."""
-    for depth in range(0 if FOLLOWER else 5):  # RUN/clients/NAME/selection/RULE/.FILE.lock
-        for path in Path(folder).glob("*/" * depth + ".*"):
-            left = re.fullmatch(rf"\.(.+?)\.(lock|{LEFT})", path.name)
-            if left:
-                result = path.with_name(left[1])
-                lock = _acquire(result, wait=False)
-                if lock is not None:
-                    _tidy(result)
-                    _release(lock)
+    if FOLLOWER:
+        return
+    for parent, folders, files in os.walk(folder):
+        names = [name for name in (*folders, *files) if name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            left = re.fullmatch(rf"\.(.+?)\.(lock|{LEFT})", name)
+            result = Path(parent, left[1] if left else name)
+            lock = _acquire(result, wait=False) if left else None
+            if lock is not None:
+                _tidy(result)
+                _release(lock)
 
 
 def remove(path):

@@ -82,10 +82,11 @@ def resolve(args, run_dir, run):
 
 
 def sources(run_dir, run, settings):
-    """The versions of the records that the final training reads."""
-    names = ["public/records.jsonl"]
+    """The versions of the files that the model is made from."""
+    clients, names = [f"clients/{name}" for name in run["clients"]], ["public/records.jsonl"]
     if settings.get("samples") == "private":
-        names = [f"clients/{name}/private/train.jsonl" for name in run["clients"]]
+        names = [f"{client}/private/train.jsonl" for client in clients]
+    names += [f"{client}/upload/{settings['variant']}/manifest.json" for client in clients]
     return versions(run_dir, *names)
 
 

@@ -86,6 +86,16 @@ def versions(run_dir, *names):
     return {name: sha256(path) if path.exists() else None for name, path in paths.items()}
 
 
+def check_unchanged(run_dir, made_from):
+    """UserError where a file is no longer that of `made_from`: another process has replaced it meanwhile."""
+    now = versions(run_dir, *made_from)
+    for name, digest in made_from.items():
+        if now[name] != digest:
+            raise UserError(
+                f"{Path(run_dir, name)} was changed while it was used: run the same command again"
+            )
+
+
 def finish(part, settings, made_from=None):
     """Write done.json, the last file of the result in the temporary folder `part`.
 

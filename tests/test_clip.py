@@ -218,7 +218,7 @@ def test_embedding_d0_goes_on_where_a_kill_stopped_it(backbone, tmp_path, monkey
     records, public = with_a_cut_image(PUBLIC, 3, tmp_path), tmp_path / "run" / "public"
     for folder in (tmp_path / "whole" / "public", public):
         folder.mkdir(parents=True)
-    whole = embedding.public_features(tmp_path / "whole", backbone, records, "float32")
+    whole = embedding.public_features(tmp_path / "whole", backbone, records)
     embed, clock, skips = backbone.embed, itertools.count(0, 31), []
     # every batch is late enough for a note
     monkeypatch.setattr(embedding.time, "perf_counter", lambda: next(clock))
@@ -232,13 +232,18 @@ def test_embedding_d0_goes_on_where_a_kill_stopped_it(backbone, tmp_path, monkey
 
     monkeypatch.setattr(backbone, "embed", killed)
     with pytest.raises(KeyboardInterrupt):
-        embedding.public_features(tmp_path / "run", backbone, records, "float32")
+        embedding.public_features(tmp_path / "run", backbone, records)
     assert not (public / "features.npy").exists()
     noted = read_json(public / ".progress.json")["seconds"]
-    got = embedding.public_features(tmp_path / "run", backbone, records, "float32")
+    got = embedding.public_features(tmp_path / "run", backbone, records)
     assert skips == [0, 3] and np.allclose(got, whole, atol=1e-5, equal_nan=True)
     assert np.flatnonzero(np.isnan(got[:, 0])).tolist() == [3]
-    assert sorted(p.name for p in public.iterdir()) == ["features.npy", "timing.json", "unreadable.json"]
+    assert sorted(p.name for p in public.iterdir()) == [
+        "features.npy",
+        "features.npy.json",
+        "timing.json",
+        "unreadable.json",
+    ]
     assert read_json(public / "unreadable.json") == [3]
     assert read_json(public / "timing.json")["embedding_seconds"] >= noted + 31 > 31
 

@@ -20,7 +20,7 @@ from metamoe.backbones import base, text, training
 from metamoe.backbones.letters import lettered
 from metamoe.errors import UserError
 from metamoe.records import read_records, write_records
-from metamoe.rundir import read_json, write_json
+from metamoe.rundir import finish, read_json, settings_of, write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -288,6 +288,7 @@ def run(tmp_path_factory, seed_model):
     tiny.make_run(run_dir, seed_model, answers="letters", loss="text")
     for path in (run_dir / "clients" / "hotels" / "private").glob("*.jsonl"):
         write_records(path, instructions(read_records(path)))
+    finish(path.parent, settings_of(path.parent))
     few = ["--epochs", 4, "--lr", 0.02, "--batch-size", 4, "--warmup-steps", 2]
     private = ["--data", "private", "--selection", "similarity"]
     for name, *flags in (

@@ -56,6 +56,11 @@ def pick_dtype(name, device):
     return getattr(torch, name) if isinstance(name, str) else name
 
 
+def dtype_name(dtype):
+    """ "float32" of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Backbone:
     """What a language model and a CLIP share. Each kind adds these methods:
 

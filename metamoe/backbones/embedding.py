@@ -1,14 +1,19 @@
 """The embeddings of the public set D_0: one pass for all clients, which goes on where a kill stopped it."""
 
+import io
 import os
 import time
 
 import numpy as np
 
-from metamoe.atomic import flush
+from metamoe.atomic import atomic, flush
+from metamoe.backbones.base import dtype_name
 from metamoe.backbones.distributed import processes
 from metamoe.errors import UserError
+from metamoe.records import read_records
 from metamoe.rundir import finish_file, finished_file, read_json, versions, write_json
+
+MOST_PRIVATE = 20_000  # private samples that a relevance head is fitted on
 
 
 def public_features(run_dir, backbone, records, force=False):
@@ -19,7 +24,7 @@ def public_features(run_dir, backbone, records, force=False):
     """
     path = run_dir / "public" / "features.npy"
     part, note = path.with_name(".features.npy"), path.with_name(".progress.json")
-    settings = {"dtype": str(backbone.dtype).removeprefix("torch.")}
+    settings = {"dtype": dtype_name(backbone.dtype)}
     made_from = versions(run_dir, "public/records.jsonl")
     with processes().main_process_first():
         there = finished_file(path, settings, force, made_from)
@@ -40,6 +45,23 @@ def public_features(run_dir, backbone, records, force=False):
         note.unlink()
     processes().wait_for_everyone()
     return np.load(path, mmap_mode="r")
+
+
+def private_features(run_dir, run, backbone, name):
+    """The embeddings (n, d) of a client's training records, of at most MOST_PRIVATE random ones."""
+    private = read_records(run_dir / "clients" / name / "private" / "train.jsonl")
+    if len(private) > MOST_PRIVATE:
+        sample = np.random.default_rng([run["seed"], 5]).permutation(len(private))[:MOST_PRIVATE]
+        private = [private[i] for i in np.sort(sample)]
+    return backbone.features(private, label=f"embedding {name}")
+
+
+def keep_array(path, values, settings, made_from):
+    """Write an array as the finished file `path`."""
+    np.save(buffer := io.BytesIO(), values)
+    with atomic(path) as temporary:  # NumPy's own write to a full disk raises an OSError without errno
+        temporary.write_bytes(buffer.getvalue())
+        finish_file(temporary, path, settings, made_from)
 
 
 def read_array(path, rows):

@@ -49,7 +49,7 @@ def embedding(backbone, public, private, rounds):
         bare.append(timed(forwards, backbone, batches)[1])
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
             (Path(folder) / "public").mkdir()
-            features, spent = timed(public_features, Path(folder), backbone, public, "auto")
+            features, spent = timed(public_features, Path(folder), backbone, public)
         stage.append(spent)
         whole.append(spent + sum(timed(select_proxies.relevance, features, values, 0)[1] for values in own))
     return [len(public) / statistics.median(times) for times in (bare, stage, whole)]

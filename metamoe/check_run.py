@@ -28,6 +28,8 @@ def check_run(run, path):
     """UserError where the content of run.json cannot be a run's. path: the file, for the message."""
     if not isinstance(run, dict):
         raise UserError(f"{path} is damaged: it is no JSON object")
+    if isinstance(run.get("seed_model"), str):
+        raise UserError(f"{path}: an earlier version of this project made it: use another --run-dir")
     for key in ("backbone", "clients", "seed", "rank", "alpha", "seed_model", "public", *SIZES):
         if key not in run:
             raise UserError(f"{path} is damaged: {key} is missing")
@@ -48,25 +50,22 @@ def is_count(value):
 
 
 def check_clients(clients, path):
+    """UserError where `clients` is no list of names, each once; some file systems know no capitals."""
     if not isinstance(clients, list) or not clients:
         raise UserError(f"{path} is damaged: clients is no list of names")
     for name in clients:
         check_client_name(name, path)
     if len({name.casefold() for name in clients}) < len(clients):
-        raise UserError(f"{path}: clients {' '.join(clients)}: two have the same name")
+        raise UserError(f"{path}: clients {' '.join(clients)}: each client once, in any capitals")
 
 
 def check_fingerprints(run, path):
     """Those of the seed model and of D_0."""
     model, public = run["seed_model"], run["public"]
     if not isinstance(model, dict) or model.keys() != {"weights", "tokenizer"}:
-        raise UserError(f"{path}: has no fingerprints of the seed model: make the run anew with this version")
-    if (
-        not isinstance(public, dict)
-        or public.keys() != {"records", "sha256"}
-        or not is_count(public["records"])
-    ):
+        raise UserError(f"{path} is damaged: seed_model is no fingerprint of weights and tokenizer")
+    if not isinstance(public, dict) or not is_count(public.get("records")) or len(public) != 2:
         raise UserError(f"{path} is damaged: public is no fingerprint of D_0")
-    for digest in (*model.values(), public["sha256"]):
+    for digest in (*model.values(), public.get("sha256")):
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise UserError(f"{path} is damaged: a fingerprint of seed_model or public is no SHA-256")

@@ -69,6 +69,8 @@ def _signals():
         raise Interrupted(number)
 
     ours = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
+    if FOLLOWER:  # has no files, and may be in a call that no handler interrupts
+        ours = []
     for number in ours:
         signal.signal(number, interrupt)
     try:
@@ -80,11 +82,12 @@ def _signals():
 
 def _check_utf8():
     """UserError where the command line is not UTF-8: its words stand in files and in what is printed."""
-    for word in sys.argv:
+    for before, word in zip(["", *sys.argv], sys.argv, strict=False):
         try:
             word.encode("utf-8")
         except UnicodeEncodeError:
-            raise UserError(f"{word!a}: is not UTF-8: give it another name") from None
+            flag = f"{before} " if before.startswith("--") else ""
+            raise UserError(f"{flag}{word!a}: must be UTF-8: give it another name") from None
 
 
 def _complain_of_disk(what):

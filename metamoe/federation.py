@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from metamoe.agreement import agreement_hash, check_here
-from metamoe.check_run import check_client_name, check_run, is_name
+from metamoe.check_run import check_client_name, check_clients, check_run, is_name
 from metamoe.errors import UserError
 from metamoe.party import local_places, own_client
 from metamoe.presets import PRESETS
@@ -132,6 +132,7 @@ def name_and_path(flag, value, give, taken):
     if not is_name(name) or equals and (not path or name in taken):
         letters = "NAME of letters, digits, '-', '_' and '.'"
         raise UserError(f"{flag} {value}: give {give} or NAME=PATH, {letters}")
+    check_client_name(name, flag)
     return name, path
 
 
@@ -145,6 +146,7 @@ def join_run(args, settings, local, found, name, path):
     before = local["own"].get(name, {})
     check_join(args, found, before, name, path)
     run = {**found, "clients": list(dict.fromkeys([*found["clients"], name]))}
+    check_clients(run["clients"], "--join")
     entry = own_client(args, path or before.get("path"), before)
     if before and entry != before:
         raise UserError(f"--join {name}: joined with other sizes before ({before}): take another name")

@@ -1,5 +1,6 @@
 """The settings that an agreement (run.json) holds: the backbone's preset, overridden by flags."""
 
+from metamoe.check_run import check_clients
 from metamoe.data.registry import FAMILIES, datasets_of
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
@@ -81,8 +82,7 @@ def check_numbers(run, local, only_own):
             raise UserError(f"--{key.replace('_', '-')} {run[key]}: must be at least {least}")
     if not 0 <= run["seed"] < 2**32:
         raise UserError(f"--seed {run['seed']}: must lie in 0 to 4294967295")
-    if len(set(run["clients"])) < len(run["clients"]):
-        raise UserError(f"--clients {' '.join(run['clients'])}: each client once")
+    check_clients(run["clients"], "--clients")
     m, n, most = run["proxies"], run["candidates"], run["public_size"]  # n or |D_0| 0: all there is
     if m > n > 0:
         raise UserError(f"--proxies {m} is more than --candidates {n}: m must be at most n")

@@ -81,9 +81,12 @@ def hashes(folder):
 
 
 def versions(run_dir, *names):
-    """{name: hash} of files RUN/NAME that a result is made from; None where one is not there (any more)."""
+    """{name: hash} of files RUN/NAME that a result is made from; None where one is not there (any more).
+
+    UserError where the done.json beside one says that it was changed.
+    """
     paths = {name: Path(run_dir, name) for name in names}
-    return {name: sha256(path) if path.exists() else None for name, path in paths.items()}
+    return {name: sha256(check_input(path)) if path.exists() else None for name, path in paths.items()}
 
 
 def check_unchanged(run_dir, made_from):

@@ -79,6 +79,7 @@ class Process:
 
     def kill(self):
         os.kill(self.pid, signal.SIGKILL)
+        self.state = ""
 
     def end(self):
         """Its exit code; it may go on."""

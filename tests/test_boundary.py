@@ -39,7 +39,7 @@ def test_the_server_opens_and_needs_nothing_of_a_client_but_its_upload(run, fini
         if path.relative_to(run).parts[2] != "upload":
             path.write_bytes(b"spoilt")
     opened = unify(run, *METHODS)
-    hook_sees = {"run.json", "public/records.jsonl", "clients/hotels/upload/aligned-dpp/manifest.json"}
+    hook_sees = {"run.json", "public/records.jsonl", "clients/hotels/upload/aligned-dpp"}
     assert hook_sees <= opened
     allowed = re.compile(r"(run|local)\.json$|public(/|$)|clients/\w+/upload(/|$)|(moe|settings)(/|$)")
     assert not [path for path in opened if not allowed.match(path)]

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
-from metamoe.backbones.base import Backbone, chunks, unwrap
+from metamoe.backbones.base import Backbone, chunks, dtype_name, unwrap
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import epoch_batches
 from metamoe.data.decoding import BadImage, open_image
 from metamoe.errors import UserError
 from metamoe.progress import progress
-from metamoe.rundir import atomic, read_json
+from metamoe.rundir import atomic, check_input, finish_file, finished_file, read_json, sha256
 from metamoe.serving.seed_model import fix_torchvision
 
 
@@ -133,10 +133,15 @@ class ClipBackbone(Backbone):
 
     def public_classes(self, folder):
         """The public set's classes. Their text features are computed once and kept in classes.safetensors."""
-        classes, cache = read_json(folder / "classes.json"), folder / "classes.safetensors"
-        if not cache.exists():
+        classes, cache = read_json(check_input(folder / "classes.json")), folder / "classes.safetensors"
+        made_from = {"classes.json": sha256(folder / "classes.json"), "dtype": dtype_name(self.dtype)}
+        if not finished_file(cache, {}, made_from=made_from):
+            features = self.text_features(classes).cpu()
+            if not processes().is_main_process:
+                return classes
             with atomic(cache) as temporary:
-                save_file({"features": self.text_features(classes).cpu()}, temporary)
+                save_file({"features": features}, temporary)
+                finish_file(temporary, cache, {}, made_from)
         self.class_features |= zip(classes, load_file(cache)["features"].to(self.device), strict=True)
         return classes
 

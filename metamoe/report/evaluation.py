@@ -13,7 +13,7 @@ from metamoe.report.models import expert_variant
 from metamoe.report.results import client_result
 from metamoe.report.statistics import is_choice
 from metamoe.rivals.btm import ensemble
-from metamoe.rundir import hashes, inside, read_json, versions, write_json
+from metamoe.rundir import check_name, hashes, inside, read_json, versions, write_json
 from metamoe.uploads import read_expert, read_upload
 
 
@@ -27,13 +27,14 @@ def kept_scores(path, identity):
     if not path.exists():
         return None
     kept = read_json(path)
-    if not isinstance(kept, dict) or not {"identity", "scores", "samples_per_second"} <= kept.keys():
+    before = kept.get("identity") if isinstance(kept, dict) else None
+    if not isinstance(before, dict) or not {"scores", "samples_per_second"} <= kept.keys():
         raise UserError(f"{path} is damaged: remove it and run evaluate.py again")
-    for key in identity | kept["identity"]:
-        before, now = kept["identity"].get(key), identity.get(key)
-        if key == "records" and before and before.items() >= now.items():  # a client has left since
-            continue
-        if before != now:
+    left = before.get("records")
+    if isinstance(left, dict):  # of clients that have left the run since
+        before["records"] = {name: digest for name, digest in left.items() if name in identity["records"]}
+    for key in identity | before:
+        if before.get(key) != identity.get(key):
             print(f"evaluate: {path}: of another {key}: the model is scored again", flush=True)
             return None
     return kept
@@ -149,7 +150,7 @@ class Evaluation:
         """{MoE: its experts that can be left out}; UserError for a model without such."""
         found = {}
         for row in rows:
-            config = self.run_dir / "moe" / row / "moe_config.json"
+            config = self.run_dir / "moe" / check_name("--opt-out", row) / "moe_config.json"
             if not config.exists():
                 raise UserError(f"--opt-out {row}: there is no such MoE in {self.run_dir / 'moe'}")
             names = read_json(config)["names"]

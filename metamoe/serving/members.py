@@ -6,12 +6,13 @@ import moe
 from metamoe.atomic import atomic, locked
 from metamoe.errors import UserError
 from metamoe.routing import of_one_length
-from metamoe.rundir import check_whole, finish, finished, read_json, settings_of, sha256
+from metamoe.rundir import check_name, check_whole, finish, finished, read_json, settings_of, sha256
 
 
 def leave_out(args, run_dir):
     """Write RUN/moe/MODEL-without-NAME, the model without that client's expert; returns its folder."""
-    base = args.name or args.method
+    base = check_name("--name", args.name or args.method)
+    check_name("--without", args.without)
     source, folder = run_dir / "moe" / base, run_dir / "moe" / f"{base}-without-{args.without}"
     flag = f"--without {args.without}"
     if not (source / "moe_config.json").exists():
@@ -45,7 +46,7 @@ def leave_out(args, run_dir):
 def check_extension(args, run_dir, run, settings):
     """What `done.json` records of the model that --extend names; UserError where it does not go with these
     settings."""
-    folder, flag = run_dir / "moe" / args.extend, f"--extend {args.extend}"
+    folder, flag = run_dir / "moe" / check_name("--extend", args.extend), f"--extend {args.extend}"
     if not (folder / "moe_config.json").exists():
         raise UserError(f"{flag}: there is no such MoE in {run_dir / 'moe'}")
     if args.name in (None, args.extend):

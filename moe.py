@@ -15,6 +15,7 @@ Shapes: B sequences, T tokens, N = B T, d width, h FFN width, K experts, k = top
 import importlib
 import json
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 WEIGHTINGS = ("stopgrad", "literal", "renormalized")
 CONTEXTS = ("fixed", "prefix", "none")
+THREAD = threading.local()  # its .forward: that of a language model, while this thread computes it
 
 
 class Router(nn.Module):
@@ -54,27 +56,41 @@ class Router(nn.Module):
         """z~ . e_p, -inf for the disabled: (B, T, K) in float32."""
         with torch.autocast(z.device.type, enabled=False):  # bf16 logits of size 100 are off by 0.5
             e = self.vectors.float().t()  # (d, K)
+            if self.disabled:
+                e = e.index_fill(1, self.out, 0)  # it may hold NaN
             logits = z.float() @ e  # (B, T, K)
             if context is not None:  # z~ . e is linear in z~: blend the K logits, not the d features
                 lam = self.lam.clamp(0, 1)  # whatever an optimiser did to it
                 logits = (1 - lam) * logits + lam * (context.float() @ e)
             if self.offset:
                 logits = logits - e.square().sum(0) / 2
-            if self.disabled:
-                out = torch.tensor(self.disabled, device=logits.device)
-                logits = logits.index_fill(-1, out, -torch.inf)
-            return logits
+            return logits.index_fill(-1, self.out, -torch.inf) if self.disabled else logits
+
+    @property
+    def out(self) -> Tensor:
+        return torch.tensor(self.disabled, device=self.vectors.device)
+
+
+@dataclass(eq=False)
+class Forward:
+    """One forward of a language model: another thread's, or a nested one, has its own."""
+
+    context_mask: Tensor | None = None  # (B, T), None: all tokens
+    token_mask: Tensor | None = None
+    cached: object | None = None  # generation.Bookkeeper, for key-value caches
+    before: object | None = None  # the Forward that was kept when this began
+    kept: bool = False  # it is over, and a backward may compute it again
 
 
 @dataclass(eq=False)
 class RoutingState:
-    """What the router knows of a batch beside its tokens; one object for all layers.
+    """How the router treats a batch; it holds until it is changed. One object for all layers.
 
     mode: the context z_x of Eq. 6. "fixed": the mean over the tokens of context_mask; a key-value cache keeps
         that of the first forward, the prompt's. "prefix": the running mean up to each token, so no token is
         routed by its future. "none": no context.
     context_mask, token_mask: (B, T) bool, the tokens of the mean, and those that are counted, padding False.
-        None: all, in a language model those of its attention mask. They hold until they are changed.
+        None: all, in a language model those of its attention mask.
     record: add the number of routed tokens (each of the k choices counts) to every layer's `counts`.
     """
 
@@ -82,9 +98,28 @@ class RoutingState:
     context_mask: Tensor | None = None
     token_mask: Tensor | None = None
     record: bool = False
-    real: Tensor | None = None  # (B, T), of the attention mask
-    documents: Tensor | None = None  # (B, T), each token's, counted from 0; None: one document a sequence
-    cached: object | None = None  # generation.Bookkeeper, for key-value caches
+    latest: Forward | None = None  # for a backward, and for compiled code, which cannot tell threads apart
+
+    def begin(self, real, context_mask, token_mask, cached=None):
+        """A forward of a language model begins in this thread; real: (B, T), where no other mask is given."""
+        masks = (real if mask is None else mask for mask in (context_mask, token_mask))
+        latest = self.latest or Forward()
+        self.latest = Forward(*masks, cached, latest if latest.kept else latest.before)
+        if not torch.compiler.is_compiling():
+            THREAD.forward = self.latest
+
+    def end(self):
+        forward = self.forward or Forward()
+        forward.kept = torch.is_grad_enabled()
+        self.latest = forward if forward.kept else forward.before
+        if not torch.compiler.is_compiling():
+            THREAD.forward = None
+
+    @property
+    def forward(self):
+        """What begin made in this thread, or None."""
+        own = None if torch.compiler.is_compiling() else getattr(THREAD, "forward", None)
+        return own or self.latest
 
     def context(self, z: Tensor, layer: int = 0) -> Tensor | None:
         """z_x of Eq. 6 for z (B, T, d), float32: (B, 1, d) if fixed, (B, T, d) if prefix, None without.
@@ -95,28 +130,23 @@ class RoutingState:
             raise ValueError(f"mode is {self.mode!r}, not one of {CONTEXTS}")
         if self.mode == "none":
             return None
-        cached = self.cached
-        sums, numbers = cached.extend(layer, self.mode, self._sums, z) if cached else self._sums(z)
+        z, forward = z.float(), self.forward  # a bf16 sum over a long sequence loses its last terms
+        mask = (
+            tokens_in(self, "context_mask", z) & z.sum(-1).isfinite()
+        )  # nothing of what a broken expert gave
+        mask = mask.unsqueeze(-1)  # (B, T, 1)
+        z = z.masked_fill(~mask, 0)  # not z * mask: NaN * 0 is NaN
+        if forward is not None and forward.cached is not None:
+            sums, numbers = forward.cached.extend(layer, self.mode, z, mask, self._sums)
+        else:
+            sums, numbers = self._sums(z), self._sums(mask)
         return sums / numbers.clamp(min=1)
 
-    def _sums(self, z):
-        """Sums (B, 1 or T, d) and numbers (B, 1 or T, 1) of the tokens in the mask, of one document."""
-        mask = tokens_in(self, "context_mask", z).unsqueeze(-1)  # (B, T, 1)
-        # float: a bf16 sum over a long sequence loses its last terms; not z * mask: padding may hold NaN
-        z = z.float().masked_fill(~mask, 0)
-        if self.documents is not None:
-            return self._of_documents(z), self._of_documents(mask.float())
-        if self.mode == "fixed":
-            return z.sum(1, keepdim=True), mask.sum(1, keepdim=True)
-        return z.cumsum(1), mask.cumsum(1)
+    def __getstate__(self):
+        return self.__dict__ | {"latest": None}  # copied and saved between forwards
 
-    def _of_documents(self, z):
-        """z (B, T, d) summed over each token's document, or over the document up to the token: (B, T, d)."""
-        document = self.documents.unsqueeze(-1).expand_as(z)
-        totals = torch.zeros_like(z).scatter_add(1, document, z)  # row i: of document i
-        if self.mode == "fixed":
-            return totals.gather(1, document)
-        return z.cumsum(1) - (totals.cumsum(1) - totals).gather(1, document)
+    def _sums(self, z):
+        return z.sum(1, keepdim=True) if self.mode == "fixed" else z.cumsum(1)
 
 
 class MoELayer(nn.Module):
@@ -156,13 +186,14 @@ class MoELayer(nn.Module):
         y = self._mix(z.flatten(0, 1), chosen.flatten(0, 1), weight.flatten(0, 1))  # (N, d)
         return y.view(x.shape)
 
-    def _mix_by_expert(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+    def _mix_by_expert(self, x: Tensor, chosen: Tensor, weight: Tensor, stacks: dict) -> Tensor:
         """Eq. 5, one expert after the other: y (N, d) for x (N, d), chosen and weight (N, k)."""
         order = chosen.flatten().argsort(stable=True)  # (N k), the (token, choice) pairs sorted by expert
         sizes = chosen.flatten().bincount(minlength=len(self.counts)).tolist()  # K: pairs of each expert
         token = order // chosen.shape[1]  # (N k)
         pairs = token.split(sizes), x[token].split(sizes), weight.flatten()[order].split(sizes)
-        own, y = self._own(x.dtype), torch.zeros_like(x)
+        # unbind: one gradient for a whole stack, not one of its size for every expert
+        own, y = {key: stack.unbind(0) for key, stack in stacks.items()}, torch.zeros_like(x)
         for p, (t, z, w) in enumerate(zip(*pairs, strict=True)):  # (n_p), (n_p, d), (n_p): what expert p gets
             y.index_add_(0, t, w.unsqueeze(1) * self._expert(p, z, own))  # Eq. 5
         return y
@@ -174,20 +205,14 @@ class MoELayer(nn.Module):
         return self._linear(p, down, hidden, own)
 
     def _linear(self, p, name, z, own):
-        own = {leaf: tensors[p] for leaf, tensors in own[name].items()}
         if self.kind == "full":
-            return F.linear(z, **own)
+            bias = own.get(f"{name}_bias")
+            return F.linear(z, own[f"{name}_weight"][p], None if bias is None else bias[p])
         y = getattr(self, name)(z)
-        return y.addmm_(F.linear(z, own["A"]), own["B"].t(), alpha=self.scaling[p]) if own else y
-
-    def _own(self, dtype):
-        """{linear: {leaf: K tensors}}, the experts' own weights in dtype."""
-        own = {name: {} for name in self.linears}
-        for key, stack in self.experts.items():
-            name, _, leaf = key.rpartition("_")
-            # unbind: one gradient for a whole stack, not one of its size for every expert
-            own[name][leaf] = stack.to(dtype).unbind(0)
-        return own
+        if f"{name}_A" in own:
+            A, B = own[f"{name}_A"][p], own[f"{name}_B"][p]
+            y.addmm_(F.linear(z, A), B.t(), alpha=self.scaling[p])
+        return y
 
     def _activate(self, u):
         return self.act(u[0]) * u[1] if len(u) == 2 else self.act(u[0])
@@ -197,9 +222,36 @@ class MoELayer(nn.Module):
         device, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(device):  # cast once; autocast would cast again for every expert
             dtype = torch.get_autocast_dtype(device)
-        few = len(x) <= FEW_TOKENS.get(device, FEW_TOKENS["cuda"])
-        mix = self._mix_masked if few and self.kind == "lora" else self._mix_by_expert
-        return mix(x.to(dtype), chosen, weight.to(dtype))
+        few = len(x) <= FEW_TOKENS.get(device, FEW_TOKENS["cuda"]) and self.kind == "lora"
+        stacks = {key: stack.to(dtype) for key, stack in self.experts.items()}
+        x, weight = x.to(dtype), weight.to(dtype)
+        if few and torch.compiler.is_compiling():  # a graph cannot branch on what it finds
+            broken = _broken(stacks)
+            y = self._mix_masked(x, chosen, weight, _without(broken, stacks))
+            return y.masked_fill(broken[chosen].any(1, keepdim=True), torch.nan)
+        y = (self._mix_masked if few else self._mix_by_expert)(x, chosen, weight, stacks)
+        if y.detach().sum(1, dtype=torch.float32).isfinite().all():
+            return y
+        return self._isolate(x, chosen, weight, stacks, few)
+
+    def _isolate(self, x, chosen, weight, stacks, few):
+        """Eq. 5 where an expert gives NaN or infinity, which no other expert's tokens or gradients may see.
+
+        A mask lets NaN through, since NaN * 0 is NaN. The tokens of such experts are computed by expert, the
+        others behind masks again with zeros in its place, bit for bit as if it were sound.
+        """
+        x = x.view_as(x)
+        for t in (x, weight):
+            if t.requires_grad:
+                t.register_hook(lambda grad: grad.nan_to_num(0, 0, 0))
+        y = self._mix_by_expert(x, chosen, weight, stacks)
+        lost = ~y.isfinite().all(1)  # (N)
+        y = y.masked_fill(lost.unsqueeze(1), torch.nan)  # which stops the gradient, too
+        if not few:
+            return y
+        broken = _broken(stacks).index_fill(0, chosen[lost].flatten(), True)
+        rest = self._mix_masked(x, chosen, weight, _without(broken, stacks))
+        return torch.where(broken[chosen].any(1, keepdim=True), y, rest)
 
     def _count(self, chosen, z):
         counted = chosen[tokens_in(self.state, "token_mask", z)]
@@ -208,6 +260,8 @@ class MoELayer(nn.Module):
     def choose(self, pi: Tensor) -> tuple[Tensor, Tensor]:
         """The top-k experts of pi (..., K), of equals the lowest index, and their weights: (..., k) both."""
         k = min(self.top_k, len(self.counts) - len(self.router.disabled))
+        if self.router.disabled:  # below the others, of which some may be 0, too
+            pi = pi.index_fill(-1, self.router.out, -1)
         pi, chosen = pi.sort(dim=-1, descending=True, stable=True)  # topk promises no order among equals
         pi, chosen = pi[..., :k], chosen[..., :k]
         if self.weighting == "literal":
@@ -215,7 +269,7 @@ class MoELayer(nn.Module):
         total = pi.sum(-1, keepdim=True)
         return chosen, pi / (total.detach() if self.weighting == "stopgrad" else total)
 
-    def _mix_masked(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+    def _mix_masked(self, x: Tensor, chosen: Tensor, weight: Tensor, stacks: dict) -> Tensor:
         """Eq. 5 for LoRA experts, as above, without sorting: all experts' A and B at once, behind masks.
 
         The seed model's W_up z is computed once a token, ahead of the choices. W_down is affine: it is
@@ -228,19 +282,22 @@ class MoELayer(nn.Module):
         hidden, total = [], weight.sum(1, keepdim=True)
         for name in ups:
             u = getattr(self, name)(x)  # (N, h)
-            hidden.append(self._add_low_rank(u.repeat(k, 1) if k > 1 else u, name, x, mask))
+            hidden.append(self._add_low_rank(u.repeat(k, 1) if k > 1 else u, name, x, mask, stacks))
         mean = hidden = self._activate(hidden)  # (k N, h)
         if k > 1:
             hidden = hidden * (weight / total).t().reshape(-1, 1)
             mean = hidden.view(k, n, -1).sum(0)  # (N, h)
-        return total * self._add_low_rank(getattr(self, down)(mean), down, hidden, mask)  # Eq. 5
+        return total * self._add_low_rank(getattr(self, down)(mean), down, hidden, mask, stacks)  # Eq. 5
 
-    def _add_low_rank(self, y, name, z, mask):
+    def _add_low_rank(self, y, name, z, mask, stacks):
         """y + B A z of the chosen experts, z (N or k N, d_in): a row a choice, or y has N rows, their sum."""
-        if f"{name}_A" in self.experts:
-            A, B = (self.experts[f"{name}_{leaf}"].to(y.dtype) for leaf in ("A", "B"))
+        if f"{name}_A" in stacks:
+            A, B = stacks[f"{name}_A"], stacks[f"{name}_B"]
             _, n, K, _ = mask.shape
-            low = (F.linear(z, A.flatten(0, 1)).view(-1, n, K, A.shape[1]) * mask).flatten(2)  # (k, N, K r)
+            low = F.linear(z, A.flatten(0, 1)).view(-1, n, K, A.shape[1])
+            if torch.compiler.is_compiling():
+                low = low.masked_fill(mask == 0, 0)
+            low = (low * mask).flatten(2)  # (k, N, K r)
             low = low.sum(0) if len(y) == n else low.flatten(0, 1)
             y.addmm_(low, B.mT.flatten(0, 1))  # in place: a copy costs more than the product
         return y
@@ -251,9 +308,18 @@ class MoELayer(nn.Module):
 FEW_TOKENS = {"cpu": 2048, "cuda": 65536}
 
 
+def _broken(stacks):
+    """(K,) bool: the experts whose own weights are not all finite."""
+    return torch.stack([~stack.float().sum((1, 2)).isfinite() for stack in stacks.values()]).any(0)
+
+
+def _without(broken, stacks):
+    return {key: stack.masked_fill(broken.view(-1, 1, 1), 0) for key, stack in stacks.items()}
+
+
 def tokens_in(state: RoutingState, mask: str, z: Tensor) -> Tensor:
-    """(B, T) bool for z (B, T, d): the mask of that name, else the attention mask's, else all."""
-    found = state.real if getattr(state, mask) is None else getattr(state, mask)
+    """(B, T) bool for z (B, T, d): the mask of that name, or all."""
+    found = getattr(state.forward or state, mask)
     if found is None:
         return torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
     if found.shape != z.shape[:2]:
@@ -413,27 +479,24 @@ def _attach(model):
     """Let a language model tell model.routing which tokens are real, and what its key-value cache holds."""
     model.base_model.routing, generation = model.routing, _serving("generation")
     if generation is not None:
-        generation.attach(model)
-    else:
-        model.base_model.register_forward_pre_hook(_read_mask, with_kwargs=True)
-        model.base_model.register_forward_hook(_forget_mask)
-        model.generate = _refuse
+        return generation.attach(model)
+    model.base_model.register_forward_pre_hook(_begin, with_kwargs=True)
+    model.base_model.register_forward_hook(_end, always_call=True)
+    model.generate = _refuse
 
 
-def _read_mask(module, args, kwargs):
+def _begin(module, args, kwargs):
     """Before a language model's forward, where there is no generation.py."""
-    names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    cache, module.routing.real = given.get("past_key_values"), given.get("attention_mask")
-    places = given.get("position_ids")
-    packed = places is not None and module.routing.real is None and bool((places.diff() <= 0).any())
+    names, state = ("input_ids", "attention_mask", "position_ids", "past_key_values"), module.routing
+    _, mask, places, cache = ((dict(zip(names, args, strict=False)) | kwargs).get(name) for name in names)
+    packed = places is not None and mask is None and bool((places.diff() <= 0).any())
     if packed or cache is not None and cache.get_seq_length():
         _refuse()
+    state.begin(mask, state.context_mask, state.token_mask)
 
 
-def _forget_mask(module, args, output):
-    if not torch.is_grad_enabled():  # else a backward that recomputes the forward needs it again
-        module.routing.real = None
+def _end(module, args, output):
+    module.routing.end()
 
 
 def _refuse(*args, **kwargs):
@@ -565,14 +628,6 @@ def assemble(model, config, tensors, joining=()):
     for name in config["disabled"]:
         disable_expert(model, name)
     return model
-
-
-def classify(model, tokenizer, prompts, choices):
-    """The most likely choice for each prompt, and all log-likelihoods: metamoe/serving/classification.py."""
-    classification = _serving("classification")
-    if classification is None:
-        raise RuntimeError("classify needs metamoe/serving/classification.py")
-    return classification.classify(model, tokenizer, prompts, choices)
 
 
 def disable_expert(model, name):

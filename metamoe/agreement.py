@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from metamoe.check_run import check_local
 from metamoe.errors import UserError
 from metamoe.progress import progress
 from metamoe.rundir import check_client, read_json
@@ -30,8 +31,11 @@ def agreement_hash(run):
 
 def read_local(run_dir):
     """{"clients": whose data are here, "seed_model": its place or "", "sources": places of the data}."""
-    path = Path(run_dir) / "local.json"
-    return read_json(path) if path.exists() else {"clients": [], "seed_model": "", "sources": {}}
+    path, local = Path(run_dir) / "local.json", {"clients": [], "seed_model": "", "sources": {}}
+    if path.exists():
+        local = read_json(path)
+        check_local(local, path)
+    return local
 
 
 def shown(run, local):

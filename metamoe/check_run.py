@@ -45,6 +45,18 @@ def check_run(run, path):
     check_clients(run["clients"], path)
 
 
+def check_local(local, path):
+    """UserError where the content of local.json cannot be a party's."""
+    if not isinstance(local, dict) or local.keys() != {"clients", "seed_model", "sources"}:
+        raise UserError(f"{path} is damaged: it needs clients, seed_model and sources")
+    if local["clients"] != []:
+        check_clients(local["clients"], path)
+    sources = local["sources"]
+    texts = [local["seed_model"], *(sources.values() if isinstance(sources, dict) else [None])]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{path} is damaged: seed_model and sources are no texts")
+
+
 def is_count(value):
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
 

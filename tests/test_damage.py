@@ -12,7 +12,7 @@ import pytest
 import tiny
 from tiny import CLIENTS, flags_of, refused, stage
 
-from metamoe.check_run import check_run
+from metamoe.check_run import check_local, check_run
 from metamoe.errors import UserError
 from metamoe.rundir import finish, read_json, settings_of, sha256, write_json
 
@@ -205,17 +205,21 @@ def test_damage_that_no_hash_shows_is_one_line_too(run):
 
 # ---------------------------------------------------------------- run.json of a foreign hand
 
-RUN = {"backbone": "smollm2-135m", "seed_model": "", "seed": 0, "clients": ["a", "b"], "sources": {}}
+SHA = "0" * 64
+RUN = {"backbone": "smollm2-135m", "seed": 0, "clients": ["a", "b"], "rank": 4, "alpha": 8}
+RUN |= {"seed_model": {"weights": SHA, "tokenizer": SHA}, "public": {"records": 40, "sha256": SHA}}
 RUN |= {"answers": "text", "loss": "answer", **tiny.SIZES}
+LOCAL = {"clients": ["a"], "seed_model": "", "sources": {"public": "x"}}
 
 
 def test_a_run_that_is_right_is_taken():
     check_run(RUN, "run.json")
-    check_run(RUN | {"own": {"a": {"path": "x", "train": 0, "validation": 0, "test": 1}}}, "run.json")
-    check_run({key: value for key, value in RUN.items() if key not in ("answers", "loss", "sources")}, "x")
+    check_run({key: value for key, value in RUN.items() if key not in ("answers", "loss")}, "x")
+    check_local(LOCAL, "local.json")
+    check_local(LOCAL | {"clients": []}, "local.json")
 
 
-@pytest.mark.parametrize("key", ["backbone", "clients", "seed", "seed_model", *tiny.SIZES])
+@pytest.mark.parametrize("key", ["backbone", "clients", "seed", "seed_model", "public", "rank", *tiny.SIZES])
 def test_a_missing_key_is_named(key):
     with pytest.raises(UserError, match=f"run.json.*{key}"):
         check_run({name: value for name, value in RUN.items() if name != key}, "run.json")
@@ -227,6 +231,14 @@ def test_a_missing_key_is_named(key):
         {"backbone": "gpt-9"},
         {"backbone": ["smollm2-135m"]},
         {"seed_model": 3},
+        {"seed_model": "/an/earlier/version"},
+        {"seed_model": {"weights": SHA}},
+        {"seed_model": {"weights": "x", "tokenizer": SHA}},
+        {"public": None},
+        {"public": {"records": -1, "sha256": SHA}},
+        {"public": {"records": 4, "sha256": 4}},
+        {"rank": "16"},
+        {"alpha": 1.5},
         {"seed": "0"},
         {"seed": -1},
         {"seed": True},
@@ -247,12 +259,6 @@ def test_a_missing_key_is_named(key):
         *({"clients": [name]} for name in ("average", "Average", "seed", "zeroshot", "public", "root")),
         {"answers": "words"},
         {"loss": 1},
-        {"sources": []},
-        {"sources": {"a": 1}},
-        {"own": {"../x": {"path": "x"}}},
-        {"own": {"a": "path"}},
-        {"own": {"a": {"path": 1}}},
-        {"own": {"a": {"path": "x", "train": "all"}}},
     ],
     ids=str,
 )
@@ -260,6 +266,23 @@ def test_a_wrong_value_is_refused_with_its_key(change):
     (key,) = change
     with pytest.raises(UserError, match=f"run.json.*({key.rstrip('s')}|client)"):
         check_run(RUN | change, "run.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clients": ["../x"]},
+        {"clients": "a"},
+        {"seed_model": 3},
+        {"sources": []},
+        {"sources": {"a": 1}},
+        {"x": 1},
+    ],
+    ids=str,
+)
+def test_a_wrong_value_of_local_json_is_refused(change):
+    with pytest.raises(UserError, match="local.json"):
+        check_local(LOCAL | change, "local.json")
 
 
 @pytest.mark.parametrize("command", ["select_proxies", "train_expert", "unify_moe --method soup", "evaluate"])

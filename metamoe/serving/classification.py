@@ -34,15 +34,9 @@ def log_likelihoods(model, tokenizer, prompt, texts):
     ids = ids.to(model.get_input_embeddings().weight.device)
     place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     length = torch.tensor([[len(tokens)] for tokens in found], device=ids.device)  # (C, 1)
-    routing = getattr(model, "routing", None)
-    before = routing and routing.context_mask
-    try:
-        if routing is not None:
-            routing.context_mask = place < start
-        logits = model(ids, attention_mask=(place < start + length).long(), use_cache=False).logits
-    finally:
-        if routing is not None:
-            routing.context_mask = before
+    prompt_alone = {"context_mask": place < start} if hasattr(model, "routing") else {}
+    mask = (place < start + length).long()
+    logits = model(ids, attention_mask=mask, use_cache=False, **prompt_alone).logits
     log_p = F.log_softmax(logits[:, start - 1 : -1].float(), -1).gather(2, ids[:, start:, None])[..., 0]
     own = place[:, : ids.shape[1] - start] < length  # (C, longest), less the padding
     return log_p.masked_fill(~own, 0).double().sum(1)

@@ -11,7 +11,7 @@ from metamoe.backbones.base import import_transformers
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
 from metamoe.rundir import check_whole, finish, finished, folder_bytes, read_json, sha256, write_json
-from metamoe.serving import generation, seed_model
+from metamoe.serving import generation, past, seed_model
 
 
 def check_export(args, run):
@@ -73,5 +73,5 @@ def write_model(model, shapes, folder):
     for own, name in zip(("LlamaConfig", "LlamaForCausalLM"), names, strict=True):
         code = code.replace(own, name)
     (folder / "modeling_metamoe.py").write_text(code)
-    for module in (moe, generation, seed_model):
+    for module in (moe, generation, past, seed_model):
         shutil.copyfile(module.__file__, folder / Path(module.__file__).name)

@@ -305,7 +305,15 @@ MODELS = {
     "cut off": lambda folder: cut(folder / "moe.safetensors"),
     "a configuration that is none": lambda folder: (folder / "moe_config.json").write_text("[]"),
     "NaN in it": lambda folder: spoil(folder / "moe.safetensors"),
+    "of another seed model": lambda folder: change(folder, ffn_names=["model.layers.0.mlp", "layers.7.mlp"]),
+    "top_k above the experts": lambda folder: change(folder, top_k=10**9),
+    "a lambda that is text": lambda folder: change(folder, names=[1, 2]),
+    "deep": lambda folder: (folder / "moe_config.json").write_text("[" * 10**5),
 }
+
+
+def change(folder, **settings):
+    write_json(folder / "moe_config.json", read_json(folder / "moe_config.json") | settings)
 
 
 def cut(path):
@@ -326,7 +334,7 @@ def test_a_damaged_model_that_was_sent_is_refused(report, done, tmp_path, case):
     shutil.copytree(server / "moe" / "metamoe", tmp_path / "metamoe")
     MODELS[case](tmp_path / "metamoe")
     shop = done.run("shop-a")
-    assert "--model" in tiny.refused("evaluate", shop, "--model", tmp_path / "metamoe")
+    assert "metamoe" in tiny.refused("evaluate", shop, "--model", tmp_path / "metamoe")
 
 
 ALONE = """

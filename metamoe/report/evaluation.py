@@ -40,6 +40,15 @@ def kept_scores(path, identity):
     return kept
 
 
+def load_moe(folder, seed_model):
+    """moe.load; UserError where the folder's model does not go with the seed model."""
+    try:
+        return moe.load(folder, seed_model)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"{folder} cannot be loaded into the seed model ({reason})") from None
+
+
 @dataclass
 class Evaluation:
     """One split of a run's data, and one way to score it.
@@ -91,7 +100,7 @@ class Evaluation:
         if folder is None:
             model = backbone.model
         elif (folder / "moe_config.json").exists():
-            model = moe.load(folder, backbone.model)
+            model = load_moe(folder, backbone.model)
         else:
             model = backbone.with_expert(self.read_expert(row, folder, backbone))
         if without:

@@ -142,7 +142,8 @@ def main():
     run = rundir.open_run(run_dir, backbone=None)
     local, settings = read_local(run_dir), resolve(args, run)
     resolved = cli.announce(args, "train_expert", settings | {"selection": args.selection})
-    for name in check_here(run, [args.client] if args.client else local["clients"], local):
+    names = [args.client] if args.client else local["clients"]
+    for name in check_here(run_dir, run, names, local):
         make_expert(run_dir, run, local, name, args, settings, resolved)
     processes().wait_for_everyone()
 

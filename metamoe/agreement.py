@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from metamoe.atomic import tidy
 from metamoe.check_run import check_local
 from metamoe.errors import UserError
 from metamoe.progress import progress
@@ -43,12 +44,13 @@ def shown(run, local):
     return run | {"seed_model": local["seed_model"], "public": local["sources"].get("public", "")}
 
 
-def check_here(run, names, local):
+def check_here(run_dir, run, names, local):
     """The names; UserError for one that is no client of the run, or whose data another party has."""
     for name in names:
         check_client(run, name)
         if name not in local["clients"]:
             raise UserError(f"--client {name}: its data are not here: its own party does this for it")
+        tidy(Path(run_dir) / "clients" / name)
     return names
 
 

@@ -211,13 +211,13 @@ def _put_back_or_remove(aside, path):
         os.rename(aside, path)
 
 
-def tidy(folder):
-    """Remove or put back what processes left in a run directory that died; what others make stays."""
+def tidy(folder, below=True):
+    """Remove or put back what dead processes left in a folder, and `below` it; what others make stays."""
     if FOLLOWER:
         return
     for parent, folders, files in os.walk(folder):
         names = [name for name in (*folders, *files) if name.startswith(".")]
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if below and not name.startswith(".")]
         for name in names:
             left = re.fullmatch(rf"\.(.+?)\.(lock|{LEFT})", name)
             result = Path(parent, left[1] if left else name)

@@ -8,7 +8,7 @@ from metamoe.presets import PRESETS
 # Names of columns, rows, experts and data of the project itself.
 RESERVED = ("average", "public", "root", "seed", "zeroshot")
 SIZES = ("train_size", "validation_size", "test_size", "public_size", "candidates", "proxies")
-CHOICES = {"answers": ("text", "letters"), "loss": ("answer", "text")}
+CHOICES = {"answers": ("text", "letters"), "loss": ("answer", "text"), "chat_template": ("off",)}
 
 
 def is_name(text):
@@ -29,7 +29,8 @@ def check_run(run, path):
     if not isinstance(run, dict):
         raise UserError(f"{path} is damaged: it is no JSON object")
     if isinstance(run.get("seed_model"), str):
-        raise UserError(f"{path}: an earlier version of this project made it: use another --run-dir")
+        earlier = "its seed_model is a path, as earlier versions of this project wrote it"
+        raise UserError(f"{path}: {earlier}: use another --run-dir")
     for key in ("backbone", "clients", "seed", "rank", "alpha", "seed_model", "public", *SIZES):
         if key not in run:
             raise UserError(f"{path} is damaged: {key} is missing")
@@ -42,6 +43,8 @@ def check_run(run, path):
     for key, choices in CHOICES.items():
         if run.get(key, choices[0]) not in (*choices, None):
             raise UserError(f"{path} is damaged: {key} {run[key]!r} is none of {', '.join(choices)}")
+    if not is_count(run.get("max_length", 8)) or run.get("max_length", 8) < 8:
+        raise UserError(f"{path} is damaged: max_length {run['max_length']!r} is no number of at least 8")
     check_clients(run["clients"], path)
 
 

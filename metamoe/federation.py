@@ -47,7 +47,7 @@ def start_run(args):
         local["clients"] = settings["clients"]
     check_numbers(found or settings, local, only_own)
     run = open_run(args.run_dir, **settings)
-    return run, local, check_here(run, alone or local["clients"], local)
+    return run, local, check_here(args.run_dir, run, alone or local["clients"], local)
 
 
 def read_agreement(args, found):

@@ -240,8 +240,11 @@ def open_run(run_dir, **settings):
     """
     folder, where = Path(run_dir), f"--run-dir {run_dir}"
     if (folder / "run.json").exists():
-        tidy(folder)
         found = read_run(folder)
+        for part in (".", "public", "moe", "settings"):
+            tidy(folder / part, below=part != ".")
+        for name in found["clients"]:  # of a client the uploads alone: the server opens nothing else
+            tidy(folder / "clients" / name / "upload")
         for key, value in settings.items():
             was = found.get(key, OLD.get(key))
             if value not in (None, was):

@@ -247,6 +247,7 @@ def read_factors(content, shapes, run):
                 expected[f"{linear}.lora_A.weight"] = [len(A), shape[1]]
                 expected[f"{linear}.lora_B.weight"] = [shape[0], len(A)]
     check_tensors(tensors, expected, FACTORS)
+    tensors = {key: tensor.float() for key, tensor in tensors.items()}
     return complete(expert_of(config, tensors, "adapter"), list(shapes), "adapter")
 
 
@@ -255,7 +256,7 @@ def read_ffns(content, shapes):
     tensors = parse_tensors(content[FFN], FFN)
     expected = {f"{ffn}.{key}": shape for ffn, own in shapes.items() for key, shape in own.items()}
     check_tensors(tensors, expected, FFN)
-    return expert_of_ffns(tensors)
+    return expert_of_ffns({key: tensor.float() for key, tensor in tensors.items()})
 
 
 def expert_of_ffns(tensors):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import CLIENTS, SIZES, forge, refused
 
+import moe
 from metamoe.errors import UserError
 from metamoe.rundir import read_json, write_json
 from metamoe.uploads import CONFIG, FACTORS, FFN, PROXIES, ROUTER, read_upload, receive
@@ -376,6 +377,35 @@ def test_one_that_draws_the_others_tokens_is_named(run):
     result = tiny.stage("unify_moe", run, *flags)
     assert result.code == 0, result.err
     assert "WARNING: hotels draws most of the tokens of intent's proxies" in result.out
+
+
+def test_an_upload_changes_its_own_expert_alone(run):
+    """Another rank, dtype, alpha and other weights of one client leave the others' tensors as they were."""
+    flags = ["--method", "metamoe", "--train", "none"]
+    assert tiny.stage("unify_moe", run, *flags, "--name", "before").code == 0
+    folder = run / "clients" / "hotels" / "upload" / VARIANT
+    edit_tensors(FACTORS, lambda own: {k: wild(k, t) for k, t in own.items()})(folder)
+    edit_json(CONFIG, lambda own: own | {"r": 7, "lora_alpha": -3})(folder)
+    forge(folder, read_json(run / "run.json"))
+    result = tiny.stage("unify_moe", run, *flags, "--name", "after")
+    assert result.code == 0, result.err
+    (before, old), (after, new) = (moe.read(run / "moe" / name) for name in ("before", "after"))
+    assert before["names"] == after["names"]
+    for key, tensor in old.items():
+        if key.endswith(".router.lam"):
+            assert torch.equal(tensor, new[key])
+            continue
+        for expert, name in enumerate(before["names"]):
+            was, now = tensor[expert], new[key][expert]
+            if ".experts." in key:  # zeros fill up to the largest rank
+                now, rest = now[: was.shape[0], : was.shape[1]], now
+                assert name == "hotels" or rest.count_nonzero() == now.count_nonzero()
+            assert torch.equal(was, now) == (name != "hotels" or ".router." in key), key
+
+
+def wild(key, tensor):
+    noise = torch.randn(7, tensor.shape[1]) if "lora_A" in key else torch.randn(tensor.shape[0], 7)
+    return (100 * noise).to(torch.bfloat16)
 
 
 SWAP = """

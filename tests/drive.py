@@ -75,6 +75,11 @@ def record_opens(below, opened):
     sys.addaudithook(hook)
 
 
+def record_pickles(found):
+    """From now on, put what a pickle names and can so call into the set `found`."""
+    sys.addaudithook(lambda event, args: found.add(".".join(args)) if event == "pickle.find_class" else None)
+
+
 WRITES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "tempfile.mkdtemp")
 
 
@@ -145,11 +150,13 @@ def main():
         arguments = ("commands", "kills", "seconds", "writes", "seed")
         report = run_killed(Path(job["run_dir"]), *(job[name] for name in arguments))
     else:
-        opened = set()
+        opened, unpickled = set(), set()
+        record_pickles(unpickled)
         if "audit" in job:
             record_opens(job["audit"], opened)
         code, seconds = all_of(job["commands"])
         report = {"code": code, "seconds": seconds, "opened": sorted(opened)}
+        report["unpickled"] = sorted(unpickled)
     if os.environ.get("RANK", "0") == "0":  # of the processes of `accelerate launch`
         Path(job["report"]).write_text(json.dumps(report))
 

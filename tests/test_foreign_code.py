@@ -125,8 +125,12 @@ def test_no_file_of_a_seed_model_is_unpickled(seed_model, monkeypatch, tmp_path)
     folder = Path(shutil.copytree(seed_model, tmp_path / "seed"))
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
         torch.save(Pickled(tmp_path / "marker"), folder / name)
-    opened = set()
+    opened, unpickled = set(), set()
     drive.record_opens(str(folder), opened)
+    drive.record_pickles(unpickled)
     backbones.load_backbone("smollm2-135m", folder, "cpu", "float32")
     names = {name for _, name in opened}
+    assert not unpickled
+    torch.load(folder / "optimizer.pt", weights_only=False)
+    assert unpickled  # it would show
     assert "config.json" in names and not [name for name in names if name.endswith((".bin", ".pt"))]

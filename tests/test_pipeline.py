@@ -50,6 +50,7 @@ def test_every_expected_file_is_written(finished):
 
 
 def test_nothing_is_pickled_and_nothing_half_written_is_left(finished):
+    assert finished[1]["unpickled"] == []
     pickled = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
     for path in finished[0].rglob("*"):
         assert not path.name.endswith(pickled) and ".part" not in path.name

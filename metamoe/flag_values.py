@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import re
 
 MOST = 10**9
 
@@ -47,6 +48,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def one_line(message):
-    """argparse's message as this project writes it: the flag, its value, what is wrong."""
-    message = message.removeprefix("argument ")
+    """argparse's message as this project writes it: the flag by its first name, its value, what is wrong."""
+    message = re.sub(r"^argument ([^:/]+)[^:]*", r"\1", message)
     return message.replace(": ", " ", 1) if ": must " in message else message

@@ -27,7 +27,6 @@ from torch import Tensor
 
 WEIGHTINGS = ("stopgrad", "literal", "renormalized")
 CONTEXTS = ("fixed", "prefix", "none")
-THREAD = threading.local()  # its .forward: that of a language model, while this thread computes it
 
 
 class Router(nn.Module):
@@ -72,17 +71,6 @@ class Router(nn.Module):
 
 
 @dataclass(eq=False)
-class Forward:
-    """One forward of a language model: another thread's, or a nested one, has its own."""
-
-    context_mask: Tensor | None = None  # (B, T), None: all tokens
-    token_mask: Tensor | None = None
-    cached: object | None = None  # generation.Bookkeeper, for key-value caches
-    before: object | None = None  # the Forward that was kept when this began
-    kept: bool = False  # it is over, and a backward may compute it again
-
-
-@dataclass(eq=False)
 class RoutingState:
     """How the router treats a batch; it holds until it is changed. One object for all layers.
 
@@ -98,27 +86,13 @@ class RoutingState:
     context_mask: Tensor | None = None
     token_mask: Tensor | None = None
     record: bool = False
-    latest: Forward | None = None  # for a backward, and for compiled code, which cannot tell threads apart
-
-    def begin(self, real, context_mask, token_mask, cached=None):
-        """A forward of a language model begins in this thread; real: (B, T), where no other mask is given."""
-        masks = (real if mask is None else mask for mask in (context_mask, token_mask))
-        latest = self.latest or Forward()
-        self.latest = Forward(*masks, cached, latest if latest.kept else latest.before)
-        if not torch.compiler.is_compiling():
-            THREAD.forward = self.latest
-
-    def end(self):
-        forward = self.forward or Forward()
-        forward.kept = torch.is_grad_enabled()
-        self.latest = forward if forward.kept else forward.before
-        if not torch.compiler.is_compiling():
-            THREAD.forward = None
+    latest: object | None = None  # generation.Forward: for compiled code, and for a backward's second forward
+    thread = threading.local()  # its `forward`: the generation.Forward that the thread computes
 
     @property
     def forward(self):
-        """What begin made in this thread, or None."""
-        own = None if torch.compiler.is_compiling() else getattr(THREAD, "forward", None)
+        """What is known of this thread's forward of a language model, or None."""
+        own = None if torch.compiler.is_compiling() else getattr(self.thread, "forward", None)
         return own or self.latest
 
     def context(self, z: Tensor, layer: int = 0) -> Tensor | None:
@@ -131,12 +105,10 @@ class RoutingState:
         if self.mode == "none":
             return None
         z, forward = z.float(), self.forward  # a bf16 sum over a long sequence loses its last terms
-        mask = (
-            tokens_in(self, "context_mask", z) & z.sum(-1).isfinite()
-        )  # nothing of what a broken expert gave
-        mask = mask.unsqueeze(-1)  # (B, T, 1)
+        sound = z.sum(-1).isfinite()  # not what a broken expert has made of a token
+        mask = (tokens_in(self, "context_mask", z) & sound).unsqueeze(-1)  # (B, T, 1)
         z = z.masked_fill(~mask, 0)  # not z * mask: NaN * 0 is NaN
-        if forward is not None and forward.cached is not None:
+        if getattr(forward, "cached", None):
             sums, numbers = forward.cached.extend(layer, self.mode, z, mask, self._sums)
         else:
             sums, numbers = self._sums(z), self._sums(mask)
@@ -182,12 +154,16 @@ class MoELayer(nn.Module):
         pi = self.router(z, self.state.context(z, self.index))  # (B, T, K)
         chosen, weight = self.choose(pi)  # (B, T, k) both
         if self.state.record:
-            self._count(chosen, z)
+            counted = chosen[tokens_in(self.state, "token_mask", z)]
+            self.counts += counted.flatten().bincount(minlength=len(self.counts))
         y = self._mix(z.flatten(0, 1), chosen.flatten(0, 1), weight.flatten(0, 1))  # (N, d)
         return y.view(x.shape)
 
-    def _mix_by_expert(self, x: Tensor, chosen: Tensor, weight: Tensor, stacks: dict) -> Tensor:
-        """Eq. 5, one expert after the other: y (N, d) for x (N, d), chosen and weight (N, k)."""
+    def _mix_by_expert(self, x, chosen, weight, stacks, broken=None) -> Tensor:
+        """Eq. 5, one expert after the other: y (N, d) for x (N, d), chosen and weight (N, k).
+
+        broken: (K,) bool, to mark the experts that give NaN or infinity in.
+        """
         order = chosen.flatten().argsort(stable=True)  # (N k), the (token, choice) pairs sorted by expert
         sizes = chosen.flatten().bincount(minlength=len(self.counts)).tolist()  # K: pairs of each expert
         token = order // chosen.shape[1]  # (N k)
@@ -195,7 +171,10 @@ class MoELayer(nn.Module):
         # unbind: one gradient for a whole stack, not one of its size for every expert
         own, y = {key: stack.unbind(0) for key, stack in stacks.items()}, torch.zeros_like(x)
         for p, (t, z, w) in enumerate(zip(*pairs, strict=True)):  # (n_p), (n_p, d), (n_p): what expert p gets
-            y.index_add_(0, t, w.unsqueeze(1) * self._expert(p, z, own))  # Eq. 5
+            out = self._expert(p, z, own)
+            y.index_add_(0, t, w.unsqueeze(1) * out)  # Eq. 5
+            if broken is not None and not out.isfinite().all():
+                broken[p] = True
         return y
 
     def _expert(self, p, z, own):
@@ -225,6 +204,8 @@ class MoELayer(nn.Module):
         few = len(x) <= FEW_TOKENS.get(device, FEW_TOKENS["cuda"]) and self.kind == "lora"
         stacks = {key: stack.to(dtype) for key, stack in self.experts.items()}
         x, weight = x.to(dtype), weight.to(dtype)
+        if weight.requires_grad:  # what a broken expert gives teaches the router nothing
+            weight.register_hook(lambda grad: grad.nan_to_num(0, 0, 0))
         if few and torch.compiler.is_compiling():  # a graph cannot branch on what it finds
             broken = _broken(stacks)
             y = self._mix_masked(x, chosen, weight, _without(broken, stacks))
@@ -240,22 +221,14 @@ class MoELayer(nn.Module):
         A mask lets NaN through, since NaN * 0 is NaN. The tokens of such experts are computed by expert, the
         others behind masks again with zeros in its place, bit for bit as if it were sound.
         """
-        x = x.view_as(x)
-        for t in (x, weight):
-            if t.requires_grad:
-                t.register_hook(lambda grad: grad.nan_to_num(0, 0, 0))
-        y = self._mix_by_expert(x, chosen, weight, stacks)
+        broken = _broken(stacks)
+        y = self._mix_by_expert(x, chosen, weight, stacks, broken)
         lost = ~y.isfinite().all(1)  # (N)
         y = y.masked_fill(lost.unsqueeze(1), torch.nan)  # which stops the gradient, too
         if not few:
             return y
-        broken = _broken(stacks).index_fill(0, chosen[lost].flatten(), True)
         rest = self._mix_masked(x, chosen, weight, _without(broken, stacks))
         return torch.where(broken[chosen].any(1, keepdim=True), y, rest)
-
-    def _count(self, chosen, z):
-        counted = chosen[tokens_in(self.state, "token_mask", z)]
-        self.counts += counted.flatten().bincount(minlength=len(self.counts))
 
     def choose(self, pi: Tensor) -> tuple[Tensor, Tensor]:
         """The top-k experts of pi (..., K), of equals the lowest index, and their weights: (..., k) both."""
@@ -276,7 +249,7 @@ class MoELayer(nn.Module):
         computed once for the mean of the chosen experts' hidden features.
         """
         (n, k), (*ups, down) = chosen.shape, self.linears
-        # a tensor of the scalings would be a copy to the device, and a wait, in every layer
+        # a tensor of the scalings would be a copy to the device in every layer
         masks = [(chosen.t() == p).to(x.dtype) * s for p, s in enumerate(self.scaling)]
         mask = torch.stack(masks, dim=-1).unsqueeze(-1)  # (k, N, K, 1)
         hidden, total = [], weight.sum(1, keepdim=True)
@@ -304,13 +277,13 @@ class MoELayer(nn.Module):
 
 
 # Up to so many tokens LoRA experts run behind masks, all at once: K - 1 times more low-rank work, but no
-# sorting, no wait on CUDA, no product of a new size in each batch. The number of tokens decides, not K.
+# sorting, and no product of a new size in each batch. The number of tokens decides, not K.
 FEW_TOKENS = {"cpu": 2048, "cuda": 65536}
 
 
 def _broken(stacks):
     """(K,) bool: the experts whose own weights are not all finite."""
-    return torch.stack([~stack.float().sum((1, 2)).isfinite() for stack in stacks.values()]).any(0)
+    return torch.stack([~stack.float().flatten(1).sum(1).isfinite() for stack in stacks.values()]).any(0)
 
 
 def _without(broken, stacks):
@@ -453,6 +426,8 @@ def unify(
     model.moe_config |= dict(lam=float(lam), scaling=scaling, seed=source, disabled=[])
     if hasattr(model, "generate"):
         _attach(model)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = _refuse_to_save
     return model
 
 
@@ -492,16 +467,23 @@ def _begin(module, args, kwargs):
     packed = places is not None and mask is None and bool((places.diff() <= 0).any())
     if packed or cache is not None and cache.get_seq_length():
         _refuse()
-    state.begin(mask, state.context_mask, state.token_mask)
+    own = [mask if given is None else given for given in (state.context_mask, state.token_mask)]
+    state.latest = RoutingState(state.mode, *own)
 
 
 def _end(module, args, output):
-    module.routing.end()
+    if not torch.is_grad_enabled():  # else a backward that recomputes the forward needs it again
+        module.routing.latest = None
 
 
 def _refuse(*args, **kwargs):
     what = "generate, filled key-value caches and positions that restart"
     raise RuntimeError(f"{what} need metamoe/serving/generation.py")
+
+
+def _refuse_to_save(*args, **kwargs):
+    what = "save_pretrained would write a configuration without experts, which loads as the seed model"
+    raise RuntimeError(f"{what}: use moe.save(model, folder), or unify_moe.py --export")
 
 
 def _serving(name):

@@ -62,7 +62,8 @@ def close(a, b, atol=1e-5):
 # --- the exported folder
 
 LOADED = """
-import json, os, sys
+import importlib, json, os, pickle
+import sys
 import torch, transformers
 from safetensors.torch import save_file
 
@@ -83,6 +84,14 @@ for name, folder in job["folders"].items():
         again = load(name + "-again", **options)
         out[name + ".again"] = again(whole).logits
         assert sorted(again.state_dict()) == sorted(model.state_dict())
+        code = importlib.import_module(type(model).__module__.rpartition(".")[0] + ".moe")
+        code.disable_expert(model, model.moe_config["names"][0])  # and whatever is made of it stays so
+        out[name + ".without"] = model(whole).logits
+        tokens = model.generate(ids, attention_mask=mask, **new)
+        model.save_pretrained(name + "-without")
+        for other in (load(name + "-without", **options), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other(whole).logits, out[name + ".without"])
+            assert torch.equal(other.generate(ids, attention_mask=mask, **new), tokens)
         half = load(folder, dtype=torch.bfloat16, **options)
         out[name + ".half"] = half(whole).logits.float()
         routers = {p.dtype for n, p in half.named_parameters() if ".router." in n}
@@ -154,6 +163,9 @@ def test_an_export_runs_without_this_repository(exported, seed_model, tmp_path):
         close(out[f"{name}.padded"][MASK == 1], logits(model, PADDED, attention_mask=MASK)[MASK == 1])
         new = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
         assert torch.equal(out[f"{name}.tokens"], model.generate(PADDED, attention_mask=MASK, **new))
+        moe.disable_expert(model, model.moe_config["names"][0])
+        close(out[f"{name}.without"], logits(model))
+        moe.enable_expert(model, model.moe_config["names"][0])
         model.routing.mode = "fixed"
         assert (logits(model) - mine).abs().max() > 1e-3  # the other context would have been noticed
 

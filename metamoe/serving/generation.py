@@ -107,6 +107,30 @@ class Bookkeeper:
             Past(mode, length, prompt, self.after).keep_in(cache)
 
 
+class Forward:
+    """RoutingState.forward: what one forward knows. Other threads, and nested calls, have their own.
+
+    context_mask, token_mask: RoutingState's, or the tokens that are `real`. before: the Forward that was kept
+    when this one began. kept: it is over, and a backward may compute it again.
+    """
+
+    def __init__(self, state, real, context_mask, token_mask, cached):
+        self.context_mask = real if context_mask is None else context_mask
+        self.token_mask = real if token_mask is None else token_mask
+        self.cached, self.kept = cached, False
+        latest = state.latest
+        self.before = latest if latest is None or latest.kept else latest.before
+        state.latest = self
+        if not torch.compiler.is_compiling():
+            state.thread.forward = self
+
+    def end(self, state, failed):
+        self.kept = torch.is_grad_enabled() and not failed
+        state.latest = self if self.kept else self.before
+        if not torch.compiler.is_compiling():
+            state.thread.forward = None
+
+
 def documents(places):
     """(B, T): each token's document, from 0, for position_ids (B, T); None where each sequence is one."""
     if not torch.is_tensor(places) or places.dim() != 2:
@@ -158,16 +182,18 @@ def before_forward(module, args, kwargs):
             "the attention mask is not (B, T), and does not say which tokens are real: "
             "set routing.context_mask"
         )
-    state.begin(real, context_mask, token_mask, book)
+    Forward(state, real, context_mask, token_mask, book)
     return args, kwargs
 
 
 def after_forward(module, args, kwargs, output):
     """What the router knows now goes into the cache that the forward filled."""
-    state = module.routing
-    if output is not None and state.forward is not None:  # None: the forward has raised an error
-        state.forward.cached.end(state.mode, kwargs, output)
-    state.end()
+    state, forward = module.routing, module.routing.forward
+    failed = output is None  # an error was raised
+    if forward is not None and not failed:
+        forward.cached.end(state.mode, kwargs, output)
+    if forward is not None:
+        forward.end(state, failed)
 
 
 def generate(self, inputs=None, *args, **kwargs):

@@ -183,6 +183,98 @@ def test_a_disabled_expert_is_as_if_it_were_not_there(weighting, top_k):
     assert torch.equal(layer(x), whole)
 
 
+def poison(layer, p, value, entry):
+    """Fill the tensors of expert p whose names end in `entry`."""
+    with torch.no_grad():
+        for key, stack in layer.experts.items():
+            if key.endswith(entry):
+                stack[p] = value
+
+
+def routed(layer, x):
+    """(B, T, K) bool: which experts each token goes to."""
+    chosen, _ = layer.choose(layer.router(x, layer.state.context(x)))
+    return torch.nn.functional.one_hot(chosen, len(layer.counts)).any(2)
+
+
+ENTRIES = [*product(("lora",), ("A", "B")), *product(("full",), ("weight", "bias"))]
+POISONS = (torch.nan, torch.inf, -torch.inf, 1e30)
+
+
+@pytest.mark.parametrize("kind, entry", ENTRIES)
+@pytest.mark.parametrize("top_k, dtype", product((1, 2), ("float32", "bfloat16", "float16")))
+@pytest.mark.usefixtures("both_ways")
+def test_a_broken_expert_reaches_its_own_tokens_alone(kind, entry, top_k, dtype):
+    layer, ffn, _ = make_layer(gated, kind, lam=0.4, top_k=top_k)
+    ffn.to(getattr(torch, dtype))
+    sizes = zip(moe.CONTEXTS, ((3, 5), (1, 9), (4, 1)), strict=True)
+    for (p, value), (mode, shape) in product(enumerate((torch.nan, -torch.inf, 1e30)), sizes):
+        layer.state.mode, layer.router.disabled = mode, []
+        x = torch.randn(*shape, D).to(getattr(torch, dtype))
+        broken, clean, want = copy.deepcopy(layer), ~routed(layer, x)[..., p], layer(x)
+        poison(broken, p, value, entry)
+        y = broken(x)
+        assert torch.equal(y[clean], want[clean])
+        assert value == 1e30 or not y[~clean].isfinite().all(-1).any()
+        broken.router.disabled = layer.router.disabled = [p]
+        with torch.no_grad():
+            broken.router.vectors[p] = torch.nan  # of a client that left
+        assert torch.equal(broken(x), layer(x))
+
+
+@pytest.mark.parametrize("kind, entry", ENTRIES)
+@pytest.mark.parametrize("top_k, weighting", product((1, 2), moe.WEIGHTINGS))
+@pytest.mark.usefixtures("both_ways")
+def test_a_broken_expert_reaches_no_gradient_of_others(kind, entry, top_k, weighting):
+    """They are those of a loss over the other tokens alone."""
+    for mode, value in product(moe.CONTEXTS, (torch.nan, torch.inf, 1e30)):
+        options = dict(lam=0.4, top_k=top_k, weighting=weighting, state=RoutingState(mode))
+        layer, _, _ = make_layer(gated, kind, **options)
+        x = torch.randn(4, 6, D, requires_grad=True)
+        p = int(routed(layer, x).sum((0, 1)).argmax())
+        clean = ~routed(layer, x)[..., p]
+        parameters = [x, *layer.router.parameters(), *layer.experts.parameters()]
+        grad = partial(torch.autograd.grad, inputs=parameters, allow_unused=True, materialize_grads=True)
+        wanted = grad(layer(x)[clean].square().sum())
+        poison(layer, p, value, entry)
+        y, others = layer(x), [q for q in range(K) if q != p]
+        got = grad(y.square().sum())
+        for found, want in zip(got[3:], wanted[3:], strict=True):
+            assert found[others].isfinite().all()
+            if not y[~clean].isfinite().all(1).any():
+                close(found[others], want[others], 1e-4)
+        assert all(found.isfinite().all() for found in (got[0][clean], *got[1:3]))
+        assert clean.sum() > 2 and got[0][clean].abs().max() > 0
+
+
+def test_an_expert_that_opted_out_is_not_chosen_where_the_others_have_probability_0():
+    layer, _, _ = make_layer(n=3, top_k=2)
+    layer.router.disabled = [0]
+    assert layer.choose(torch.tensor([0.0, 1.0, 0.0]))[0].tolist() == [1, 2]
+
+
+def test_tokens_that_a_broken_expert_made_nan_are_in_no_mean():
+    x = torch.randn(2, 5, D)
+    for mode in ("fixed", "prefix"):
+        broken, others = x.clone(), torch.ones(2, 5, dtype=torch.bool)
+        broken[0, 2], broken[1, 0, 3] = torch.nan, torch.inf
+        others[0, 2] = others[1, 0] = False
+        want = RoutingState(mode, context_mask=others).context(x)
+        assert torch.equal(RoutingState(mode).context(broken), want)
+
+
+@pytest.mark.parametrize("value", (torch.nan, torch.inf, 1e30))
+def test_a_compiled_layer_keeps_a_broken_expert_to_its_tokens(value):
+    layer = make_layer(top_k=2)[0]
+    x = torch.randn(3, 5, D)
+    clean = ~routed(layer, x)[..., 1]
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    want = compiled(x)
+    poison(layer, 1, value, "A")
+    y = compiled(x)
+    assert torch.equal(y[clean], want[clean]) and not torch.equal(y, want)
+
+
 @pytest.mark.parametrize("mode, top_k", product(moe.CONTEXTS, (1, 2)))
 @pytest.mark.usefixtures("both_ways")
 def test_outputs_do_not_depend_on_batch_or_padding(mode, top_k):

@@ -58,7 +58,7 @@ def export(run, local, source, folder, force):
 def write_model(model, shapes, folder):
     """Write weights, configuration and code. shapes: of `moe.added` of each layer."""
     names = type(model.config).__name__, type(model).__name__
-    model.save_pretrained(folder)
+    type(model).save_pretrained(model, folder)
     # tools pad on the right without a mask, and do not say where a prompt ends: the prefix needs neither
     context = "none" if model.moe_config["context"] == "none" else "prefix"
     config = read_json(folder / "config.json")

@@ -39,6 +39,8 @@ class MetaMoEForCausalLM(SeedModel):
                 for key, shape in shapes.items()
             },
         )
+        self.moe_config = config.moe  # one object: what opts out is saved with the configuration
+        del self.save_pretrained  # the refusal is of models without this class
 
     def _init_weights(self, module):
         super()._init_weights(module)

@@ -211,6 +211,49 @@ def test_a_forged_file_with_a_fitting_manifest_is_refused(sent, kind):
     assert file.split("/")[0] in refusal(sent)
 
 
+@pytest.fixture
+def whole(sent, seed_model):
+    """As sent, with the seed model's whole FFNs in place of an adapter."""
+    run_dir, folder, run = sent
+    tensors = load_file(seed_model / "model.safetensors")
+    save_file({key: t for key, t in tensors.items() if ".mlp." in key}, folder / FFN)
+    shutil.rmtree(folder / "adapter")
+    forge(folder, run, full_ffn=True)
+    return sent
+
+
+def test_whole_ffns_are_taken_and_read(whole):
+    run_dir, folder, run = whole
+    receive(run_dir, run, [f"intent={folder}"], f"{VARIANT}-full")
+    expert = read_upload(run_dir, run, "intent", f"{VARIANT}-full").expert
+    for key, tensor in load_file(folder / FFN).items():
+        ffn, linear = key.rsplit(".mlp.", 1)
+        assert torch.equal(expert[f"{ffn}.mlp"][linear], tensor)
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+WHOLE = {
+    "NaN": first(put(math.nan)),
+    "1e30": first(put(1e30)),
+    "integers": first(lambda t: t.long()),
+    "another shape": first(lambda t: t.T),
+    "one fewer": lambda own: {key: t for key, t in own.items() if key != UP},
+    "attention": lambda own: own | {"model.layers.0.self_attn.q_proj.weight": own[UP].clone()},
+    "a layer that there is not": lambda own: own | {UP.replace("0", "9"): own[UP].clone()},
+    "lm_head": lambda own: own | {"lm_head.weight": own[UP].clone()},
+    "a bias": lambda own: own | {UP.replace("weight", "bias"): torch.ones(64)},
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_forged_whole_ffns_are_refused(whole, kind):
+    run_dir, folder, run = whole
+    edit_tensors(FFN, WHOLE[kind])(folder)
+    forge(folder, run)
+    with pytest.raises(UserError, match=f"client intent: .*{FFN}"):
+        receive(run_dir, run, [f"intent={folder}"], f"{VARIANT}-full")
+
+
 def replace_by_link(folder, name):
     shutil.move(folder / name, folder.parent / "elsewhere")
     (folder / name).symlink_to(folder.parent / "elsewhere")

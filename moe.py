@@ -612,6 +612,14 @@ def assemble(model, config, tensors, joining=()):
     return model
 
 
+def classify(model, tokenizer, prompts, choices):
+    """The likeliest choice for each prompt, and all log-likelihoods: metamoe/serving/classification.py."""
+    classification = _serving("classification")
+    if classification is None:
+        raise RuntimeError("classify needs metamoe/serving/classification.py")
+    return classification.classify(model, tokenizer, prompts, choices)
+
+
 def disable_expert(model, name):
     """Opt out, without training: no token goes to the expert any more, its pi is 0 and the others' sum to 1.
 

@@ -1,4 +1,4 @@
-"""classification.classify: the decision that evaluate.py scores, of a unified model and of a plain one."""
+"""moe.classify: the decision that evaluate.py scores, of a unified model and of a plain one."""
 
 import random
 
@@ -7,8 +7,8 @@ import pytest
 import tiny
 import torch
 
+import moe
 from metamoe import backbones
-from metamoe.serving.classification import classify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,7 +33,7 @@ def test_a_decision_is_the_one_that_evaluation_scores(backbone, seed_model, reco
     want = backbone.scores(model, records)
     prompts, choices = ([record[key] for record in records] for key in ("prompt", "choices"))
     earlier = getattr(model, "routing", None) and model.routing.context_mask
-    answers, scores = classify(model, backbone.tokenizer, prompts, choices)
+    answers, scores = moe.classify(model, backbone.tokenizer, prompts, choices)
     for record, answer, found, expected in zip(records, answers, scores, want, strict=True):
         np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
         assert answer == record["choices"][expected.argmax()]
@@ -41,7 +41,7 @@ def test_a_decision_is_the_one_that_evaluation_scores(backbone, seed_model, reco
 
 
 def test_the_same_choices_serve_every_prompt_and_white_space_is_kept(backbone):
-    answers, scores = classify(
+    answers, scores = moe.classify(
         backbone.model, backbone.tokenizer, ["Answer:", "Answer: ", "Answer:\n"], ["yes", "no, never"]
     )
     assert set(answers) <= {"yes", "no, never"}

@@ -26,8 +26,6 @@ from metamoe.atomic import atomic, tidy
 from metamoe.check_run import check_run, is_name
 from metamoe.errors import UserError
 
-OLD = {"answers": "text", "loss": "answer"}  # settings of runs from before they were settings
-
 
 def inside(run_dir, *names):
     """The folder RUN/NAME/NAME/..., made where it is missing; the run directory itself must be there."""
@@ -246,7 +244,7 @@ def open_run(run_dir, **settings):
         for name in found["clients"]:  # of a client the uploads alone: the server opens nothing else
             tidy(folder / "clients" / name / "upload")
         for key, value in settings.items():
-            was = found.get(key, OLD.get(key))
+            was = found.get(key)
             if value not in (None, was):
                 raise UserError(f"{where} was made with {key} {was!r}, now {value!r}: use another --run-dir")
         return found

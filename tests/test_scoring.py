@@ -240,7 +240,7 @@ def test_the_loss_in_chunks_is_the_loss():
     for limit in (2**29, 50 * 4 * 5):  # at once; five rows at a time
         leaf, saved = states.clone().requires_grad_(), []
         with saved_sizes(saved):
-            loss = text.head_loss(head, leaf, targets, limit)
+            loss = text.head_loss(head, leaf, targets, lambda logits: logits, limit)
         most.append(max(saved))
         results.append((loss, *torch.autograd.grad(loss, (leaf, head.weight))))
     for whole, chunked in zip(*results, strict=True):
@@ -385,9 +385,10 @@ def test_answers_and_loss_belong_to_the_run(run, tmp_path):
     assert read_json(run / "moe" / "metamoe" / "done.json")["context"] == "on"
     assert "answers 'letters', now 'text'" in tiny.refused("select_proxies", run, "--answers", "text")
     assert "loss 'text', now 'answer'" in tiny.refused("select_proxies", run, "--loss", "answer")
-    old = {key: value for key, value in read_json(run / "run.json").items() if key not in ("answers", "loss")}
-    write_json(tmp_path / "run.json", old)  # made before there were such settings
-    assert "answers 'text', now 'letters'" in tiny.refused("select_proxies", tmp_path, "--answers", "letters")
-    write_json(tmp_path / "run.json", old | {"backbone": "glyph-clip", "seed_model": ""})
+    other = {
+        key: value for key, value in read_json(run / "run.json").items() if key not in ("answers", "loss")
+    }
+    write_json(tmp_path / "run.json", other | {"backbone": "glyph-clip"})
+    shutil.copy(run / "local.json", tmp_path)
     assert "for language models" in tiny.refused("select_proxies", tmp_path, "--loss", "text")
     assert "for language models" in tiny.refused("evaluate", tmp_path, "--scoring", "letters")

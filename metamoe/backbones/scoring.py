@@ -63,7 +63,9 @@ class ScoringMixin:
             states = self.hidden(model, ids, real, real if self.whole_text else prompts)  # (B, T, d)
         last = states[range(len(encoded)), real.sum(1) - 1]  # (B, d)
         # In float32: bfloat16 would tie likely letters.
-        logits = last.float() @ unwrap(model).lm_head.weight[letters].float().T  # (B, 26)
+        head = unwrap(model).lm_head
+        bias = 0 if head.bias is None else head.bias[letters].float()
+        logits = self.after_head(last.float() @ head.weight[letters].float().T + bias)  # (B, 26)
         rows = logits.double().cpu().numpy()
         return [row[: len(choices)] for row, (_, choices) in zip(rows, encoded, strict=True)]
 
@@ -96,17 +98,26 @@ class ScoringMixin:
         the prompt's. So the prompt is computed once, and the result is that of one sequence for every choice.
         whole: whether the router's context is the mean of all tokens, not of the prompt's.
         """
+        window = getattr(unwrap(model).config.get_text_config(), "sliding_window", None)
+        longest = max(len(prompt) + sum(map(len, choices)) for prompt, choices in encoded)
+        if window and longest > window and any(len(choices) > 1 for _, choices in encoded):
+            # a mask of our own would open the window: each choice in a sequence of its own
+            alone = [(prompt, [choice]) for prompt, choices in encoded for choice in choices]
+            found = iter(self._token_log_probs(model, alone, whole))
+            return [[next(found)[0] for _ in choices] for _, choices in encoded]
         ids, part, position = (t.to(self.device) for t in pack(encoded, self.pad))
         prompt = part == 0
         rows, columns = (part > 0).nonzero(as_tuple=True)  # of the tokens to score
         # A token is predicted at the one before it; a choice's first token at the prompt's last.
         first = part[rows, columns - 1] != part[rows, columns]
         before = torch.where(first, prompt.sum(1)[rows] - 1, columns - 1)
-        extra = {"attention_mask": tree_mask(part, self.dtype), "position_ids": position}
+        branches = any(len(choices) > 1 for _, choices in encoded)
+        mask = tree_mask(part, self.dtype) if branches else part >= 0
+        extra = {"attention_mask": mask, "position_ids": position}
         with self.autocast():
             # Only the prompt's tokens count as routed: wrong choices say nothing about a client's tokens.
             states = self.hidden(model, ids, prompt, part >= 0 if whole else prompt, **extra)
-            logits = unwrap(model).lm_head(states[rows, before])  # (scored tokens, V)
+            logits = self.after_head(unwrap(model).lm_head(states[rows, before]))  # (scored tokens, V)
         log_probs = F.log_softmax(logits.float(), -1).gather(1, ids[rows, columns][:, None])[:, 0]
         lengths = [len(tokens) for _, choices in encoded for tokens in choices]
         values = iter(log_probs.double().cpu().split(lengths))  # one choice after another

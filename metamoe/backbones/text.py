@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from metamoe.backbones.base import Backbone, import_transformers, masked_mean, unwrap
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.letters import LETTERS, lettered
+from metamoe.backbones.probe import after_head, check_computes
 from metamoe.backbones.scoring import ScoringMixin, pack
 from metamoe.backbones.training import epoch_batches
 from metamoe.errors import UserError
@@ -41,7 +42,9 @@ class TextBackbone(ScoringMixin, Backbone):
             others = "LLaMA, Mistral, Qwen, SmolLM and their like do"
             raise UserError(f"seed model {self.source}: {lacks}; {others}")
         self.model = model.to(device).eval().requires_grad_(False)
-        self.width = model.config.hidden_size
+        self.width = model.config.get_text_config().hidden_size
+        self.after_head = after_head(model)
+        check_computes(self.model, self.ffn_names, self.ffn_linears, self.source)
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         self.pad = end if pad is None else pad
 
@@ -229,7 +232,8 @@ class TextBackbone(ScoringMixin, Backbone):
         with self.autocast():
             states = self.hidden(model, ids, real, context)  # (B, T, d)
             predicts = labels[:, 1:] != -100  # the head runs on these positions alone
-            return head_loss(unwrap(model).lm_head, states[:, :-1][predicts], labels[:, 1:][predicts])
+            chosen = states[:, :-1][predicts], labels[:, 1:][predicts]
+            return head_loss(unwrap(model).lm_head, *chosen, self.after_head)
 
     def checkpoint(self, model):
         """Keep only each layer's input; the backward computes the rest again. Same losses, a third slower."""
@@ -249,18 +253,19 @@ def check_code(source):
             raise UserError(f"seed model {source}: {why}; name a model that transformers loads without")
 
 
-def head_loss(head, states, targets, logit_bytes=2**29):
-    """Mean cross-entropy of head(states) against targets; states (n, d), targets (n,), logits (n, V).
+def head_loss(head, states, targets, after_head, logit_bytes=2**29):
+    """Mean cross-entropy of the logits against targets; states (n, d), targets (n,), logits (n, V).
 
+    after_head: what the model does to the logits of its `head`.
     At most `logit_bytes` of float32 logits exist at a time. Where all of them are more, they are computed in
     chunks, and again in the backward.
     """
     chunk = max(1, logit_bytes // (4 * head.out_features))
     if len(states) <= chunk:
-        return F.cross_entropy(head(states).float(), targets)
+        return F.cross_entropy(after_head(head(states)).float(), targets)
 
     def part(states, targets):
-        return F.cross_entropy(head(states).float(), targets, reduction="sum")
+        return F.cross_entropy(after_head(head(states)).float(), targets, reduction="sum")
 
     pairs = zip(states.split(chunk), targets.split(chunk), strict=True)
     parts = [checkpoint(part, *pair, use_reentrant=False) for pair in pairs]

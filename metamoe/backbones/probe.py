@@ -1,0 +1,62 @@
+"""What this project computes of a language model, compared at load with what the model itself computes: one
+that does more than we know is refused before any work."""
+
+import torch
+
+import moe
+from metamoe.errors import UserError
+
+
+def after_head(model):
+    """What the family does to lm_head's logits: a function of these, element by element."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+
+    def finish(logits):
+        if scale != 1.0:
+            logits = logits * scale
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return finish
+
+
+@torch.no_grad()
+def check_computes(model, ffn_names, linears, source):
+    """UserError where lm_head's logits or an MoE layer of a zero adapter differ from the model's own."""
+    device, vocabulary = model.device, model.get_input_embeddings().num_embeddings
+    ids = torch.arange(7, 7 + 2 * 6, device=device).view(2, 6) % vocabulary
+    want = model(input_ids=ids, use_cache=False).logits
+    states = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    if not same(after_head(model)(model.lm_head(states)), want):
+        why = f"a {type(model).__name__} computes its logits in a way that is not known here"
+        raise UserError(f"seed model {source}: {why}")
+    generator = torch.Generator().manual_seed(0)
+    for name in ffn_names:
+        ffn = model.get_submodule(name)
+        x = torch.randn(1, 5, states.shape[-1], generator=generator).to(device, states.dtype)
+        if not same(zero_layer(ffn, linears, name, source)(x), ffn(x)):
+            why = f"its FFN {name}, a {type(ffn).__name__}, computes more than its three linears"
+            raise UserError(f"seed model {source}: {why}: such a model cannot be unified")
+
+
+def same(ours, theirs):
+    """Equal within the rounding of their dtype."""
+    rounding = 1e-4 if theirs.dtype == torch.float32 else 0.03
+    return bool(((ours - theirs).abs() <= rounding * theirs.abs().amax().clamp(min=1e-3)).all())
+
+
+def zero_layer(ffn, linears, name, source):
+    """The MoE layer of one expert that changes nothing."""
+    expert = {"scaling": 1.0}
+    for linear in linears:
+        module = getattr(ffn, linear)
+        expert[f"{linear}.lora_A"] = torch.zeros(1, module.in_features)
+        expert[f"{linear}.lora_B"] = torch.zeros(module.out_features, 1)
+    router = moe.Router(torch.zeros(1, getattr(ffn, linears[0]).in_features))
+    try:
+        layer = moe.MoELayer(ffn, [expert], router, moe.RoutingState(mode="none"))
+    except ValueError as error:
+        raise UserError(f"seed model {source}: {name}: {error}") from None
+    return layer.to(getattr(ffn, linears[0]).weight.device)

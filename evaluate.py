@@ -89,6 +89,7 @@ def main():
     save_settings(run_dir, "evaluate", stem, settings)
     scores = evaluation.score_all(folders)
     results = tabulate(evaluation, scores, args.figure, left_out)
+    results["own_seed_model"] = local["seed_model"] not in ("", PRESETS[run["backbone"]].get("seed_model"))
     write_json(run_dir / f"{stem}.json", results)
     text = markdown(results, run)
     write_text(run_dir / f"{stem}.md", text)

@@ -53,7 +53,7 @@ def parse_args():
     cli.add_training_flags(parser)
     sent = "the folder that a client has sent, once for each: checked, and copied into the run directory"
     flag("--upload", action="append", metavar="NAME=DIR", help=sent)
-    bound = "refuse a client whose routing vector in a layer is this many times longer or shorter than D_0's"
+    bound = "refuse a client with a routing vector this many times longer or shorter than D_0 allows"
     flag("--length-bound", type=number(float, 1), default=2.0, metavar="TIMES", help=bound + " (default: 2)")
     without = "leave the expert NAME out of the model (--name, else the method's): a model of its own"
     flag("--without", metavar="NAME", help=without)

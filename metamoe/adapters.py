@@ -34,6 +34,7 @@ def read_adapter(folder):
     """The expert of a folder that PEFT has written; UserError, naming it, for what is no plain LoRA."""
     file = folder / "adapter_model.safetensors"
     config = read_json(folder / "adapter_config.json")
+    check_config(folder, config)
     if not file.exists():
         raise UserError(f"{folder} has no adapter_model.safetensors: save it with safe_serialization=True")
     return expert_of(config, load_file(file), folder)

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 import moe
+from metamoe.backbones.base import dtype_name
 from metamoe.backbones.distributed import processes
 from metamoe.errors import UserError
 from metamoe.records import read_records, usable_public
@@ -14,32 +15,43 @@ CLIENT_PROXIES = 32  # of each client, whose tokens are followed
 
 
 def public_lengths(backbone, run_dir, run):
-    """(L,) the length of the routing vectors of a random sample of D_0 in the seed model."""
+    """{"dtype", "mean": [length of each layer's routing vector of D_0], "samples": [mean of its samples']}.
+
+    Of a random sample of D_0 in the seed model; computed once, and kept in RUN/public/lengths.json.
+    """
+    kept, dtype = run_dir / "public" / "lengths.json", dtype_name(backbone.dtype)
+    if kept.exists() and read_json(kept)["dtype"] == dtype:
+        return read_json(kept)
     public = read_records(run_dir / "public" / "records.jsonl")
     usable = np.random.default_rng([run["seed"], 19]).permutation(usable_public(run_dir, public))
     sample = [public[i] for i in np.sort(usable[:PUBLIC_SAMPLES])]
-    return backbone.routing_vectors(backbone.model, sample, label="routing vectors of D_0").norm(dim=1)
+    vectors, lengths = backbone.input_means(backbone.model, sample, label="routing vectors of D_0")
+    return {"dtype": dtype, "mean": vectors.norm(dim=1).tolist(), "samples": lengths.tolist()}
 
 
 def check_lengths(backbone, run_dir, run, uploads, bound):
-    """{client: [length of each layer's routing vector over D_0's]}; UserError for one out of proportion.
+    """{client: [length of each layer's routing vector over that of D_0's samples]}; UserError out of bounds.
 
-    Eq. 6 takes products: a vector of ten times the length would draw every token. bound: a ratio may lie in
-    1 / bound to bound. D_0's lengths are computed once, and kept in RUN/public/lengths.json.
+    Eq. 6 takes products: a vector of ten times the length would draw every token. A mean is no longer than
+    its samples are on average, and shorter the more these differ, in D_0 the most: so a vector may be up to
+    `bound` times as long as D_0's samples, and down to D_0's mean over `bound`.
     """
-    kept, dtype = run_dir / "public" / "lengths.json", str(backbone.dtype)
-    known = kept.exists() and read_json(kept)["dtype"] == dtype
-    lengths = torch.tensor(read_json(kept)["lengths"]) if known else public_lengths(backbone, run_dir, run)
-    ratios = {}
+    lengths, ratios = public_lengths(backbone, run_dir, run), {}
     for name, upload in uploads.items():
-        ratios[name] = (upload.vectors.norm(dim=1) / lengths.clamp(min=1e-12)).tolist()
-        for layer, ratio in enumerate(ratios[name]):
-            if not 1 / bound <= ratio <= bound:
-                much = f"{ratio:.2f} times as long as D_0's in layer {layer}"
-                allowed = f"{1 / bound:.2g} to {bound:g} are allowed (--length-bound)"
-                raise UserError(f"client {name}: its routing vector is {much}: {allowed}")
-    if not known and processes().is_main_process:
-        write_json(kept, {"dtype": dtype, "lengths": lengths.tolist()})
+        own = upload.vectors.norm(dim=1).tolist()
+        for layer, (length, mean, samples) in enumerate(
+            zip(own, lengths["mean"], lengths["samples"], strict=True)
+        ):
+            if not mean / bound <= length <= samples * bound:
+                allowed = f"{mean / bound:.3g} to {samples * bound:.3g} are allowed (--length-bound)"
+                where = f"its routing vector in layer {layer} has length {length:.3g}"
+                raise UserError(f"client {name}: {where}: {allowed}")
+        ratios[name] = [
+            length / max(sample, 1e-12) for length, sample in zip(own, lengths["samples"], strict=True)
+        ]
+    kept = run_dir / "public" / "lengths.json"
+    if processes().is_main_process and not (kept.exists() and read_json(kept) == lengths):
+        write_json(kept, lengths)
     return ratios
 
 
@@ -67,7 +79,7 @@ def tell_routing(model, ratios, tokens):
     for name, shares in tokens.items():
         lengths, most = ratios[name], max(shares, key=shares.get)
         told = ", ".join(f"{expert} {100 * share:.0f}%" for expert, share in shares.items())
-        span = f"{min(lengths):.2f} to {max(lengths):.2f} times as long as D_0's"
+        span = f"{min(lengths):.2f} to {max(lengths):.2f} times as long as D_0's samples"
         print(f"unify_moe: {model}: {name}: routing vectors {span}; its proxies' tokens go to {told}")
         if most != name and shares[most] > 0.5:
             print(f"unify_moe: {model}: WARNING: {most} draws most of the tokens of {name}'s proxies")

@@ -1,6 +1,7 @@
 """PEFT adapters of other people: as an expert, in the soup and in the MoE what PEFT computes, or refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,11 @@ def upload(folder, seed=1, **changed):
     model = peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM", **options))
     model.save_pretrained(folder / "adapter")
     return folder
+
+
+def sent(folder):
+    """Of an Upload what the soup reads."""
+    return SimpleNamespace(client=folder.name, expert=read_expert(folder))
 
 
 def logits(model):
@@ -67,7 +73,7 @@ def test_expert_moe_and_soup_of_one_adapter_agree(tmp_path, changed):
     assert (want - logits(llama())).abs().max() > 0.5
     torch.testing.assert_close(by_moe(folder, folder), want, atol=1e-5, rtol=1e-4)
     (tmp_path / "soup").mkdir()
-    soup.merge([folder] * 3, tmp_path / "soup")
+    soup.merge([sent(folder)] * 3, tmp_path / "soup")
     torch.testing.assert_close(by_peft(tmp_path / "soup"), want, atol=2e-5, rtol=1e-4)
 
 
@@ -75,7 +81,7 @@ def test_the_soup_is_the_mean_of_the_true_products(tmp_path):
     """Whatever the ranks, scales and linears of the clients."""
     several = [upload(tmp_path / f"{i}", i, **changed) for i, changed in enumerate(PLAIN.values())]
     (tmp_path / "soup").mkdir()
-    soup.merge(several, tmp_path / "soup")
+    soup.merge([sent(folder) for folder in several], tmp_path / "soup")
     model, updates = llama(), {}
     for folder in several:
         adapted = peft.PeftModel.from_pretrained(llama(), folder / "adapter")
@@ -125,5 +131,5 @@ def test_a_soup_of_adapters_and_full_weights_is_refused(tmp_path):
     }
     soup.save_file(ffns, full / "ffn.safetensors")
     (tmp_path / "soup").mkdir()
-    with pytest.raises(UserError, match="full: is of another kind"):
-        soup.merge([folder, full], tmp_path / "soup")
+    with pytest.raises(UserError, match="client full: sent another kind"):
+        soup.merge([sent(folder), sent(full)], tmp_path / "soup")

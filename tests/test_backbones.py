@@ -292,7 +292,7 @@ def test_a_loss_that_explodes_is_the_users_to_put_right(backbone, records):
 
 @pytest.mark.parametrize("full", [False, True])
 def test_a_saved_expert_is_the_trained_one(load, records, tmp_path, full):
-    """Through with_adapter, as evaluate.py reads it, and in a MoE of it alone, as unify_moe.py does."""
+    """Through with_expert, as evaluate.py reads it, and in a MoE of it alone, as unify_moe.py does."""
     backbone = load()
     model = backbone.train_full_ffn() if full else backbone.add_lora(4, 8, 0)
     teach(backbone, model, records, steps=10)
@@ -300,7 +300,7 @@ def test_a_saved_expert_is_the_trained_one(load, records, tmp_path, full):
     uploads.save_expert(model, backbone, tmp_path, full)
     fresh = load()
     assert furthest(fresh.scores(fresh.model, records), want) > 0.5
-    assert furthest(fresh.scores(fresh.with_adapter(tmp_path), records), want) < 1e-5
+    assert furthest(fresh.scores(fresh.with_expert(uploads.read_expert(tmp_path)), records), want) < 1e-5
     fresh = load()
     merged = moe.unify(fresh.model, fresh.ffn_names, [uploads.read_expert(tmp_path)], [torch.zeros(2, 32)])
     assert furthest(fresh.scores(merged, records), want) < 1e-4

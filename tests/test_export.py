@@ -141,7 +141,7 @@ def export_other(folder, kind, seed_model):
     plain = transformers.AutoModelForCausalLM.from_pretrained
     source, target = folder / "moe" / kind, folder / f"export-{kind}"
     moe.save(moe.unify(plain(path), names, experts, torch.randn(2, 2, 32), **options), source)
-    export.export({"backbone": "smollm2-135m", "seed_model": str(path)}, source, target, False)
+    export.export({"backbone": "smollm2-135m"}, {"seed_model": str(path)}, source, target, False)
     return moe.load(source, plain(path)), target
 
 
@@ -351,8 +351,8 @@ def test_peft_opens_each_upload_as_the_expert_that_was_trained(finished, seed_mo
     for folder in (tmp_path / "hand", *folders):
         plain = transformers.AutoModelForCausalLM.from_pretrained(seed_model)
         got, other = logits(PeftModel.from_pretrained(plain, folder / "adapter")), backbone()
-        close(got, logits(backbone().with_adapter(folder)))
         expert = uploads.read_expert(folder)
+        close(got, logits(backbone().with_expert(expert)))
         alone = moe.unify(other.model, other.ffn_names, [expert], torch.zeros(1, 2, 32))
         close(got, logits(alone), 1e-4)
         if folder.name == "hand":

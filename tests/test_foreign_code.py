@@ -72,7 +72,7 @@ def armed(tmp_path, seed_model, marker):
 @pytest.mark.parametrize("kind", ["model", "known model", "tokenizer", "pickle"])
 def test_a_seed_model_with_code_of_its_own_is_refused(kind, armed, marker, fresh):
     folder = armed(kind)
-    write_json(fresh / "run.json", read_json(fresh / "run.json") | {"seed_model": str(folder)})
+    write_json(fresh / "local.json", read_json(fresh / "local.json") | {"seed_model": str(folder)})
     assert f"seed model {folder}:" in tiny.refused("select_proxies", fresh)
     assert not marker.exists() and sys.stdin.tell() == 0
 

@@ -7,7 +7,7 @@ import tiny
 
 from metamoe.data.overlap import overlap
 from metamoe.records import read_records, write_records
-from metamoe.rundir import read_json, write_json
+from metamoe.rundir import finish, read_json, settings_of, write_json
 
 
 def text(prompt, answer=" yes"):
@@ -35,6 +35,7 @@ def test_the_client_is_warned_and_nothing_is_written(loss, fresh):
     public[3] = private[0] | {"prompt": private[0]["prompt"].upper().replace(" ", "  ")}
     public[7] = private[1] | {"answer": " something else"}
     write_records(fresh / "public" / "records.jsonl", public)
+    finish(fresh / "public", settings_of(fresh / "public"))
     write_json(fresh / "run.json", read_json(fresh / "run.json") | {"loss": loss})
     before = set(fresh.rglob("*"))
     result = tiny.stage("select_proxies", fresh)

@@ -248,6 +248,7 @@ def write_results(run_dir, seed, ours, theirs):
         accuracy = 25.0 * digits.count("1")
         clients = {"a": {"accuracy": accuracy, "right": digits}}
         rows.append({"model": model, "title": model, "clients": clients, "average": accuracy})
+    run_dir.mkdir()
     write_json(run_dir / "results.json", {"run": {"seed": seed, "clients": ["a"]}, "rows": rows})
     return run_dir
 
@@ -278,7 +279,7 @@ def test_the_papers_rows_average_to_the_papers_averages():
 
 def test_results_of_the_papers_backbones_stand_beside_the_papers():
     names = ["flowers", "pets", "eurosat"]
-    run = {"backbone": "vit-b-32", "seed": 0, "seed_model": "", "clients": names}
+    run = {"backbone": "vit-b-32", "seed": 0, "clients": names}
     run |= {"candidates": 3000, "proxies": 500}
     cell = {"accuracy": 50.0, "wilson": [40, 60]}
     row = {"clients": dict.fromkeys(names, cell), "average": 50.0}
@@ -286,14 +287,14 @@ def test_results_of_the_papers_backbones_stand_beside_the_papers():
     rows = [row | {"model": model, "title": title} for model, title in titles.items()]
     results = {"split": "test", "n": dict.fromkeys(names, 4), "rows": rows, "uploaded_bytes": {}}
 
-    def text(**changed):
-        return tables.markdown(results, run | changed)
+    def text(own=False, **changed):
+        return tables.markdown(results | {"own_seed_model": own}, run | changed)
 
     # by name, not by place
     assert "| MetaMoE | 50.00 (93.67) | 50.00 (91.91) | 50.00 (97.98) | 50.00 (94.52) |" in text()
     assert "| FlexOlmo, DPP | 50.00 | 50.00 | 50.00 | 50.00 (93.20) |" in text()
     assert "are not the paper's" not in text()
-    assert "proxies, seed_model are not the paper's" in text(proxies=9, seed_model="x.pt")
+    assert "proxies, seed_model are not the paper's" in text(own=True, proxies=9)
     for other in (text(backbone="glyph-clip"), text(clients=names[:2])):
         assert "91.91" not in other and "paper's" not in other
 

@@ -312,8 +312,8 @@ def test_selection_on_the_papers_datasets(tmp_path, seed_model):
         done = read_json(run_dir / "clients" / name / "private" / "done.json")
         files = sorted(done.pop("files"))
         assert done == {"seed": 0, "train": 26, "validation": 4, "test": 8}
-        assert files == ["test.jsonl", "train.jsonl", "validation.jsonl"]
-    files = ["done.json", "features.npy", "features.npy.json", "records.jsonl"]
+        assert files == ["source.json", "test.jsonl", "train.jsonl", "validation.jsonl"]
+    files = ["done.json", "features.npy", "features.npy.json", "ffns.json", "records.jsonl"]
     files += ["timing.json", "unreadable.json"]
     assert sorted(p.name for p in (run_dir / "public").iterdir()) == files
     assert "skipped" in tiny.stage("select_proxies", run_dir, *flags, "--clients", *names).out

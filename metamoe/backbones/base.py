@@ -105,19 +105,25 @@ class Backbone:
             raise UserError(message)
         return out
 
-    @torch.no_grad()
     def routing_vectors(self, model, records, label="routing vectors"):
         """(L, d) float32: mean over samples of the token mean of each FFN's input.
 
         The tokens are an image's patches or a text's prompt, as in the router's context.
         """
+        return self.input_means(model, records, label)[0]
+
+    @torch.no_grad()
+    def input_means(self, model, records, label):
+        """(the routing vectors (L, d), mean over samples of the length of their token mean (L,))."""
         state = processes()
         # Sharded weights come together only where all processes run the same layers.
         dealt = state.num_processes > 1 and not sharding()
-        sums = torch.zeros(len(self.ffn_names), self.width, dtype=torch.float64)
+        sums = torch.zeros(len(self.ffn_names), self.width + 1, dtype=torch.float64)
 
         def add(ffn, inputs):
-            sums[layers[ffn]] += masked_mean(inputs[0].float(), tokens).sum(0).double().cpu()
+            means = masked_mean(inputs[0].float(), tokens)  # (b, d)
+            means = torch.cat([means, means.norm(dim=1, keepdim=True)], 1)
+            sums[layers[ffn]] += means.sum(0).double().cpu()
 
         layers = {unwrap(model).get_submodule(name): i for i, name in enumerate(self.ffn_names)}
         with contextlib.ExitStack() as hooks:
@@ -132,7 +138,8 @@ class Backbone:
             from accelerate.utils import reduce
 
             sums = reduce(sums.to(self.device), "sum").cpu()
-        return (sums / len(records)).float()
+        means = (sums / len(records)).float()
+        return means[:, :-1].contiguous(), means[:, -1]
 
     # --- experts
 

@@ -98,7 +98,7 @@ def explanation(results, run, measured):
     text = "Accuracy in percent."
     if paper_numbers(run, "metamoe"):
         text = "Accuracy in percent, behind it in brackets the paper's."
-        changed = changed_settings(run)
+        changed = changed_settings(run, results.get("own_seed_model"))
         if changed:
             text += f" This run's {', '.join(changed)} are not the paper's."
     if results.get("chance"):
@@ -117,10 +117,11 @@ def explanation(results, run, measured):
     return text
 
 
-def changed_settings(run):
+def changed_settings(run, own_seed_model):
     """The settings of the run that are not its preset's."""
-    preset = PRESETS[run["backbone"]] | {"seed_model": ""}
-    return [key for key in preset if run.get(key, preset[key]) != preset[key]]
+    preset = {key: value for key, value in PRESETS[run["backbone"]].items() if key != "seed_model"}
+    changed = [key for key in preset if run.get(key, preset[key]) != preset[key]]
+    return changed + (["seed_model"] if own_seed_model else [])
 
 
 def sees_private_data(row):

@@ -116,6 +116,7 @@ def check_some(clients, run_dir):
 def score_given(folder, evaluation, agreement):
     """Score a model that was sent, beside the seed model, and write the clients' reports."""
     weights, name = check_model(folder, list(ffn_shapes(evaluation.run_dir))), Path(folder).name
+    evaluation.load_model(name, Path(folder))  # what is wrong with it shows before anything is written
     scores = evaluation.score_all({"zeroshot": None, name: Path(folder)})
     write_reports(evaluation, agreement, folder, weights, scores)
 

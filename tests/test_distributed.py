@@ -75,7 +75,7 @@ def test_two_processes_do_what_one_does(one, tmp_path, seed_model):
     tiny.make_run(tmp_path / "run", seed_model, loss="text")
     out = in_two(commands(tmp_path / "run"), tmp_path)
     same(one, tmp_path / "run")
-    assert out.count("train_expert: intent:") == 1 and out.count("unify_moe: metamoe:") == 1
+    assert out.count("train_expert: intent:") == 1 and out.count("unify_moe: metamoe: 3 experts") == 1
     assert out.count("steps, loss ") == 4
 
 

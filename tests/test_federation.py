@@ -307,7 +307,7 @@ MODELS = {
     "NaN in it": lambda folder: spoil(folder / "moe.safetensors"),
     "of another seed model": lambda folder: change(folder, ffn_names=["model.layers.0.mlp", "layers.7.mlp"]),
     "top_k above the experts": lambda folder: change(folder, top_k=10**9),
-    "a lambda that is text": lambda folder: change(folder, names=[1, 2]),
+    "names that are numbers": lambda folder: change(folder, names=[1, 2]),
     "deep": lambda folder: (folder / "moe_config.json").write_text("[" * 10**5),
 }
 

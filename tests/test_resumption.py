@@ -88,7 +88,7 @@ def test_a_killed_pipeline_goes_on_to_the_same_results(tmp_path, pristine, finis
         run_dir=str(tmp_path / "run"),
         commands=tiny.commands(tmp_path / "run"),
         kills=10,
-        seconds=report["seconds"] / 4,
+        seconds=report["seconds"] / 6,
         writes=120,
         seed=3,
     )

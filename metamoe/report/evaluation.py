@@ -96,16 +96,19 @@ class Evaluation:
 
     def score_anew(self, row, folder, without):
         """As score, computed."""
-        backbone = self.load_backbone()
-        if folder is None:
-            model = backbone.model
-        elif (folder / "moe_config.json").exists():
-            model = load_moe(folder, backbone.model)
-        else:
-            model = backbone.with_expert(self.read_expert(row, folder, backbone))
+        backbone, model = self.load_model(row, folder)
         if without:
             moe.disable_expert(model, without)
         return self.measure(row, backbone, model)
+
+    def load_model(self, row, folder):
+        """(backbone, the model of a row); UserError where it does not go with the seed model."""
+        backbone = self.load_backbone()
+        if folder is None:
+            return backbone, backbone.model
+        if (folder / "moe_config.json").exists():
+            return backbone, load_moe(folder, backbone.model)
+        return backbone, backbone.with_expert(self.read_expert(row, folder, backbone))
 
     def read_expert(self, row, folder, backbone):
         """The expert of a client's upload, or of a model like the soup."""

@@ -10,7 +10,7 @@ from metamoe.agreement import agreement_hash
 from metamoe.errors import UserError
 from metamoe.report.results import client_result
 from metamoe.report.tables import grid
-from metamoe.rundir import is_name, sha256, write_json
+from metamoe.rundir import check_name, is_name, sha256, write_json
 from metamoe.untrusted import UploadError, check_tensors, parse_json, read_file_at
 from metamoe.uploads import FACTORS, FFN, read_expert
 
@@ -32,7 +32,9 @@ def check_model(folder, ffn_names):
         raise UserError(f"{flag}: a model cannot be called {name}: rename the folder")
     try:
         if weights.name == MODELS[0]:
-            parse_json((folder / "moe_config.json").read_bytes(), "moe_config.json")
+            config = parse_json((folder / "moe_config.json").read_bytes(), "moe_config.json")
+            for client in config["names"]:
+                check_name("expert", client)
             tensors = moe.read(folder)[1]
         else:
             expert = read_expert(folder, ffn_names)
@@ -40,7 +42,16 @@ def check_model(folder, ffn_names):
                 f"{ffn}.{key}": t for ffn, own in expert.items() for key, t in own.items() if key != "scaling"
             }
         check_tensors(tensors, {key: tensor.shape for key, tensor in tensors.items()}, weights.name)
-    except (UploadError, OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        UploadError,
+        UserError,
+        OSError,
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise UserError(f"{flag}: is damaged ({str(error).splitlines()[0][:160]})") from None
     return weights
 

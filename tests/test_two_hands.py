@@ -147,7 +147,7 @@ def test_a_signal_ends_a_stage_in_one_line_and_leaves_nothing(selected):
         assert "train_expert: rank" in process.stdout.readline()
         process.send_signal(SIGNALS[name])
     for name, process in stages.items():
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
         assert process.returncode == 128 + SIGNALS[name], err
         assert err == "interrupted; run the same command again to go on\n"
     assert drive.snapshot(selected, "settings.json") == before
@@ -157,7 +157,7 @@ def test_a_run_directory_that_vanishes_is_one_line_and_does_not_come_back(select
     process = start("train_expert", selected, "--client", "hotels", *FEW)
     process.stdout.readline()
     shutil.rmtree(selected)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 2 and err.startswith("error: ") and err.count("\n") == 1
     assert not selected.exists()
 
@@ -190,7 +190,7 @@ def test_a_signal_to_run_all_ends_its_stage_too(tmp_path, number):
     while process.stdout.readline().strip() != "stage":
         assert process.poll() is None
     process.send_signal(number)
-    _, err = process.communicate(timeout=30)  # ends when the stage, which has these pipes too, has ended
+    _, err = process.communicate(timeout=120)  # ends when the stage, which has these pipes too, has ended
     assert process.returncode == 128 + number
     assert err.splitlines()[-1:] == ["run_all: interrupted; run the same command again to go on"]
     assert "Traceback" not in err and err.count("interrupted") == 1

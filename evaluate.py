@@ -11,7 +11,7 @@ instead: mean and standard deviation over the runs, differences with intervals o
 from functools import partial
 from pathlib import Path
 
-from metamoe.agreement import read_local
+from metamoe.agreement import check_here, read_local
 from metamoe.atomic import atomic
 from metamoe.backbones import run_backbone
 from metamoe.backbones.base import dtype_name, machine
@@ -69,7 +69,7 @@ def main():
     if args.reports:
         tabulate_reports(args.reports, run_dir, agreement)
         return
-    run = {**agreement, "clients": check_some(local["clients"], run_dir)}
+    run = {**agreement, "clients": check_here(run_dir, agreement, local["clients"], local)}
     if processes(args.device).num_processes > 1:
         raise UserError("evaluate.py is one process: start it with python, not under accelerate launch")
     scoring = pick_scoring(args, run)
@@ -104,13 +104,6 @@ def main():
         f"evaluate: {len(folders)} models on {len(run['clients'])} clients; {run_dir / stem}.json, "
         f"{stem}.md and timings.md written"
     )
-
-
-def check_some(clients, run_dir):
-    """The clients whose data are here; UserError without any."""
-    if not clients:
-        raise UserError(f"--run-dir {run_dir}: no client's data are here: clients score, and send --reports")
-    return clients
 
 
 def score_given(folder, evaluation, agreement):

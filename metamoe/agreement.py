@@ -45,7 +45,10 @@ def shown(run, local):
 
 
 def check_here(run_dir, run, names, local):
-    """The names; UserError for one that is no client of the run, or whose data another party has."""
+    """The names; UserError without any, or for one that is no client of the run or has its data elsewhere."""
+    if not names:
+        who = "each client selects, trains and scores in a run directory of its own"
+        raise UserError(f"--run-dir {run_dir}: no client's data are here: {who}")
     for name in names:
         check_client(run, name)
         if name not in local["clients"]:

@@ -234,7 +234,8 @@ def test_a_party_cannot_do_anothers_work(parties):
     for name, flags in (("select_proxies", []), ("train_expert", [])):
         message = tiny.refused(name, parties.run("shop-a"), "--client", "shop-b", *flags)
         assert "shop-b" in message and "not here" in message
-    assert "--reports" in tiny.refused("evaluate", parties.run("server"))
+    for name in ("select_proxies", "train_expert", "evaluate"):
+        assert "no client's data are here" in tiny.refused(name, parties.run("server"))
 
 
 def test_one_joins_later_and_the_others_stay(parties):

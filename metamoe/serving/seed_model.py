@@ -39,8 +39,8 @@ def load_seed(folder: Path, seed: str, options: dict):
 def find(folder: Path, name: str) -> str:
     """The local folder called `name`: the run's own (for RUN/moe/MODEL), in METAMOE_CACHE, or beside
     `folder`."""
-    places, run = [], folder.parent.parent / "run.json"
-    own = json.loads(run.read_text()).get("seed_model") if run.exists() else None
+    places, local = [], folder.parent.parent / "local.json"
+    own = json.loads(local.read_text()).get("seed_model") if local.exists() else None
     if own and Path(own).name == name:
         places.append(Path(own))
     cache = Path(os.environ.get("METAMOE_CACHE") or "~/.cache/metamoe").expanduser()

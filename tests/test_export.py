@@ -17,7 +17,7 @@ from tiny import CLIENTS, refused, stage
 
 import moe
 from metamoe import backbones, uploads
-from metamoe.rundir import read_json, write_json
+from metamoe.rundir import finish, read_json, write_json
 from metamoe.serving import export, generation
 from metamoe.serving import seed_model as seed_model_module
 from metamoe.serving.seed_model import fix_torchvision
@@ -141,6 +141,7 @@ def export_other(folder, kind, seed_model):
     plain = transformers.AutoModelForCausalLM.from_pretrained
     source, target = folder / "moe" / kind, folder / f"export-{kind}"
     moe.save(moe.unify(plain(path), names, experts, torch.randn(2, 2, 32), **options), source)
+    finish(source, {})
     export.export({"backbone": "smollm2-135m"}, {"seed_model": str(path)}, source, target, False)
     return moe.load(source, plain(path)), target
 

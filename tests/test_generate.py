@@ -272,7 +272,7 @@ def test_load_finds_the_seed_model_and_says_where_it_looked(tmp_path, monkeypatc
     model = unified(model=model)
     want = logits(model, ids)
     moe.save(model, home)
-    (tmp_path / "RUN" / "run.json").write_text(json.dumps({"seed_model": str(source)}))
+    (tmp_path / "RUN" / "local.json").write_text(json.dumps({"seed_model": str(source)}))
     assert str(tmp_path).encode() not in b"".join(path.read_bytes() for path in home.iterdir())
     close(logits(moe.load(home), ids), want)
     assert moe.load(home, dtype=torch.float64).lm_head.weight.dtype == torch.float64

@@ -137,17 +137,20 @@ def test_two_processes_train_one_expert_once(selected):
 
 
 @pytest.fixture
-def hangs_up():
-    """Under nohup the tests' processes would inherit that SIGHUP is ignored."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def heard():
+    """Under nohup, or in the background of a script, processes inherit that a signal is ignored."""
+    ignored = [number for number in SIGNALS.values() if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 SIGNALS = {"intent": signal.SIGTERM, "hotels": signal.SIGHUP, "question": signal.SIGINT}
 
 
-def test_a_signal_ends_a_stage_in_one_line_and_leaves_nothing(selected, hangs_up):
+def test_a_signal_ends_a_stage_in_one_line_and_leaves_nothing(selected, heard):
     long = [*FEW, "--epochs", "1000000"]
     stages = {name: start("train_expert", selected, "--client", name, *long) for name in SIGNALS}
     before = drive.snapshot(selected, "settings.json")
@@ -187,7 +190,7 @@ esac
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_to_run_all_ends_its_stage_too(tmp_path, number, hangs_up):
+def test_a_signal_to_run_all_ends_its_stage_too(tmp_path, number, heard):
     python = tmp_path / "python"
     python.write_text(STAGE.format(python=sys.executable, repo=tiny.REPO))
     python.chmod(0o755)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from metamoe.agreement import agreement_hash, check_here
 from metamoe.check_run import check_client_name, check_clients, check_run, is_name
+from metamoe.data.registry import FAMILIES
 from metamoe.errors import UserError
 from metamoe.party import local_places, own_client
 from metamoe.presets import PRESETS
@@ -77,6 +78,14 @@ def take_part(args, settings, local, run, alone):
     for name in alone:
         if name not in known and name not in local["clients"]:
             raise UserError(f"--client {name}: give its data: --client {name}=PATH")
+    if (
+        run["public_size"] == 0
+        and not local["sources"]
+        and not FAMILIES[PRESETS[run["backbone"]]["data"]].files
+    ):
+        raise UserError(
+            f"--public: name your copy of the agreed public set of {run['public']['records']} records"
+        )
     local["clients"] = list(dict.fromkeys([*local["clients"], *alone, *local["own"]]))
     check_numbers(run, local, True)
     return run, local, local["clients"]

@@ -187,6 +187,11 @@ def another_order(parties, name):
     path.write_text("\n".join(path.read_text().splitlines()[::-1]) + "\n")
 
 
+def fewer(parties, name):
+    path = parties.folder / name / "public.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[:30]) + "\n")
+
+
 def other_weights(parties, name):
     from safetensors.torch import load_file, save_file
 
@@ -205,6 +210,7 @@ def other_tokenizer(parties, name):
 
 OTHERS = {
     "another order of D_0": (another_order, "--public", []),
+    "fewer records of D_0": (fewer, "--public", []),
     "another seed model of the same shape": (other_weights, "other weights", []),
     "another tokenizer": (other_tokenizer, "other tokenizer", []),
     "another number of proxies": (None, "--proxies 6", ["--proxies", "6"]),

@@ -6,7 +6,7 @@ import sys
 import textwrap
 
 from metamoe import flag_values
-from metamoe.backbones.base import check_device, machine
+from metamoe.backbones.base import check_device, dtype_name, machine
 from metamoe.backbones.distributed import processes
 from metamoe.errors import UserError
 from metamoe.flag_values import not_negative, number, one_line, positive_float, positive_int
@@ -89,7 +89,7 @@ def from_preset(args, preset, keys):
 def announce(args, stage, settings):
     """Print and return the settings with device and dtype; with --print-config print them as JSON and end."""
     device, dtype = machine(args)
-    settings = settings | {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    settings = settings | {"device": str(device), "dtype": dtype_name(dtype)}
     if args.print_config:
         print(json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False))
         sys.exit()

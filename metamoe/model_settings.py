@@ -9,7 +9,7 @@ from metamoe.errors import UserError
 from metamoe.flag_values import not_negative, positive_int
 from metamoe.methods import METHODS, main_rows
 from metamoe.presets import PRESETS
-from metamoe.rundir import is_name, read_json, versions
+from metamoe.rundir import check_name, read_json, versions
 from metamoe.uploads import upload_variant
 
 # flag -> key of the preset that is its default
@@ -51,7 +51,7 @@ def add_method_flags(parser):
 def resolve(args, run_dir, run):
     """All settings of this model: the method's and the backbone's preset, overridden by flags."""
     method, name = METHODS[args.method], args.name or args.method
-    check_name(name, args.method)
+    check_model_name(name, args.method)
     switches = ["data", "selection"]
     if method.merge == "moe":
         switches += ["context", "init", "train", "samples", "seed_expert", "weighting", "top_k", "offset"]
@@ -90,13 +90,12 @@ def sources(run_dir, run, settings):
     return versions(run_dir, *names)
 
 
-def check_name(name, method):
+def check_model_name(name, method):
     """UserError where a model may not have this name."""
     other_row = name == "zeroshot" or name.startswith("expert-") or name in main_rows()
     if name != method and (other_row or method == "btm"):
         raise UserError(f"--name {name}: is the name of another row of the table, or of a second btm")
-    if not is_name(name):
-        raise UserError(f"--name {name!r} is no name: letters, digits, '-', '_' and '.'")
+    check_name("--name", name)
 
 
 def check_routing_loss(settings, checkpointing):

@@ -64,8 +64,6 @@ def own_client(args, path, found):
     entry = {"path": path}
     for part in PARTS:
         size = getattr(args, f"{part}_size")
-        if size is not None and size < 0:
-            raise UserError(f"--{part}-size {size}: must be at least 1, or 0 for its share of 80/10/10")
         entry[part] = found.get(part, 0) if size is None else size
     return entry
 

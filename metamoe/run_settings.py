@@ -80,8 +80,6 @@ def check_numbers(run, local, only_own):
         may_be_0 = key.endswith("_size") and (files or own)
         if run[key] < least and not (may_be_0 and run[key] == 0):
             raise UserError(f"--{key.replace('_', '-')} {run[key]}: must be at least {least}")
-    if not 0 <= run["seed"] < 2**32:
-        raise UserError(f"--seed {run['seed']}: must lie in 0 to 4294967295")
     check_clients(run["clients"], "--clients")
     m, n, most = run["proxies"], run["candidates"], run["public_size"]  # n or |D_0| 0: all there is
     if m > n > 0:

@@ -50,8 +50,9 @@ def upload_variant(data, selection, full_ffn=False):
 
 def expert_variant(data, selection, full_ffn=False):
     """The expert's folder name. A private-only expert knows no proxies: one serves every selection."""
-    variant = upload_variant(data, selection, full_ffn)
-    return variant.replace(f"-{selection}", "", 1) if data == "private" else variant
+    if data == "private":
+        return "private-full" if full_ffn else "private"
+    return upload_variant(data, selection, full_ffn)
 
 
 # --- at the client

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from metamoe.backbones.base import pick_dtype  # noqa: E402
+from metamoe.backbones.base import dtype_name, pick_dtype  # noqa: E402
 from metamoe.data.glyphs import model as glyph_model  # noqa: E402
 from metamoe.data.glyphs.world import caption, draw, faces_of, world  # noqa: E402
 from metamoe.errors import UserError, run_main  # noqa: E402
@@ -157,7 +157,7 @@ def train(out, *, steps, batch, seed, lr, warmup, log_every, checkpoint_every, d
         raise UserError(f"--steps, --warmup and --log-every start at 1, --batch lies between 2 and {most}")
     dtype = pick_dtype(dtype, torch.device("cpu"))
     settings = {"steps": steps, "batch": batch, "seed": seed, "lr": lr, "warmup": warmup}
-    trainer = Trainer(out, {**settings, "dtype": str(dtype).removeprefix("torch.")})
+    trainer = Trainer(out, {**settings, "dtype": dtype_name(dtype)})
     start = trainer.state["step"]
     for step in progress(range(start, steps), initial=start, total=steps, desc="pretrain", unit="step"):
         recipes = sample_batch(training, batch, seed, step)

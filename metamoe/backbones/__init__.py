@@ -13,13 +13,16 @@ from metamoe.errors import UserError
 from metamoe.presets import PRESETS
 from metamoe.rundir import atomic
 
+_PROBED = set()  # seed models that this process has compared with their own forward
+
 
 def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=None, **language):
     """The backbone `name` of PRESETS.
 
     seed_model: hub id, local folder or checkpoint of the seed model (None: the preset's).
     language: `answers` and `loss` as in run.json, for a language model (default: the preset's), and
-        `chat_template`: whether messages go through the tokenizer's, and `max_length`.
+        `chat_template`: whether messages go through the tokenizer's, `max_length`, and `probe`: whether what
+        is computed here is compared with the model's own forward.
     """
     if name not in PRESETS:
         raise UserError(f"backbone {name!r}: unknown, choose from {', '.join(PRESETS)}")
@@ -31,6 +34,7 @@ def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=No
     source = seed_model or preset.get("seed_model") or default_seed(name)
     own = {key: language.get(key) or preset[key] for key in ("answers", "loss")}
     own |= {"chat_template": language.get("chat_template", True), "max_length": language.get("max_length")}
+    own["probe"] = language.get("probe", True)
     return TextBackbone(preset, source, device, dtype, **own)
 
 
@@ -38,9 +42,12 @@ def run_backbone(run, local, args):
     """The agreed backbone, from this party's copy of the seed model, with a stage's --device and --dtype."""
     language = {key: run.get(key) for key in ("answers", "loss")}
     language |= {"chat_template": run.get("chat_template") != "off", "max_length": run.get("max_length")}
+    place = run["backbone"], local["seed_model"], args.device, args.dtype
+    language["probe"] = place not in _PROBED  # once a process: evaluate.py loads the seed model for every row
     how = args.device, args.dtype, args.workers
     backbone = load_backbone(run["backbone"], local["seed_model"], *how, **language)
     check_seed_model(run, backbone)
+    _PROBED.add(place)
     return backbone
 
 

@@ -29,7 +29,9 @@ class TextBackbone(ScoringMixin, Backbone):
     task_type = "CAUSAL_LM"
     unreadable, seconds = (), 0.0  # of images
 
-    def __init__(self, preset, source, device, dtype, answers, loss, chat_template=True, max_length=None):
+    def __init__(
+        self, preset, source, device, dtype, answers, loss, chat_template=True, max_length=None, probe=True
+    ):
         self.source, self.device, self.dtype = str(source), device, dtype
         self.max_length, self.embedded = max_length or preset["max_length"], preset["embed"]
         self.chat_template, self.cut, self.longest = chat_template, 0, 0
@@ -44,7 +46,8 @@ class TextBackbone(ScoringMixin, Backbone):
         self.model = model.to(device).eval().requires_grad_(False)
         self.width = model.config.get_text_config().hidden_size
         self.after_head = after_head(model)
-        check_computes(self.model, self.ffn_names, self.ffn_linears, self.source)
+        if probe:
+            check_computes(self.model, self.ffn_names, self.ffn_linears, self.source)
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         self.pad = end if pad is None else pad
 

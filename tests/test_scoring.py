@@ -101,6 +101,7 @@ def test_the_real_seed_models_letters_are_single_tokens(make):
     backbone = make()
     fast = base.import_transformers().AutoTokenizer
     tokenizer = backbone.tokenizer = fast.from_pretrained(backbones.default_seed("smollm2-135m"))
+    backbone.rows = len(tokenizer)
     shared, ids = backbone.letter_ids()
     assert shared == [] and tokenizer.convert_ids_to_tokens(ids[:3]) == ["ĠA", "ĠB", "ĠC"]
     prompt = "Question: x?\nChoices:\nA. y\nB. z\nAnswer:"

@@ -1,7 +1,5 @@
 """Causal language models: texts as tokens, embeddings, losses. A batch holds texts of like length."""
 
-import contextlib
-import os
 from functools import partial
 
 import numpy as np
@@ -11,9 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 from metamoe.backbones.base import Backbone, import_transformers, masked_mean, unwrap
 from metamoe.backbones.distributed import processes
-from metamoe.backbones.letters import LETTERS, lettered
+from metamoe.backbones.letters import lettered
 from metamoe.backbones.probe import after_head, check_computes
 from metamoe.backbones.scoring import ScoringMixin, pack
+from metamoe.backbones.tokens import TokensMixin
 from metamoe.backbones.training import epoch_batches
 from metamoe.errors import UserError
 from metamoe.progress import progress
@@ -22,7 +21,7 @@ from metamoe.serving.seed_model import SAFE
 WINDOW = 8192  # texts that are tokenised at a time to be grouped by length
 
 
-class TextBackbone(ScoringMixin, Backbone):
+class TextBackbone(TokensMixin, ScoringMixin, Backbone):
     """A causal language model like LLaMA (gated FFN: gate_proj, up_proj, down_proj) and its tokenizer."""
 
     ffn_linears = ["gate_proj", "up_proj", "down_proj"]
@@ -48,8 +47,7 @@ class TextBackbone(ScoringMixin, Backbone):
         self.after_head = after_head(model)
         if probe:
             check_computes(self.model, self.ffn_names, self.ffn_linears, self.source)
-        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        self.pad = end if pad is None else pad
+        self.take_vocabulary(model)
 
     def _load(self):
         transformers = import_transformers()
@@ -74,76 +72,15 @@ class TextBackbone(ScoringMixin, Backbone):
 
     # --- records to tokens
 
-    def encode(self, record, answer=None):
-        """(prompt ids, answer ids), together at most max_length - 1 tokens; the last place is for EOS.
-
-        A prompt that is too long keeps its end, and its BOS, which language models rely on. An answer that is
-        too long keeps its beginning.
-        """
-        prompt, ids, room = self.prompt_ids(record), [], 0
-        if answer is not None:
-            if self.chats(record):
-                answer = answer.lstrip()  # the template ends where the answer begins
-            room = self.max_length // 2
-            if self.whole_text:  # an answer may have all that a short prompt leaves
-                room = max(room, self.max_length - 1 - len(prompt))
-            ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        if len(prompt) + len(ids) + 1 > self.max_length:
-            self.cut, self.longest = self.cut + 1, max(self.longest, len(prompt) + len(ids) + 1)
-        ids = ids[:room]
-        room = self.max_length - len(ids) - 1
-        if len(prompt) > room:
-            begin = prompt[:1] if prompt[:1] == [self.tokenizer.bos_token_id] else []
-            prompt = begin + prompt[len(prompt) - room + len(begin) :]
-        return prompt, ids
-
-    @contextlib.contextmanager
-    def telling_cuts(self, label, count):
-        """Say how many of the `count` texts that are encoded inside do not fit in max_length."""
-        self.cut = self.longest = 0
-        yield
-        if self.cut and processes().is_main_process:
-            cut = f"{self.cut} of {count} texts cut to {self.max_length} tokens"
-            print(f"{label}: {cut}, the longest has {self.longest} (--max-length)", flush=True)
-
-    def chats(self, record):
-        """Whether the record's messages go through the tokenizer's chat template."""
-        return self.chat_template and "messages" in record and bool(self.tokenizer.chat_template)
-
-    def prompt_ids(self, record):
-        if not self.chats(record):
-            return self.tokenizer(record["prompt"])["input_ids"]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                record["messages"], tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template raises what it likes
-            why = f"the chat template of {self.source} refuses a record: {error}"
-            raise UserError(f"{why} (its prompt: {record['prompt'][:60]!r}): --chat-template off") from None
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
-
     def form(self, record):
         """The record as this run trains on it: a multiple choice in letters with `answers` "letters"."""
         return lettered(record) if self.letters else record
 
     def example(self, record):
-        """(prompt ids, answer ids with EOS) of a record to train on."""
+        """(prompt ids, answer ids with EOS, where the tokenizer has one) of a record to train on."""
         record = self.form(record)
         prompt, answer = self.encode(record, record["answer"])
-        return prompt, answer + [self.tokenizer.eos_token_id]
-
-    def letter_ids(self):
-        """(ids that the answers " A", " B", ... all begin with; the 26 ids that differ).
-
-        In many vocabularies " A" is one token, and the first list is empty; in others it is two tokens.
-        """
-        letters = self.tokenizer(LETTERS, add_special_tokens=False)["input_ids"]
-        shared = os.path.commonprefix(letters)
-        ids = [letter[len(shared)] for letter in letters if len(letter) > len(shared)]
-        if len(set(ids)) < len(letters):
-            problem = "its tokenizer does not tell the letters A to Z apart"
-            raise UserError(f"seed model {self.source}: {problem}: score with --scoring likelihood")
-        return shared, ids
+        return prompt, answer + self.end
 
     def collate(self, encoded):
         """Pad (prompt, answer) pairs on the right: ids, token mask, prompt mask, labels; each (B, T)."""

@@ -26,6 +26,8 @@ def log_likelihoods(model, tokenizer, prompt, texts):
     """log p(text | prompt) of each text, (C,) float64."""
     gap = "" if prompt[-1:].isspace() and prompt[-1] != " " else " "  # a space goes with the word behind it
     prompt = tokenizer(prompt.rstrip(" "))["input_ids"]
+    if not prompt:
+        raise ValueError("a prompt without a token: no choice can follow it; begin it with text")
     found = [tokenizer(gap + text.strip(), add_special_tokens=False)["input_ids"] for text in texts]
     longest, start = max(map(len, found)), len(prompt)
     ids = torch.tensor(

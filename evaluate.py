@@ -23,7 +23,7 @@ from metamoe.records import read_records
 from metamoe.report.costs import cost_tables
 from metamoe.report.evaluation import Evaluation, scoring_suffix
 from metamoe.report.figures import coverage, losses_figure, routing_figure
-from metamoe.report.models import list_models
+from metamoe.report.models import expert_variant, list_models
 from metamoe.report.parties import check_model, read_reports, reports_table, write_reports
 from metamoe.report.pooled import pool
 from metamoe.report.results import chance, collect_timings, result_rows, uploaded_bytes
@@ -161,6 +161,7 @@ def tabulate(evaluation, scores, figure, left_out):
         "n": {name: len(records) for name, records in evaluation.records.items()},
         "chance": chance(evaluation.records),
         "rows": result_rows(run, scores, evaluation.records),
+        "experts": expert_variant(evaluation.run_dir, run),
         "uploaded_bytes": uploaded_bytes(evaluation.run_dir, run),
     }
     own = PRESETS[run["backbone"]].get("scoring")

@@ -1,8 +1,8 @@
 """Stage 2, at each client: train the expert and pack the one upload (Sec. 3.3, Algorithm 1, lines 9-11).
 
 Trains LoRA factors (or, with --full-ffn, the weights) of the FFN sublayers alone on private data and proxies,
-takes the routing vector of every layer as the mean of the FFN's input over that same data, and writes what
-leaves the client:
+takes the routing vector of every layer as the mean of the FFN's input over half of the private data
+(metamoe/sending.py says why), and writes what leaves the client:
 
     RUN/clients/NAME/upload/DATA-SELECTION/manifest.json       hashes of the files below; closes the upload
                                            proxies.json        indices into D_0, sorted (no scores)
@@ -21,7 +21,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from metamoe import cli, rundir
-from metamoe.agreement import check_here, read_local
+from metamoe.agreement import FORMAT, check_here, read_local
 from metamoe.atomic import atomic, locked
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
@@ -31,7 +31,8 @@ from metamoe.flag_values import count, number, positive_int
 from metamoe.party import selection_of
 from metamoe.presets import PRESETS
 from metamoe.records import read_records
-from metamoe.uploads import expert_variant, pack, save_expert, upload_variant
+from metamoe.sending import check_again, pack, private_half, save_expert
+from metamoe.uploads import expert_variant, upload_variant
 
 # flag -> key of the preset that is its default
 DEFAULTS = dict(rank="lora_rank", alpha="lora_alpha", epochs="expert_epochs", lr="expert_lr")
@@ -50,6 +51,8 @@ def parse_args():
     flag("--warmup-steps", type=count, help="steps of linear warm-up (default: at most a tenth of all)")
     cli.add_training_flags(parser)
     cli.add_machine_flags(parser)
+    again = "make another upload of a client of --agreement, though its difference to the first tells more"
+    flag("--again", action="store_true", help=again)
     flag("--force", action="store_true", help="redo an expert that was made with other settings")
     return parser.parse_args()
 
@@ -61,7 +64,8 @@ def resolve(args, run):
     if settings["rank"] > run["rank"]:
         most = f"the agreement (run.json) has {run['rank']} at most (select_proxies.py --rank)"
         raise UserError(f"--rank {settings['rank']}: {most}")
-    return settings | {"data": args.data, "full_ffn": args.full_ffn, "seed": run["seed"], "dtype": args.dtype}
+    settings |= {"data": args.data, "full_ffn": args.full_ffn, "seed": run["seed"], "dtype": args.dtype}
+    return settings | {"format": FORMAT}
 
 
 def training_data(run_dir, client, data, indices):
@@ -96,12 +100,13 @@ def train_client(run_dir, run, local, name, indices, args, settings, made_from):
     options |= {"seed": run["seed"], "label": f"expert {name} ({args.data})", "classes": classes}
     checkpointing = use_checkpointing(args.gradient_checkpointing, run, backbone)
     losses = train(backbone, model, records, groups, steps=steps, checkpointing=checkpointing, **options)
-    vectors = backbone.routing_vectors(model, records, label=f"routing vectors {name}")
+    measured = private_half(client / "private" / "train.jsonl", private) if private else proxies
+    vectors = backbone.routing_vectors(model, measured, label=f"routing vectors {name}")
     if processes().is_main_process:
         with atomic(client / "experts" / expert_variant(args.data, args.selection, args.full_ffn)) as part:
             part.mkdir()
             save_expert(model, backbone, part, args.full_ffn)
-            save_file({"vectors": vectors}, part / "router.safetensors")
+            save_file({"vectors": vectors.bfloat16()}, part / "router.safetensors")
             rundir.write_json(part / "losses.json", losses)
             rundir.check_unchanged(run_dir, made_from)
             rundir.finish(part, settings, made_from)
@@ -124,6 +129,8 @@ def make_expert(run_dir, run, local, name, args, settings, resolved):
         made_from = rundir.versions(run_dir, *names)
         with processes(args.device).main_process_first():  # of several processes, under `accelerate launch`
             there = rundir.finished(folder, settings, args.force, made_from)
+        if local["clients"] != run["clients"]:  # the upload goes to somebody else
+            check_again(client, upload_variant(*kind), there, args.again)
         if not there:
             cli.save_settings(run_dir, "train_expert", folder.name, resolved)
             done = train_client(run_dir, run, local, name, proxies, args, settings, made_from)  # lines 9-10

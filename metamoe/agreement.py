@@ -18,7 +18,7 @@ from metamoe.errors import UserError
 from metamoe.progress import progress
 from metamoe.rundir import check_client, read_json
 
-FORMAT = 2
+FORMAT = 3  # of an upload
 PROBE = "An answer, 3 of 12:\n  Ärger, čaj, 東京, 🙂 </s> (x + 1) * y"
 _SEEN = set()  # seed models that this process has compared
 

@@ -159,9 +159,7 @@ def plan(names, with_ablations=False):
     """The stages' commands that make these rows, in order: selections, experts and uploads, models."""
     if with_ablations:
         names = names + [row for row in METHODS if not METHODS[row].title and METHODS[row].like in names]
-    uploads = [("private", "similarity")]  # the experts' own rows
-    uploads += [(METHODS[name].data, METHODS[name].selection) for name in names]
-    uploads = list(dict.fromkeys(uploads))
+    uploads = list(dict.fromkeys((METHODS[name].data, METHODS[name].selection) for name in names))
     rules = dict.fromkeys(rule for _, rule in uploads)
     lines = [f"select_proxies.py --selection {rule}" for rule in rules]
     lines += [f"train_expert.py --data {data} --selection {rule}" for data, rule in uploads]

@@ -9,20 +9,18 @@ adapter/             the expert, a PEFT adapter; or ffn.safetensors, its whole F
 import dataclasses
 import hashlib
 import math
-import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from metamoe.adapters import complete, expert_of, read_adapter
 from metamoe.agreement import FORMAT, agreement_hash
 from metamoe.atomic import atomic
-from metamoe.backbones.base import unwrap
 from metamoe.check_run import is_name
 from metamoe.cli import DATA
 from metamoe.errors import UserError
-from metamoe.rundir import inside, read_json, sha256, write_json
+from metamoe.rundir import inside, read_json, sha256
 from metamoe.untrusted import UploadError, check_tensors, parse_json, parse_tensors, read_folder
 
 MANIFEST, PROXIES, ROUTER, FFN = "manifest.json", "proxies.json", "router.safetensors", "ffn.safetensors"
@@ -55,48 +53,10 @@ def expert_variant(data, selection, full_ffn=False):
     return upload_variant(data, selection, full_ffn)
 
 
-# --- at the client
-
-
-def save_expert(model, backbone, folder, full_ffn):
-    if full_ffn:
-        state = {}
-        for ffn in backbone.ffn_names:
-            for key, value in unwrap(model).get_submodule(ffn).state_dict().items():
-                state[f"{ffn}.{key}"] = value.contiguous()
-        save_file(state, folder / FFN)
-    else:
-        config = model.peft_config["default"]
-        config.base_model_name_or_path = Path(backbone.source).name  # not the client's paths
-        config.target_modules = sorted(config.target_modules)  # a set has another order each time
-        model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-        (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's model-card template
-
-
-def pack(expert, proxies, upload, run, about):
-    """Write the upload: the files of the expert's folder, the proxies' indices, the manifest."""
-    own_notes = shutil.ignore_patterns("done.json", "losses.json")
-    with atomic(upload) as part:
-        shutil.copytree(expert, part, ignore=own_notes, copy_function=shutil.copyfile)
-        write_json(part / PROXIES, sorted(proxies))  # not in the order of their scores
-        write_manifest(part, run, about)
-
-
-def write_manifest(upload, run, about):
-    """Close an upload folder. about: its client, data, selection and full_ffn."""
-    files = {}
-    for path in sorted(path for path in upload.rglob("*") if path.is_file()):
-        files[str(path.relative_to(upload))] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    write_json(upload / MANIFEST, {**about, **terms(run), "files": files})
-
-
 def terms(run):
     """What the manifests of a federation have in common."""
     same = {"public": run["public"]["sha256"], "seed_model": run["seed_model"]}
     return {"format": FORMAT, "agreement": agreement_hash(run), **same}
-
-
-# --- at whoever reads it
 
 
 def receive(run_dir, run, given, variant):

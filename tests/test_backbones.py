@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tiny import score_alone, teach, unified
 
 import moe
-from metamoe import backbones, rundir, uploads
+from metamoe import backbones, rundir, sending, uploads
 from metamoe.backbones import training
 from metamoe.errors import UserError
 
@@ -297,7 +297,7 @@ def test_a_saved_expert_is_the_trained_one(load, records, tmp_path, full):
     model = backbone.train_full_ffn() if full else backbone.add_lora(4, 8, 0)
     teach(backbone, model, records, steps=10)
     want = backbone.scores(model, records)
-    uploads.save_expert(model, backbone, tmp_path, full)
+    sending.save_expert(model, backbone, tmp_path, full)
     fresh = load()
     assert furthest(fresh.scores(fresh.model, records), want) > 0.5
     assert furthest(fresh.scores(fresh.with_expert(uploads.read_expert(tmp_path)), records), want) < 1e-5
@@ -313,7 +313,7 @@ def test_the_saved_adapter_is_the_same_bytes_whatever_the_order_of_its_targets(b
         folder = tmp_path / str(reverse)
         folder.mkdir()
         config.target_modules = set(sorted(config.target_modules, reverse=reverse))
-        uploads.save_expert(model, backbone, folder, False)
+        sending.save_expert(model, backbone, folder, False)
         found.append({path.name: path.read_bytes() for path in (folder / "adapter").iterdir()})
     assert found[0] == found[1] and set(found[0]) == {"adapter_config.json", "adapter_model.safetensors"}
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny import CLIENTS, refused, stage
 
 import moe
-from metamoe import backbones, uploads
+from metamoe import backbones, sending, uploads
 from metamoe.rundir import finish, read_json, write_json
 from metamoe.serving import export, generation
 from metamoe.serving import seed_model as seed_model_module
@@ -346,7 +346,7 @@ def test_peft_opens_each_upload_as_the_expert_that_was_trained(finished, seed_mo
     trained = backbone()
     model = trained.add_lora(4, 8, 0)
     tiny.teach(trained, model, records, steps=6, lr=0.02)
-    uploads.save_expert(model, trained, tmp_path / "hand", False)
+    sending.save_expert(model, trained, tmp_path / "hand", False)
     folders = [finished[0] / "clients" / name / "upload" / "aligned-dpp" for name in CLIENTS]
     seen = [logits(backbone().model)]
     for folder in (tmp_path / "hand", *folders):

@@ -395,3 +395,32 @@ def test_the_page_runs_as_it_is_written(tmp_path, seed_model):
             result = subprocess.run(command, cwd=REPO, env=tiny.environment(), capture_output=True, text=True)
             assert result.returncode == 0, f"{name}: {line}: {result.stderr}"
     assert "seed model" in (parties.run("server") / "reports.md").read_text()
+
+
+SECONDS = {
+    "other proxies": ["--selection", "random"],
+    "private data alone": ["--data", "private"],
+    "retrained": [*FEW, "--lr", "0.01", "--force"],
+}
+
+
+@pytest.mark.parametrize("kind", SECONDS)
+def test_a_second_upload_is_refused_by_the_clients_own_tool(parties, kind):
+    run = parties.run("shop-a")
+    passes("select_proxies", run, "--selection", "random")
+    shutil.rmtree(run / "clients" / "shop-a" / "upload")  # it has been moved to the server
+    flags = FEW + SECONDS[kind]
+    refused = stage("train_expert", run, *flags)
+    assert refused.code == 2 and "shop-a" in refused.err and "--again" in refused.err, refused.err
+    assert not (run / "clients" / "shop-a" / "upload").exists()
+    insisted = stage("train_expert", run, *flags, "--again")
+    assert insisted.code == 0 and "do not share" in insisted.out, insisted.err
+
+
+def test_the_same_upload_can_be_made_again(parties):
+    run = parties.run("shop-a")
+    uploads = run / "clients" / "shop-a" / "upload"
+    before = read_json(uploads / "aligned-dpp" / "manifest.json")
+    shutil.rmtree(uploads)
+    assert stage("train_expert", run, *FEW).code == 0
+    assert read_json(uploads / "aligned-dpp" / "manifest.json") == before

@@ -19,7 +19,7 @@ from metamoe import party
 from metamoe.backbones import load_backbone, training
 from metamoe.data import bigbench
 from metamoe.rundir import read_json
-from metamoe.uploads import write_manifest
+from metamoe.sending import write_manifest
 
 REPO = Path(__file__).resolve().parent.parent
 CLIENTS = ["intent", "hotels", "question"]

@@ -152,7 +152,7 @@ class Evaluation:
         clients = self.run["clients"]
         # it combines probabilities, and a generated letter has none
         combined = replace(self, scoring="letters") if self.scoring == "generate" else self
-        uploads, variant = self.run_dir / "clients", expert_variant(self.run_dir)
+        uploads, variant = self.run_dir / "clients", expert_variant(self.run_dir, self.run)
         experts = [combined.score(f"expert-{name}", uploads / name / "upload" / variant) for name in clients]
         instruction = [name for name in clients if not is_choice(self.records[name])]
         seconds = sum(1 / expert["samples_per_second"] for expert in experts)

@@ -34,7 +34,7 @@ def list_models(run_dir, run, only=None):
         folders[row] = None if row == "zeroshot" else run_dir / "moe" / row
         if row.startswith("expert-"):
             name = row.removeprefix("expert-")
-            folders[row] = run_dir / "clients" / name / "upload" / expert_variant(run_dir)
+            folders[row] = run_dir / "clients" / name / "upload" / expert_variant(run_dir, run)
             read_upload(run_dir, run, name, folders[row].name)  # what is wrong with it shows at once
         elif folders[row]:
             check_whole(folders[row], "make it again with unify_moe.py")
@@ -50,9 +50,15 @@ def table_order(run_dir, run):
     return list(dict.fromkeys(rows))
 
 
-def expert_variant(run_dir):
-    """Of a client's private-only expert: the upload that BTM combines."""
+def expert_variant(run_dir, run):
+    """The upload that the clients' experts are taken from: what BTM combines, else what all have."""
     btm = run_dir / "moe" / "btm" / "done.json"
     if btm.exists():
         return check_name(f"{btm}: variant", settings_of(btm.parent).get("variant"))
-    return upload_variant(METHODS["btm"].data, METHODS["btm"].selection)
+    private = upload_variant(METHODS["btm"].data, METHODS["btm"].selection)
+    made = []
+    for name in run["clients"]:
+        manifests = (run_dir / "clients" / name / "upload").glob("[!.]*/manifest.json")
+        made.append({path.parent.name for path in manifests})
+    common = set.intersection(*made)
+    return private if private in common or not common else min(common)

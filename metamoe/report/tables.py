@@ -109,6 +109,8 @@ def explanation(results, run, measured):
     if pooled:
         text += f" {', '.join(pooled)}: trained on the clients' private data, NOT private. All others are."
     text += " The best average of a private merged model is bold."
+    if any(row["model"].startswith("expert-") for row in results["rows"]):
+        text += f" The clients' own experts are those of the uploads {results['experts']}."
     perplexities = ", ".join(name for name, measure in measured.items() if measure == "perplexity")
     if perplexities:
         text += f" Of {perplexities} {PERPLEXITY}"

@@ -31,7 +31,7 @@ from metamoe.flag_values import count, number, positive_int
 from metamoe.party import selection_of
 from metamoe.presets import PRESETS
 from metamoe.records import read_records
-from metamoe.sending import check_again, pack, private_half, save_expert
+from metamoe.sending import check_again, pack, private_half, remember, save_expert
 from metamoe.uploads import expert_variant, upload_variant
 
 # flag -> key of the preset that is its default
@@ -129,7 +129,8 @@ def make_expert(run_dir, run, local, name, args, settings, resolved):
         made_from = rundir.versions(run_dir, *names)
         with processes(args.device).main_process_first():  # of several processes, under `accelerate launch`
             there = rundir.finished(folder, settings, args.force, made_from)
-        if local["clients"] != run["clients"]:  # the upload goes to somebody else
+        sends = local["clients"] != run["clients"]  # to somebody else
+        if sends:
             check_again(client, upload_variant(*kind), there, args.again)
         if not there:
             cli.save_settings(run_dir, "train_expert", folder.name, resolved)
@@ -139,6 +140,8 @@ def make_expert(run_dir, run, local, name, args, settings, resolved):
             upload = rundir.inside(client, "upload") / upload_variant(*kind)
             about = dict(client=name, data=args.data, selection=args.selection, full_ffn=args.full_ffn)
             pack(folder, proxies, upload, run, about)  # line 11
+            if sends:
+                remember(client, upload)
             megabytes = rundir.folder_bytes(upload) / 1e6
             print(f"train_expert: {name}: {args.data}-{args.selection}: {done}; upload {megabytes:.1f} MB")
 

@@ -12,7 +12,7 @@ from metamoe.errors import UserError
 from metamoe.rundir import read_json, sha256, write_json
 from metamoe.uploads import FFN, MANIFEST, PROXIES, terms
 
-PACKED = "packed.json"  # in a client's folder: {upload: hash of its manifest} of all that it has made
+PACKED = "packed.json"  # in a client's folder
 
 
 def private_half(file, records):
@@ -26,13 +26,22 @@ def private_half(file, records):
     return [records[i] for i in sorted(order[: (len(records) + 1) // 2])]
 
 
+def packed(client):
+    """{upload: hash of its manifest} of all that the client has made for others."""
+    return read_json(client / PACKED) if (client / PACKED).exists() else {}
+
+
+def remember(client, upload):
+    """Keep in mind that the client has made this upload, which may be moved away."""
+    write_json(client / PACKED, packed(client) | {upload.name: sha256(upload / MANIFEST)})
+
+
 def check_again(client, upload, made, again):
     """UserError where the client has sent another upload before, and is not to send one `again`.
 
     made: whether the expert of this one is there already, so that it would be the same.
     """
-    packed = read_json(client / PACKED) if (client / PACKED).exists() else {}
-    before = [name for name in packed if name != upload or not made]
+    before = [name for name in packed(client) if name != upload or not made]
     tells = "what differs between two uploads tells what the data behind them do not share (docs/privacy.md)"
     if before and again:
         print(f"train_expert: {client.name}: {upload} beside {', '.join(before)}: {tells}")
@@ -63,8 +72,6 @@ def pack(expert, proxies, upload, run, about):
         shutil.copytree(expert, part, ignore=own_notes, copy_function=shutil.copyfile)
         write_json(part / PROXIES, sorted(proxies))  # not in the order of their scores
         write_manifest(part, run, about)
-    packed = read_json(upload.parents[1] / PACKED) if (upload.parents[1] / PACKED).exists() else {}
-    write_json(upload.parents[1] / PACKED, packed | {upload.name: sha256(upload / MANIFEST)})
 
 
 def write_manifest(upload, run, about):

@@ -11,13 +11,19 @@ instead: mean and standard deviation over the runs, differences with intervals o
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
+import select_proxies
 from metamoe.agreement import check_here, read_local
 from metamoe.atomic import atomic
+from metamoe.audit import report as audit_report
+from metamoe.audit.audit import audit
 from metamoe.backbones import run_backbone
 from metamoe.backbones.base import dtype_name, machine
 from metamoe.backbones.distributed import processes
 from metamoe.cli import add_machine_flags, announce, save_settings, stage_parser
 from metamoe.errors import UserError, run_main
+from metamoe.flag_values import count
 from metamoe.presets import PRESETS
 from metamoe.records import read_records
 from metamoe.report.costs import cost_tables
@@ -58,6 +64,10 @@ def parse_args():
     flag("--figure", action="store_true", help=figure)
     opt_out = "also score these MoEs (default: metamoe) with each client's expert left out in turn"
     flag("--opt-out", nargs="*", metavar="MODEL", help=opt_out)
+    attacked = "attack what CLIENT (default: the first) sends, and the unified model; writes RUN/privacy.md"
+    flag("--audit", nargs="?", const=True, metavar="CLIENT", help=attacked)
+    inserted = "its records that get a random answer for the audit (default: %(default)s)"
+    flag("--canaries", type=count, default=80, metavar="M", help=inserted)
     add_machine_flags(parser)
     return parser.parse_args()
 
@@ -81,6 +91,9 @@ def main():
     settings = {"split": args.split, "scoring": scoring or "class prompts", "figure": args.figure}
     settings = announce(args, "evaluate", settings | {"models": args.models, "opt_out": args.opt_out})
     evaluation = open_evaluation(args, run_dir, run, local, scoring)
+    if args.audit is not None:
+        write_audit(args, run_dir, run, local)
+        return
     if args.model:
         score_given(args.model, evaluation, agreement)
         return
@@ -112,6 +125,27 @@ def score_given(folder, evaluation, agreement):
     evaluation.load_model(name, Path(folder))  # what is wrong with it shows before anything is written
     scores = evaluation.score_all({"zeroshot": None, name: Path(folder)})
     write_reports(evaluation, agreement, folder, weights, scores)
+
+
+def write_audit(args, run_dir, run, local):
+    """Attack what a client sends, and the model that is made of it; write what was found."""
+    found = audit(run_dir, run, local, args, choose_proxies)
+    scores = found.pop("scores")
+    write_json(run_dir / "privacy.json", found)
+    text = audit_report.markdown(found, run)
+    write_text(run_dir / "privacy.md", text)
+    audit_report.roc_figure(run_dir / "privacy-roc.png", scores)
+    audit_report.vectors_figure(run_dir / "privacy-vectors.png", found["vectors"])
+    print(text)
+    print(f"evaluate: {run_dir}/privacy.md, privacy.json, privacy-roc.png and privacy-vectors.png written")
+
+
+def choose_proxies(features, private, usable, run):
+    """The proxies that select_proxies.py chooses by the DPP."""
+    scores = select_proxies.relevance(features, private, run["seed"], usable)
+    rng = np.random.default_rng(run["seed"])
+    rule = select_proxies.RULES["dpp"]
+    return rule(features, scores, usable, run["proxies"], run["candidates"], rng)
 
 
 def tabulate_reports(paths, run_dir, agreement):

@@ -65,7 +65,7 @@ def attraction(backbone, model, public, uploads):
         sample = [public[i] for i in upload.proxies[::step][:CLIENT_PROXIES]]
         model.routing.record = True
         moe.reset_counts(model)
-        for _, forward in backbone.prompt_batches(model, sample, label=f"routing of {name}'s proxies"):
+        for _, _, forward in backbone.prompt_batches(model, sample, label=f"routing of {name}'s proxies"):
             with backbone.autocast():
                 forward()
         counts = moe.counts(model).double()  # (L, K)

@@ -66,7 +66,7 @@ class Backbone:
 
     embed(records, label, skip, every): yields (indices, features (b, d) float32) batch by batch. The batches
         are always the same; after the first `skip` each `every`-th is embedded.
-    prompt_batches(model, records, label): yields (token mask (B, T), a function that runs the batch).
+    prompt_batches(model, records, label): yields (indices, token mask (B, T), what runs the batch).
     losses(model, records, classes, batch_size, steps, seed): yields each step's loss with its graph. Under
         `accelerate launch` it is this process's part: the sum over processes is the mean over the batch.
     scores(model, records, label, scoring): a list of float64 arrays, one a record.
@@ -112,34 +112,44 @@ class Backbone:
         """
         return self.input_means(model, records, label)[0]
 
-    @torch.no_grad()
     def input_means(self, model, records, label):
         """(the routing vectors (L, d), mean over samples of the length of their token mean (L,))."""
         state = processes()
         # Sharded weights come together only where all processes run the same layers.
         dealt = state.num_processes > 1 and not sharding()
+        share = (state.process_index, state.num_processes) if dealt else (0, 1)
         sums = torch.zeros(len(self.ffn_names), self.width + 1, dtype=torch.float64)
-
-        def add(ffn, inputs):
-            means = masked_mean(inputs[0].float(), tokens)  # (b, d)
-            means = torch.cat([means, means.norm(dim=1, keepdim=True)], 1)
-            sums[layers[ffn]] += means.sum(0).double().cpu()
-
-        layers = {unwrap(model).get_submodule(name): i for i, name in enumerate(self.ffn_names)}
-        with contextlib.ExitStack() as hooks:
-            for ffn in layers:
-                hooks.enter_context(ffn.register_forward_pre_hook(add))
-            for number, (mask, forward) in enumerate(self.prompt_batches(model, records, label)):
-                tokens = mask  # the hooks read it
-                if not dealt or number % state.num_processes == state.process_index:
-                    with self.autocast():
-                        forward()
+        for _, means in self.sample_vectors(model, records, label, *share):
+            means = torch.cat([means, means.norm(dim=2, keepdim=True)], 2)  # (b, L, d + 1)
+            sums += means.sum(0).double().cpu()
         if dealt:
             from accelerate.utils import reduce
 
             sums = reduce(sums.to(self.device), "sum").cpu()
         means = (sums / len(records)).float()
         return means[:, :-1].contiguous(), means[:, -1]
+
+    @torch.no_grad()
+    def sample_vectors(self, model, records, label, first=0, every=1):
+        """Yield (indices, the token mean of each FFN's input, (b, L, d) float32) batch by batch.
+
+        first, every: the batches that are computed.
+        """
+        layers = [unwrap(model).get_submodule(name) for name in self.ffn_names]
+        found = {}
+
+        def keep(ffn, inputs):
+            found[ffn] = masked_mean(inputs[0].float(), tokens)  # (b, d)
+
+        with contextlib.ExitStack() as hooks:
+            for ffn in layers:
+                hooks.enter_context(ffn.register_forward_pre_hook(keep))
+            for number, (indices, mask, forward) in enumerate(self.prompt_batches(model, records, label)):
+                tokens = mask  # the hooks read it
+                if number % every == first:
+                    with self.autocast():
+                        forward()
+                    yield indices, torch.stack([found[ffn] for ffn in layers], 1)
 
     # --- experts
 

@@ -158,7 +158,7 @@ class ClipBackbone(Backbone):
         width = self.model.visual.positional_embedding.shape[0]
         for indices, images in self.load(records, chunks(range(len(records)), 128), label):
             tokens = torch.ones(len(indices), width, dtype=torch.bool, device=self.device)
-            yield tokens, partial(self.pool, model, images)
+            yield indices, tokens, partial(self.pool, model, images)
 
     def losses(self, model, records, classes, batch_size, steps, seed):
         """Each step's samples and their cross-entropy over `classes`."""

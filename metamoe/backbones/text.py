@@ -126,9 +126,9 @@ class TextBackbone(TokensMixin, ScoringMixin, Backbone):
                 yield indices, masked_mean(states.float(), real).cpu().numpy()
 
     def prompt_batches(self, model, records, label):
-        for _, encoded in self.windows(records, self.form, label):
+        for indices, encoded in self.windows(records, self.form, label):
             ids, real, prompts, _ = self.collate(encoded)
-            yield real, partial(self.hidden, model, ids, real, prompts)
+            yield indices, real, partial(self.hidden, model, ids, real, prompts)
 
     def windows(self, records, form, label):
         """Yield (indices, encoded prompts of form(record)) batch by batch.

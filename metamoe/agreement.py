@@ -91,6 +91,8 @@ def seed_fingerprint(backbone):
     The weights are compared as bfloat16, which every other dtype is rounded to.
     """
     digest = hashlib.sha256()
+    if getattr(backbone, "preprocessing", None):  # of a CLIP, where it is not open_clip's default
+        digest.update(json.dumps(backbone.preprocessing, sort_keys=True).encode())
     tensors = backbone.model.state_dict()
     if hasattr(backbone, "projection"):  # of a CLIP, kept beside its tower
         tensors["visual.proj"] = backbone.projection
@@ -124,7 +126,9 @@ def check_seed_model(run, backbone):
     found = seed_fingerprint(backbone)
     for part, digest in agreed.items():
         if found[part] != digest:
-            why = f"has other {part} than the agreement's (run.json)"
+            of_clip = part == "weights" and hasattr(backbone, "preprocessing")
+            what = "weights or preprocess_cfg" if of_clip else part
+            why = f"has other {what} than the agreement's (run.json)"
             raise UserError(f"seed model {backbone.source}: {why}: take the same one (--seed-model)")
     _SEEN.add((backbone.source, str(agreed)))
 

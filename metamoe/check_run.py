@@ -43,6 +43,8 @@ def check_run(run, path):
     for key, choices in CHOICES.items():
         if run.get(key, choices[0]) not in (*choices, None):
             raise UserError(f"{path} is damaged: {key} {run[key]!r} is none of {', '.join(choices)}")
+    if not isinstance(run.get("architecture", ""), str):
+        raise UserError(f"{path} is damaged: architecture {run['architecture']!r} is no name")
     if not is_count(run.get("max_length", 8)) or run.get("max_length", 8) < 8:
         raise UserError(f"{path} is damaged: max_length {run['max_length']!r} is no number of at least 8")
     check_clients(run["clients"], path)

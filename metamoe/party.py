@@ -4,7 +4,7 @@ from pathlib import Path
 
 from metamoe.agreement import check_public, ffn_shapes, public_fingerprint, read_local, seed_fingerprint
 from metamoe.atomic import atomic
-from metamoe.backbones import run_backbone
+from metamoe.backbones import check_source, run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.data.registry import DATASETS, FAMILIES, OWN, datasets_of
 from metamoe.errors import UserError
@@ -107,6 +107,7 @@ def open_party(args, run_dir, run, local):
     given |= {"candidates", "proxies"} if "public" in run else set()  # agreed
     data = None
     if processes().is_main_process:  # what is wrong in the data shows before the seed model is loaded
+        check_source(run, local)
         data = read_data(run_dir, run, local, args.skip_bad_records, given)
     backbone = run_backbone(run, local, args)
     with processes().main_process_first():

@@ -100,6 +100,8 @@ def add_run_flags(parser):
         option(parser, f"--{size.replace('_', '-')}", type=count, metavar="N", help="as of select_proxies.py")
     model = "another seed model: hub id, local folder, or a checkpoint that open_clip reads"
     option(parser, "--seed-model", metavar="PATH", help=model)
+    architecture = "vit-b-*: open_clip's name of the seed model's architecture (default: the preset's)"
+    option(parser, "--architecture", metavar="NAME", help=architecture)
     answers = "language models train on a choice's text or its letter: text, letters"
     option(parser, "--answers", metavar="WAY", help=answers)
     option(
@@ -219,7 +221,8 @@ def one_run(args, seed, run_dir):
 def run_flags(args, seed):
     """The flags of select_proxies.py that make run.json."""
     flags = ["--backbone", args.backbone, "--seed", str(seed)]
-    for name in ("seed_model", "answers", "loss", "clients", "data_root", "dataset", "public", *SIZES):
+    data = ("clients", "data_root", "dataset", "public")
+    for name in ("seed_model", "architecture", "answers", "loss", *data, *SIZES):
         value = getattr(args, name)
         if value is not None:
             words = value if isinstance(value, list) else [str(value)]

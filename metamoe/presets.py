@@ -19,7 +19,8 @@ PAPER_CLIP = {
     "kind": "clip",
     "data": "images",
     "template": "This is a photo of a {}",
-    "resize": 256,
+    "resize": 256,  # the shorter side, before the crop to the image size; of another size in proportion
+    "image_size": 224,
     "flip": True,
     **PAPER,
     "expert_lr": 0.01,
@@ -71,6 +72,7 @@ PRESETS = {
         "pretrained": "",
         "template": "{}",
         "resize": 32,
+        "image_size": 32,
         "flip": False,
         "train_size": 500,
         "validation_size": 150,

@@ -46,6 +46,8 @@ def add_setting_flags(parser):
     flag("--backbone", help=presets)
     model = "hub id, local folder or (CLIP) checkpoint of another seed model than the backbone's own"
     flag("--seed-model", "--pretrained", help=model)
+    architecture = "of a CLIP, as open_clip names it: ViT-B-32 has plain GELU (default: the preset's)"
+    flag("--architecture", metavar="NAME", help=architecture)
     flag("--seed", type=random_seed, help="the random seed of splits and of every random choice (default: 0)")
     train = (
         "private training samples a client (default: the preset's, like all below; 0, also below: all; own "

@@ -1,5 +1,6 @@
 """The settings that an agreement (run.json) holds: the backbone's preset, overridden by flags."""
 
+from metamoe.backbones.architectures import check_architecture
 from metamoe.check_run import check_clients
 from metamoe.data.registry import FAMILIES, datasets_of
 from metamoe.errors import UserError
@@ -31,6 +32,8 @@ def check_names(args, backbone):
 def given_settings(args, backbone):
     """The settings of run.json that the flags give, None where they do not."""
     settings = {key: getattr(args, key) for key in ("backbone", "seed", "clients", *LORA, *LEAST)}
+    if args.architecture and PRESETS[backbone]["data"] != "images":
+        raise UserError(f"--architecture {args.architecture}: {backbone} is no model that open_clip makes")
     if PRESETS[backbone]["kind"] == "text":
         if args.chat_template == "off":
             settings["chat_template"] = "off"
@@ -40,6 +43,10 @@ def given_settings(args, backbone):
     if args.answers or args.loss or args.chat_template or args.max_length:
         flags = "--answers, --loss, --chat-template and --max-length"
         raise UserError(f"{flags} are for language models: {backbone} is none")
+    if PRESETS[backbone]["data"] == "images":
+        settings["architecture"] = args.architecture
+    if args.architecture:
+        check_architecture(args.architecture)
     return settings
 
 

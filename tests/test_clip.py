@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from functools import partial
 
 import numpy as np
@@ -12,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from tiny import make_coop, make_public, refused, stage
 
 import moe
-from metamoe import backbones, uploads
+from metamoe import agreement, backbones, uploads
 from metamoe.backbones import base, embedding, training
 from metamoe.data.glyphs import model as glyph
 from metamoe.data.glyphs import world
 from metamoe.errors import UserError
+from metamoe.presets import PRESETS
 from metamoe.records import read_records
 from metamoe.rundir import read_json
 
@@ -300,9 +302,83 @@ def test_checkpoints_of_the_papers_clip_and_of_something_else(tmp_path):
         backbones.load_backbone("glyph-clip", tmp_path / "other.safetensors", "cpu")
 
 
+@pytest.mark.parametrize(
+    "architecture, say",
+    [
+        ("ViT-B-33", "close are ViT-B-32"),
+        ("RN50", "ResNet"),
+        ("ViT-B-16-SigLIP", "timm"),
+        ("coca_ViT-B-32", "CoCa"),
+        ("hf-hub:laion/CLIP", "none of this name"),
+        ("ViT-H-14-quickgelu", "--seed-model openai: is no file"),
+        ("ViT-B-32", "--seed-model openai: has quick_gelu True.*take --architecture ViT-B-32-quickgelu"),
+    ],
+)
+def test_an_architecture_that_is_not_the_checkpoints_is_refused(tmp_path, architecture, say):
+    flags = ["--backbone", "vit-b-32", "--data-root", tmp_path, "--architecture", architecture]
+    assert re.search(say, refused("select_proxies", tmp_path / "run", *flags, watch=tmp_path))
+    assert "glyph-clip" in refused("select_proxies", tmp_path / "run", *flags[4:], "--backbone", "glyph-clip")
+
+
+def add_architecture(folder, name, image_size=224, **changed):
+    """Make open_clip know small_vit's architecture with what is `changed`; returns its model_cfg."""
+    config = open_clip.get_model_config("small-vit") | changed
+    config["vision_cfg"]["image_size"] = image_size
+    (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / f"{name}.json")
+    return config
+
+
+def test_a_checkpoint_with_its_configuration_is_run_as_open_clip_runs_it(small_vit, tmp_path):
+    """Activation, mean, std and interpolation; as another architecture it is refused."""
+    config = {"model_cfg": add_architecture(tmp_path, "small-gelu", quick_gelu=False)}
+    config["preprocess_cfg"] = {"mean": [0.5, 0.4, 0.3], "std": 0.2, "interpolation": "bilinear"}
+    plain = load_vit(small_vit, "small-vit")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    small_vit.rename(tmp_path / "open_clip_pytorch_model.bin")
+    small_vit = tmp_path / "open_clip_pytorch_model.bin"
+    with pytest.raises(UserError, match="has quick_gelu False.*take --architecture small-gelu$"):
+        load_vit(small_vit, "small-vit")
+    backbone = load_vit(small_vit, "small-gelu")
+    clip, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    backbone.resize, image = backbone.size, noise(300, 400)
+    assert torch.equal(backbone.transform(image), transform(image))
+    with torch.no_grad():
+        want = clip.eval().encode_image(transform(image)[None])
+        got = backbone.pool(backbone.model, transform(image)[None]) @ backbone.projection
+        other = plain.pool(plain.model, transform(image)[None]) @ plain.projection
+    assert torch.allclose(got, want, atol=1e-5) and not torch.allclose(other, want, atol=1e-3)
+    agreed = {"seed_model": agreement.seed_fingerprint(plain)}
+    with pytest.raises(UserError, match="preprocess_cfg"):  # same weights
+        agreement.check_seed_model(agreed, backbone)
+    config["preprocess_cfg"]["resize_mode"] = "squash"
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="squash"):
+        load_vit(small_vit, "small-gelu")
+
+
+def load_vit(checkpoint, architecture):
+    return backbones.load_backbone("vit-b-32", checkpoint, "cpu", "float32", architecture=architecture)
+
+
+def test_another_image_size_is_resized_in_proportion_and_its_checkpoint_is_told_by_its_shapes(
+    small_vit, tmp_path
+):
+    add_architecture(tmp_path, "small-vit-448", 448, quick_gelu=True)
+    torch.save(open_clip.create_model("small-vit-448", pretrained=None).state_dict(), tmp_path / "448.pt")
+    with pytest.raises(UserError, match="image_size 448.*take --architecture small-vit-448$"):
+        load_vit(tmp_path / "448.pt", "small-vit")
+    backbone = load_vit(tmp_path / "448.pt", "small-vit-448")
+    assert backbone.transform(noise(600, 700)).shape == (3, 448, 448) and backbone.resize == 512
+    save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="other.safetensors: its tensors"):
+        load_vit(tmp_path / "other.safetensors", "small-vit")
+
+
 @pytest.mark.slow
-def test_datasets_in_coops_layout_from_folders_to_the_table(small_vit, tmp_path):
-    """From JPEGs to the table; one D_0 image is cut off."""
+def test_datasets_in_coops_layout_from_folders_to_the_table(small_vit, tmp_path, monkeypatch):
+    """From JPEGs to the table, with an architecture that run.json names; one D_0 image is cut off."""
+    monkeypatch.setitem(PRESETS["vit-b-32"], "architecture", "ViT-B-32-quickgelu")
     pets, run, imagenet = tmp_path / "oxford_pets", tmp_path / "run", tmp_path / "imagenet"
     make_coop(pets, "split_zhou_OxfordPets.json", "images", ["Pug", "Japanese-Chin"], (4, 1, 2))
     names = ["Forest", "SeaLake"]
@@ -315,7 +391,10 @@ def test_datasets_in_coops_layout_from_folders_to_the_table(small_vit, tmp_path)
     new = ["--backbone", "vit-b-32", "--pretrained", small_vit, "--clients", "pets", "eurosat"]
     new += ["--data-root", tmp_path, "--public", imagenet, "--candidates", 12, "--proxies", 4]
     few = ["--epochs", 1, "--batch-size", 6]
+    assert "take --architecture small-vit" in refused("select_proxies", run, *new, watch=tmp_path)
+    new += ["--architecture", "small-vit"]
     out = done("select_proxies", run, *new, "--selection", "dpp")
+    assert "small-vit" in refused("select_proxies", run, "--architecture", "ViT-B-32")  # the agreement's
     assert f"skipped: {cut}" in out and "waiting for decoded images" in out
     features = np.load(run / "public" / "features.npy")
     assert features.shape == (21, 64) and np.isnan(features[:, 0]).sum() == 1

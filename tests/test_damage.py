@@ -240,6 +240,7 @@ def test_a_missing_key_is_named(key):
         {"rank": "16"},
         {"max_length": 7},
         {"max_length": "9"},
+        {"architecture": ["ViT-B-32"]},
         {"chat_template": "{{ x }}"},
         {"alpha": 1.5},
         {"seed": "0"},

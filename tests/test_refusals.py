@@ -112,7 +112,9 @@ def test_a_value_out_of_range_is_refused_in_one_line(tmp_path, kept, command):
         assert len(line) < 300
 
 
-PLACES = "--backbone --public --seed-model --data-root --dataset --client --clients --join --device"
+PLACES = (
+    "--backbone --public --seed-model --architecture --data-root --dataset --client --clients --join --device"
+)
 EMPTY = {
     "select_proxies": PLACES,
     "train_expert": "--client --selection --device",

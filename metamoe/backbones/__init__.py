@@ -5,6 +5,7 @@ import tempfile
 import torch
 
 from metamoe.agreement import check_seed_model
+from metamoe.backbones.architectures import check_checkpoint
 from metamoe.backbones.base import import_transformers, pick_device, pick_dtype
 from metamoe.backbones.clip import ClipBackbone
 from metamoe.backbones.text import TextBackbone
@@ -16,17 +17,20 @@ from metamoe.rundir import atomic
 _PROBED = set()  # seed models that this process has compared with their own forward
 
 
-def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=None, **language):
+def load_backbone(
+    name, seed_model=None, device="auto", dtype="auto", workers=None, architecture=None, **language
+):
     """The backbone `name` of PRESETS.
 
     seed_model: hub id, local folder or checkpoint of the seed model (None: the preset's).
+    architecture: of a CLIP, as open_clip names it (None: the preset's).
     language: `answers` and `loss` as in run.json, for a language model (default: the preset's), and
         `chat_template`: whether messages go through the tokenizer's, `max_length`, and `probe`: whether what
         is computed here is compared with the model's own forward.
     """
     if name not in PRESETS:
         raise UserError(f"backbone {name!r}: unknown, choose from {', '.join(PRESETS)}")
-    preset = PRESETS[name]
+    preset = with_architecture(name, architecture)
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     if preset["kind"] == "clip":
@@ -38,13 +42,25 @@ def load_backbone(name, seed_model=None, device="auto", dtype="auto", workers=No
     return TextBackbone(preset, source, device, dtype, **own)
 
 
+def with_architecture(name, architecture):
+    """The preset of a backbone, a CLIP's with the run's architecture (None: its own)."""
+    return PRESETS[name] | ({"architecture": architecture} if architecture else {})
+
+
+def check_source(run, local):
+    """UserError where the checkpoint of a CLIP of open_clip is of another architecture than the run's."""
+    preset = with_architecture(run["backbone"], run.get("architecture"))
+    if preset["data"] == "images":
+        check_checkpoint(preset["architecture"], local["seed_model"] or preset["pretrained"])
+
+
 def run_backbone(run, local, args):
     """The agreed backbone, from this party's copy of the seed model, with a stage's --device and --dtype."""
     language = {key: run.get(key) for key in ("answers", "loss")}
     language |= {"chat_template": run.get("chat_template") != "off", "max_length": run.get("max_length")}
     place = run["backbone"], local["seed_model"], args.device, args.dtype
     language["probe"] = place not in _PROBED  # once a process: evaluate.py loads the seed model for every row
-    how = args.device, args.dtype, args.workers
+    how = args.device, args.dtype, args.workers, run.get("architecture")
     backbone = load_backbone(run["backbone"], local["seed_model"], *how, **language)
     check_seed_model(run, backbone)
     _PROBED.add(place)

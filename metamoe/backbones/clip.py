@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
+from metamoe.backbones.architectures import check_checkpoint, import_open_clip
 from metamoe.backbones.base import Backbone, chunks, dtype_name, unwrap
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import epoch_batches
@@ -19,7 +20,6 @@ from metamoe.data.decoding import BadImage, open_image
 from metamoe.errors import UserError
 from metamoe.progress import progress
 from metamoe.rundir import atomic, check_input, finish_file, finished_file, read_json, sha256
-from metamoe.serving.seed_model import fix_torchvision
 
 
 class ClipBackbone(Backbone):
@@ -29,11 +29,8 @@ class ClipBackbone(Backbone):
     task_type = None
 
     def __init__(self, preset, source, device, dtype, workers=None):
-        fix_torchvision()
-        import open_clip
-
-        self.source, self.device, self.dtype = str(source), device, dtype
-        self.template, self.resize, self.flip = preset["template"], preset["resize"], preset["flip"]
+        self.source, self.device, self.dtype, self.preprocessing = str(source), device, dtype, {}
+        self.template, self.flip = preset["template"], preset["flip"]
         default = os.cpu_count() if device.type == "cuda" else 0
         self.workers = default if workers is None else workers
         model, self.tokenizer = self._load(preset)
@@ -44,22 +41,23 @@ class ClipBackbone(Backbone):
         visual.to(dtype)
         self.scale = model.logit_scale.exp().item()
         self.size, self.width = visual.image_size[0], self.projection.shape[0]
-        self.mean = getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
-        self.std = getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+        self.resize = preset["resize"] * self.size // preset["image_size"]
+        self.mean, self.std = visual.image_mean, visual.image_std
+        self.interpolation = self.preprocessing.get("interpolation", "bicubic")
         blocks = range(len(visual.transformer.resblocks))
         self.ffn_names = [f"visual.transformer.resblocks.{i}.mlp" for i in blocks]
         self.class_features, self.unreadable = {}, []
 
     def _load(self, preset):
-        import open_clip
-
-        architecture = preset["architecture"]
+        open_clip, architecture = import_open_clip(), preset["architecture"]
         try:
             if preset["data"] == "glyphs":
                 from metamoe.data.glyphs.model import WEIGHTS, create
 
                 return create(self.source or WEIGHTS)
-            model = open_clip.create_model(architecture, pretrained=self.source, weights_only=True)
+            self.preprocessing = check_checkpoint(architecture, self.source)
+            options = {"force_preprocess_cfg": self.preprocessing, "weights_only": True}
+            model = open_clip.create_model(architecture, pretrained=self.source, **options)
             return model, open_clip.get_tokenizer(architecture)
         except UserError:
             raise
@@ -74,7 +72,7 @@ class ClipBackbone(Backbone):
         """PIL image -> (3, size, size): resize, centre crop, normalise. With `rng`: random crop and flip."""
         from torchvision.transforms import InterpolationMode, functional
 
-        image = functional.resize(image, self.resize, InterpolationMode.BICUBIC)
+        image = functional.resize(image, self.resize, InterpolationMode(self.interpolation))
         if rng is None:
             image = functional.center_crop(image, self.size)
         else:

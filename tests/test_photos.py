@@ -1,6 +1,7 @@
 """Folders of one's own photos: what is read, what is not and why, and no photo in two parts."""
 
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,32 @@ def test_16_bits_are_scaled_and_values_without_a_white_are_refused(tmp_path):
     for dtype, mode in ((np.float32, "F"), (np.int32, "I")):
         with pytest.raises(BadImage, match=f"mode {mode}"):
             opened(tmp_path / f"{mode}.tiff", Image.fromarray(grey.astype(dtype)))
+
+
+def test_more_than_8_bits_are_scaled_as_the_file_says(tmp_path):
+    """A TIFF has its bits and whether 0 is white; of a very long image the middle alone is kept."""
+    for bits, white, pixels, want in ((12, 1, b"\xff\xf8\0", [255, 128]), (16, 0, b"\0\0\xff\xff", [255, 0])):
+        (tmp_path / "a.tiff").write_bytes(tiff(bits, white, pixels))
+        assert np.asarray(open_image(str(tmp_path / "a.tiff")))[0, :, 1].tolist() == want
+    (tmp_path / "a.pgm").write_bytes(b"P5 40 1 1023\n" + b"\x03\xff" * 40)
+    assert open_image(str(tmp_path / "a.pgm")).getpixel((0, 0)) == (255, 255, 255)
+
+
+def tiff(bits, white, pixels):
+    """A TIFF of 2 x 1 grey pixels."""
+    fields = {256: 2, 257: 1, 258: bits, 259: 1, 262: white, 273: 8, 277: 1, 278: 1, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+    header = b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels
+    return header + struct.pack("<H", len(fields)) + entries + bytes(4)
+
+
+def test_pixels_are_taken_as_stored_whatever_exif_says(tmp_path):
+    """As open_clip and torchvision take them."""
+    exif, image = Image.Exif(), Image.new("RGB", (6, 4))
+    exif[274] = 6
+    image.putpixel((0, 0), (0, 0, 255))
+    found = opened(tmp_path / "a.png", image, exif=exif)
+    assert found.size == (6, 4) and found.getpixel((0, 0)) == (0, 0, 255)
 
 
 @pytest.mark.parametrize("size", ((16_000, 1), (3, 400)))

@@ -35,7 +35,7 @@ def open_image(image, seen=_OPENED):
             cell = dataset[image["row"]][image["column"]]
             file = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
         with Image.open(file) as opened:
-            return to_rgb(middle(opened))
+            return to_rgb(middle(opened), opened)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise nearly anything on damaged data
@@ -47,7 +47,7 @@ def open_image(image, seen=_OPENED):
 def middle(image):
     """The middle of an image that is far longer than wide: resized whole, it would fill the memory.
 
-    Only the central square is used after the resize, so nothing that is used is lost.
+    Of the resized image scoring uses the central square, which is not lost; training crops lie in the middle.
     """
     short, long = sorted(image.size)
     if long <= LONGEST * short:
@@ -58,13 +58,18 @@ def middle(image):
     return image.crop((left, top, left + width, top + height))
 
 
-def to_rgb(image):
-    """8 bits a channel; 16 bits are scaled, where Pillow would cut them off. ValueError for other values."""
+def to_rgb(image, opened):
+    """8 bits a channel; 16 bits are scaled, where Pillow would cut them off. ValueError for other values.
+
+    opened: the whole image as its file was opened, which knows the format; a crop does not.
+    """
     from PIL import Image
 
-    if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
-        values = np.asarray(image).astype(np.float64) / 257  # 65535 is white
-        return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I;16") or image.mode == "I" and opened.format in ("PNG", "PPM"):
+        tags = getattr(opened, "tag_v2", {})  # of a TIFF: 258 is its bits, 262 whether 0 is white
+        values = np.asarray(image).astype(np.float64) / (2 ** tags.get(258, (16,))[0] - 1)
+        values = 1 - values if tags.get(262) == 0 else values
+        return Image.fromarray((values * 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         why = f"mode {image.mode}, whose white nobody knows"
         raise ValueError(f"its values are of {why}: save it with 8 or 16 bits")

@@ -19,6 +19,7 @@ import pytest  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
 
+from metamoe.backbones.base import import_transformers  # noqa: E402
 from metamoe.presets import PRESETS  # noqa: E402
 from metamoe.serving.seed_model import fix_torchvision  # noqa: E402
 
@@ -70,6 +71,15 @@ def run(tmp_path, finished):
 def fresh(tmp_path, pristine):
     shutil.copytree(pristine, tmp_path / "run")
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def export_code(tmp_path_factory):
+    """Where transformers copies an export's code to, instead of the user's cache."""
+    folder = str(tmp_path_factory.mktemp("export_code"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_transformers().dynamic_module_utils, "HF_MODULES_CACHE", folder)
+        yield
 
 
 @pytest.fixture

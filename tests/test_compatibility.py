@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from tiny import llama
+from tiny import generated, llama, logits, next_logits, written
 
 import moe
 from metamoe.serving.seed_model import fix_torchvision
@@ -32,11 +32,6 @@ def unified(context="prefix", lam=0.7, top_k=1, seed=0):
                 expert[name][f"{linear}.lora_B"] = torch.randn(rows, 2) / 2
     vectors = torch.randn(K, len(NAMES), 16) / 2
     return moe.unify(model, NAMES, experts, vectors, context=context, lam=lam, top_k=top_k)
-
-
-def logits(model, ids, **options):
-    with torch.no_grad():
-        return model(ids, **options).logits
 
 
 def close(a, b):
@@ -100,29 +95,6 @@ def test_with_a_mask_positions_begin_no_document():
 
 PROMPTS = [[5, 9, 14, 5, 9, 14, 5, 9], [7, 3, 2], [40, 2, 8, 11, 30], [21, 22]]
 ALL_CONTEXTS = pytest.mark.parametrize("context", moe.CONTEXTS)
-
-
-def next_logits(model, row, prompt):
-    """The last token's, without cache or generate; `prompt` tokens are the "fixed" context."""
-    model.routing.context_mask = None
-    if model.routing.mode == "fixed":
-        model.routing.context_mask = (torch.arange(len(row)) < prompt)[None]
-    found = logits(model, torch.tensor([row]), use_cache=False)[0, -1]
-    model.routing.context_mask = None
-    return found
-
-
-def written(model, row, new=10):
-    """Greedy tokens, one whole forward for each."""
-    out = list(row)
-    for _ in range(new):
-        out.append(int(next_logits(model, out, len(row)).argmax()))
-    return out[len(row) :]
-
-
-def generated(model, row, new=10, **options):
-    options |= dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
-    return model.generate(torch.tensor([row]), **options)[0, len(row) :].tolist()
 
 
 @ALL_CONTEXTS
@@ -274,8 +246,9 @@ def test_save_pretrained_of_a_model_that_is_no_export_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_computes_the_same():
-    model, mask = unified("fixed"), torch.ones_like(IDS)
+@pytest.mark.parametrize("context", ("prefix", "fixed"))
+def test_a_compiled_model_computes_the_same(context):
+    model, mask = unified(context), torch.ones_like(IDS)
     mask[0, :4] = 0
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

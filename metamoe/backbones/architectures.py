@@ -126,7 +126,7 @@ def read_shapes(source):
     try:
         shapes = tensor_shapes(source)
     except Exception as error:  # pickle, safetensors and torch raise nearly anything on such a file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"--seed-model {source}: does not read as a checkpoint ({reason})") from None
     try:
         width, _, _, patch = shapes["visual.conv1.weight"]

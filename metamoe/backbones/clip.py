@@ -1,6 +1,7 @@
 """CLIP models of open_clip: images decoded by worker processes, class prompts, losses, scores."""
 
 import contextlib
+import logging
 import os
 import time
 from functools import partial
@@ -57,7 +58,8 @@ class ClipBackbone(Backbone):
                 return create(self.source or WEIGHTS)
             self.preprocessing = check_checkpoint(architecture, self.source)
             options = {"force_preprocess_cfg": self.preprocessing, "weights_only": True}
-            model = open_clip.create_model(architecture, pretrained=self.source, **options)
+            with no_log():
+                model = open_clip.create_model(architecture, pretrained=self.source, **options)
             return model, open_clip.get_tokenizer(architecture)
         except UserError:
             raise
@@ -183,6 +185,16 @@ class ClipBackbone(Backbone):
         for _, images in self.load(records, chunks(range(len(records)), 128), label):
             result += [*self.classify(model, images, texts).double().cpu().numpy()]
         return result
+
+
+@contextlib.contextmanager
+def no_log():
+    """open_clip writes its errors to the root log before it raises them."""
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 class Images(Dataset):

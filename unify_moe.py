@@ -33,7 +33,7 @@ from metamoe.flag_values import fraction, number, positive_float
 from metamoe.methods import METHODS, described
 from metamoe.model_settings import add_method_flags, resolve, sources
 from metamoe.records import read_records, usable_public
-from metamoe.routing import RoutingLoss, proxy_targets, start_vectors
+from metamoe.routing import router_losses, start_vectors
 from metamoe.rundir import check_unchanged, finish, finished, inside, open_run, write_json
 from metamoe.serving.export import check_export, export
 from metamoe.serving.members import check_extension, extend, leave_out
@@ -130,13 +130,12 @@ def final_training(backbone, model, records, classes, run, settings, checkpointi
     options = {key: settings[key] for key in ("steps", "batch_size", "optimizer", "weight_decay")}
     options |= {"seed": run["seed"], "label": f"final training {settings['name']}", "warmup_steps": 0}
     options |= {"classes": classes, "checkpointing": checkpointing, "after_step": lambda: moe.clamp_(model)}
-    routing = None
-    if settings.get("routing_loss"):
-        targets = proxy_targets(uploads, model.moe_config["names"])
-        routing = options["extra_loss"] = RoutingLoss(model, targets, settings["routing_loss"])
+    extra = router_losses(model, uploads, settings)
+    if extra:
+        options["extra_loss"] = lambda batch: sum(loss(batch) for loss in extra)
     losses = train(backbone, model, records, groups, **options)
-    if routing:
-        routing.remove()
+    for loss in extra:
+        loss.remove()
     return losses
 
 

@@ -19,7 +19,7 @@ WEIGHTS = "Weights of the chosen experts"
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the results tables. The fields from `data` to `seed_expert` are flags of unify_moe.py.
+    """One row of the results tables. The fields from `data` to `balancing_loss` are flags of unify_moe.py.
 
     title: its name in the main table. Without one it is an ablation, made by `run_all.sh --ablations` alone.
     about: one line for unify_moe.py's --help.
@@ -44,8 +44,13 @@ class Method:
     top_k: int = 1
     offset: bool = False
     seed_expert: bool = False
+    routing_loss: float = (
+        0.0  # weight of the router's loss against the proxies' clients, beside the task loss
+    )
+    balancing_loss: float = 0.0  # weight of BTX's loss, for as many tokens to every expert
     like: str = "metamoe"
     sections: dict = field(default_factory=dict)
+    extra: bool = False  # a row that `run_all.sh --rivals` makes, the default run not
 
 
 def rival(title, about, **switches):
@@ -80,6 +85,30 @@ METHODS = {
         context="off",
         init="random",
         samples="public",
+    ),
+    "btx-paper": rival(
+        "BTX, top-2, balanced",
+        "as btx, but as its own paper has it: two experts a token, the seed model one of them, a balancing "
+        "loss",
+        context="off",
+        init="random",
+        samples="public",
+        top_k=2,
+        weighting="renormalized",
+        seed_expert=True,
+        balancing_loss=0.01,
+        like="btx",
+        extra=True,
+    ),
+    "moa": rival(
+        "MoA",
+        "private-only experts, random router on the sequence's mean, the router alone trained on proxies, "
+        "with a loss that tells it whose proxy a sample is",
+        init="random",
+        train="router",
+        routing_loss=1.0,
+        like="flexolmo",
+        extra=True,
     ),
     "flexolmo-random": flexolmo("FlexOlmo, random", SELECTION, selection="random"),
     "flexolmo": rival(
@@ -126,9 +155,9 @@ METHODS = {
 }
 
 
-def main_rows():
-    """The methods of the main table, in its order."""
-    return [name for name, method in METHODS.items() if method.title]
+def main_rows(rivals=True):
+    """The methods of the main table, in its order; without `rivals` those of the default run."""
+    return [name for name, method in METHODS.items() if method.title and (rivals or not method.extra)]
 
 
 def title(name):

@@ -39,8 +39,10 @@ def add_method_flags(parser):
     flag("--samples", choices=["proxies", "public", "private"], help=samples)
     seed_expert = "add e_0, the seed model's own FFN, as an expert (full paper, Eq. 6)"
     flag("--seed-expert", action="store_true", default=None, help=seed_expert)
-    routed = "weight of a loss that tells the router whose proxy a sample is (0: none; beyond the paper)"
-    flag("--routing-loss", type=not_negative, default=0.0, metavar="W", help=routed)
+    routed = "weight of a loss that tells the router whose proxy a sample is (0: none)"
+    flag("--routing-loss", type=not_negative, metavar="W", help=routed)
+    balanced = "weight of a loss that gives all experts as many tokens (BTX's; 0: none)"
+    flag("--balancing-loss", type=not_negative, metavar="W", help=balanced)
     weights = "weights of the chosen experts: pi / stop_gradient(sum), Eq. 5's pi, or pi / sum"
     flag("--weighting", choices=moe.WEIGHTINGS, help=weights)
     flag("--top-k", type=positive_int, help="experts a token")
@@ -72,10 +74,11 @@ def resolve(args, run_dir, run):
     if args.lr is None and preset["final_lr"] is None:
         raise UserError(f"--lr is needed: presets.py has no final_lr for {args.method} on {run['backbone']}")
     settings |= from_preset(args, preset, defaults)
-    if args.routing_loss:
-        settings["routing_loss"] = args.routing_loss
+    losses = {name: name for name in ("routing_loss", "balancing_loss")}
+    weights = from_preset(args, vars(method), losses)
+    settings |= {name: weight for name, weight in weights.items() if weight}
     check_settings(settings, run)
-    check_routing_loss(settings, args.gradient_checkpointing)
+    check_router_losses(settings, args.gradient_checkpointing)
     steps = settings["epochs"] * math.ceil(samples / settings["batch_size"])
     settings["steps"] = 0 if settings["train"] == "none" else steps
     return settings
@@ -98,12 +101,15 @@ def check_model_name(name, method):
     check_name("--name", name)
 
 
-def check_routing_loss(settings, checkpointing):
-    """UserError where the loss that tells the router the proxies' clients cannot be taken."""
-    if "routing_loss" not in settings:
+def check_router_losses(settings, checkpointing):
+    """UserError where a loss of the routers cannot be taken."""
+    given = [name for name in ("routing_loss", "balancing_loss") if name in settings]
+    if not given:
         return
-    flag = f"--routing-loss {settings['routing_loss']}"
-    if settings["samples"] != "proxies" or settings["train"] == "none":
+    flag = f"--{given[0].replace('_', '-')} {settings[given[0]]}"
+    if settings["train"] == "none":
+        raise UserError(f"{flag}: goes with a final training: leave out --train none")
+    if "routing_loss" in settings and settings["samples"] != "proxies":
         raise UserError(
             f"{flag}: goes with a final training on proxies: whose another sample is nobody knows"
         )

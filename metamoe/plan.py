@@ -127,6 +127,7 @@ def add_front_flags(parser):
     option(parser, "--methods", nargs="+", metavar="NAME", help=methods)
     switch(parser, "--ablations", "ABLATIONS", "also the ablations of these methods, and --figure")
     switch(parser, "--figure", "FIGURE", "also draw Figure 2 and measure coverage")
+    switch(parser, "--rivals", "RIVALS", "also the rows of more rival systems (metamoe/methods.py)")
     scoring = "how multiple choice is scored: letters, generate, likelihood"
     option(parser, "--scoring", metavar="WAY", help=scoring)
     option(parser, "--workers", type=number(int, 0, 1000), metavar="N", help="processes that decode images")
@@ -201,7 +202,7 @@ def one_run(args, seed, run_dir):
     common = ["--run-dir", run_dir, "--device", args.device or "auto", "--dtype", args.dtype or "auto"]
     common += [] if args.workers is None else ["--workers", str(args.workers)]
     steps = []
-    for line in plan(args.methods or main_rows(), args.ablations):
+    for line in plan(args.methods or main_rows(args.rivals), args.ablations):
         script, *flags = line.split()
         stage, title = script.removesuffix(".py"), line.replace(".py --", " ").replace(" --", ", ")
         share = WORK[stage] if steps else EMBEDDING

@@ -1,4 +1,4 @@
-"""Beyond Eq. 6: routing vectors of one length, and a loss that tells the router whose proxy a sample is."""
+"""Beyond Eq. 6: routing vectors of one length, and losses of the router beside the task loss."""
 
 import torch
 
@@ -39,28 +39,65 @@ def proxy_targets(uploads, names):
     return targets / targets.sum(1, keepdim=True)
 
 
-class RoutingLoss:
-    """weight times the cross-entropy of every layer's pi against the samples' clients, mean over the tokens.
+class RouterLoss:
+    """A loss of the routers, to be called after the forward of a batch; `remove` ends its hooks.
 
-    targets: (n, K), `proxy_targets` of the training's samples. To be called after the forward of a batch. The
-    tokens are those of model.routing.token_mask. It sees the routers' inputs through hooks until `remove`.
+    The tokens are those of model.routing.token_mask. seen: every layer's log pi (B, T, K) of that forward.
     """
 
-    def __init__(self, model, targets, weight):
-        self.model, self.targets, self.weight, self.seen = model, targets, weight, []
+    def __init__(self, model, weight):
+        self.model, self.weight, self.seen = model, weight, []
         self.hooks = [layer.router.register_forward_hook(self._see) for layer in moe.layers(model)]
 
     def _see(self, router, inputs, pi):
         self.seen.append(router.logits(*inputs).log_softmax(-1))  # log pi of a hopeless expert is -inf
 
     def __call__(self, batch):
-        """The loss of the samples `batch`, indices into targets, in the order of the forward's."""
+        """weight times the mean of the layers' losses on the samples `batch`."""
         seen, self.seen = self.seen, []
-        targets = self.targets[batch].to(seen[0].device).unsqueeze(1)  # (B, 1, K)
         mask = moe.tokens_in(self.model.routing, "token_mask", seen[0])  # (B, T)
-        losses = [-(targets * log_pi).sum(-1)[mask].mean() for log_pi in seen]
-        return self.weight * torch.stack(losses).mean()
+        pairs = zip(moe.layers(self.model), seen, strict=True)
+        return self.weight * torch.stack([self.loss(layer, pi, mask, batch) for layer, pi in pairs]).mean()
 
     def remove(self):
         for hook in self.hooks:
             hook.remove()
+
+
+class RoutingLoss(RouterLoss):
+    """Cross-entropy of pi against the samples' clients, mean over the tokens.
+
+    targets: (n, K), `proxy_targets` of the training's samples.
+    """
+
+    def __init__(self, model, targets, weight):
+        super().__init__(model, weight)
+        self.targets = targets
+
+    def loss(self, layer, log_pi, mask, batch):
+        targets = self.targets[batch].to(log_pi.device).unsqueeze(1)  # (B, 1, K)
+        return -(targets * log_pi).sum(-1)[mask].mean()
+
+
+class BalancingLoss(RouterLoss):
+    """K sum_p u_p p_p (BTX, arXiv 2403.07816): u_p is the share of choices of expert p, p_p its mean pi.
+
+    It is 1 where both are the same for all experts, and more where one expert takes the tokens.
+    """
+
+    def loss(self, layer, log_pi, mask, batch):
+        pi = log_pi.exp()[mask]  # (tokens, K)
+        chosen = layer.choose(pi)[0]  # (tokens, k)
+        share = chosen.flatten().bincount(minlength=pi.shape[1]) / chosen.numel()
+        return pi.shape[1] * (share * pi.mean(0)).sum()
+
+
+def router_losses(model, uploads, settings):
+    """The losses that a method adds to its task loss."""
+    losses = []
+    if settings.get("routing_loss"):
+        targets = proxy_targets(uploads, model.moe_config["names"])
+        losses.append(RoutingLoss(model, targets, settings["routing_loss"]))
+    if settings.get("balancing_loss"):
+        losses.append(BalancingLoss(model, settings["balancing_loss"]))
+    return losses

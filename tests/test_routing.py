@@ -15,6 +15,7 @@ from metamoe.rundir import read_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 UNIT = ("--method", "metamoe-unit")
+ADAPTER = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_the_row_starts_at_the_uploads_vectors_of_one_length(kept):
     assert stage("unify_moe", kept, *UNIT, "--name", "start", "--train", "none").code == 0
     tensors = load_file(kept / "moe" / "start" / "moe.safetensors")
     uploads = [kept / "clients" / name / "upload" / "aligned-dpp" for name in CLIENTS]
-    vectors = [load_file(upload / "router.safetensors")["vectors"] for upload in uploads]
+    vectors = [load_file(upload / "router.safetensors")["vectors"].float() for upload in uploads]
     for layer in (0, 1):
         own = torch.stack([v[layer] for v in vectors])
         want = own / own.norm(dim=1, keepdim=True) * own.norm(dim=1).mean()
@@ -113,6 +114,48 @@ def test_the_loss_teaches_the_router_whose_samples_are_whose(seed_model):
     assert losses[-1] < 0.3 < 1 < losses[0]
 
 
+@pytest.mark.parametrize("top_k", (1, 2))
+def test_the_balancing_loss_is_btxs(seed_model, top_k):
+    """K sum u p over the counted tokens; 1 for a router that treats all experts alike."""
+    model = unified(backbones.load_backbone("smollm2-135m", seed_model, "cpu", "float32"))
+    pis, loss = [], routing.BalancingLoss(model, 0.5)
+    for layer in moe.layers(model):
+        layer.top_k = top_k
+        layer.router.register_forward_hook(lambda m, x, pi: pis.append(pi))
+    ids, mask = torch.randint(2, 300, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 3:] = False
+    model.routing.token_mask = mask
+    model(ids, attention_mask=mask.long())
+    terms = []
+    for pi in pis:
+        used, mean = torch.zeros(3), torch.zeros(3)
+        for row in pi[mask]:
+            used[row.topk(top_k).indices] += 1 / (9 * top_k)
+            mean += row / 9
+        terms.append(3 * (used * mean).sum())
+    torch.testing.assert_close(loss([0, 1]), 0.5 * torch.stack(terms).mean())
+    for vectors in moe.router_parameters(model):
+        vectors.data.zero_()
+    model(ids, attention_mask=mask.long())
+    torch.testing.assert_close(loss([0, 1]), torch.tensor(0.5))
+
+
+def test_the_rivals_rows_are_made_as_their_entries_say(kept):
+    for name in ("moa", "btx-paper"):
+        assert stage("unify_moe", kept, "--method", name, "--lr", "0.01").code == 0
+    moa, btx = (read_json(kept / "moe" / name / "done.json") for name in ("moa", "btx-paper"))
+    assert (moa["routing_loss"], moa["train"], moa["init"]) == (1.0, "router", "random")
+    assert btx["balancing_loss"] == 0.01 and "routing_loss" not in btx
+    config = read_json(kept / "moe" / "btx-paper" / "moe_config.json")
+    assert (config["top_k"], config["names"]) == (2, ["seed", *CLIENTS])
+    before = load_file(kept / "clients" / "intent" / "upload" / "private-similarity" / "adapter" / ADAPTER)
+    after = load_file(kept / "moe" / "moa" / "moe.safetensors")
+    for key, tensor in before.items():  # its experts are the uploads'
+        linear, factor = key.removeprefix("base_model.model.").removesuffix(".weight").split(".lora_")
+        ffn, name = linear.rsplit(".", 1)
+        assert torch.equal(after[f"{ffn}.experts.{name}.{factor}"][0], tensor)
+
+
 def test_the_final_training_takes_the_loss(kept):
     flags = ["--method", "metamoe", "--train", "router", "--epochs", "2"]
     assert stage("unify_moe", kept, *flags, "--name", "task").code == 0
@@ -132,7 +175,8 @@ def test_the_final_training_takes_the_loss(kept):
         "--routing-loss nan",
         "--routing-loss 1 --train none",
         "--routing-loss 1 --samples public",
+        "--balancing-loss 1 --train none",
     ),
 )
 def test_where_the_loss_cannot_be_taken_it_is_refused(kept, flags):
-    assert "--routing-loss" in refused("unify_moe", kept, "--method=metamoe", "--name=no", *flags.split())
+    assert flags.split()[0] in refused("unify_moe", kept, "--method=metamoe", "--name=no", *flags.split())

@@ -56,18 +56,15 @@ class Router(nn.Module):
         with torch.autocast(z.device.type, enabled=False):  # bf16 logits of size 100 are off by 0.5
             e = self.vectors.float().t()  # (d, K)
             if self.disabled:
-                e = e.index_fill(1, self.out, 0)  # it may hold NaN
+                out = torch.tensor(self.disabled, device=e.device)
+                e = e.index_fill(1, out, 0)  # it may hold NaN
             logits = z.float() @ e  # (B, T, K)
             if context is not None:  # z~ . e is linear in z~: blend the K logits, not the d features
                 lam = self.lam.clamp(0, 1)  # whatever an optimiser did to it
                 logits = (1 - lam) * logits + lam * (context.float() @ e)
             if self.offset:
                 logits = logits - e.square().sum(0) / 2
-            return logits.index_fill(-1, self.out, -torch.inf) if self.disabled else logits
-
-    @property
-    def out(self) -> Tensor:
-        return torch.tensor(self.disabled, device=self.vectors.device)
+            return logits.index_fill(-1, out, -torch.inf) if self.disabled else logits
 
 
 @dataclass(eq=False)
@@ -202,7 +199,7 @@ class MoELayer(nn.Module):
         if torch.is_autocast_enabled(device):  # cast once; autocast would cast again for every expert
             dtype = torch.get_autocast_dtype(device)
         few = len(x) <= FEW_TOKENS.get(device, FEW_TOKENS["cuda"]) and self.kind == "lora"
-        stacks = {key: stack.to(dtype) for key, stack in self.experts.items()}
+        stacks = {key: stack.to(dtype) for key, stack in self.experts().items()}
         x, weight = x.to(dtype), weight.to(dtype)
         if weight.requires_grad:  # what a broken expert gives teaches the router nothing
             weight.register_hook(lambda grad: grad.nan_to_num(0, 0, 0))
@@ -234,7 +231,7 @@ class MoELayer(nn.Module):
         """The top-k experts of pi (..., K), of equals the lowest index, and their weights: (..., k) both."""
         k = min(self.top_k, len(self.counts) - len(self.router.disabled))
         if self.router.disabled:  # below the others, of which some may be 0, too
-            pi = pi.index_fill(-1, self.router.out, -1)
+            pi = pi.index_fill(-1, torch.tensor(self.router.disabled, device=pi.device), -1)
         pi, chosen = pi.sort(dim=-1, descending=True, stable=True)  # topk promises no order among equals
         pi, chosen = pi[..., :k], chosen[..., :k]
         if self.weighting == "literal":
@@ -363,12 +360,11 @@ def _stack(experts, ffn, linears, kind):
         for key, shape in want.items():
             if shape and tuple(e[key].shape) != shape:
                 raise ValueError(f"experts[{p}]: {key} is {tuple(e[key].shape)}, not {shape}")
-    out = nn.ParameterDict()  # no submodules: tools that look for "up_proj" shall find the linear alone
+    out = Stacks()
     for name in linears:
         like, stack = dict(getattr(ffn, name).named_parameters()), {}
-        if kind == "lora":  # where a LoRA leaves the linear out
-            W = like["weight"]
-            like = {"lora_A": W.new_zeros(0, W.shape[1]), "lora_B": W.new_zeros(W.shape[0], 0)}
+        if kind == "lora":  # nothing, where a LoRA leaves the linear out
+            like = dict.fromkeys(("lora_A", "lora_B"), torch.zeros(0, 0, device=like["weight"].device))
         for leaf, none in like.items():
             own = [e.get(f"{name}.{leaf}", none).detach().to(none.device) for e in experts]
             if kind == "lora":
@@ -379,6 +375,13 @@ def _stack(experts, ffn, linears, kind):
         if any(t.numel() for t in stack.values()):
             out.update({key: nn.Parameter(t) for key, t in stack.items()})
     return out
+
+
+class Stacks(nn.ParameterDict):  # no submodules: tools that look for "up_proj" shall find the linear alone
+    __call__ = nn.Module.__call__  # tools that offload weights bring a module's own back when it is called
+
+    def forward(self):
+        return dict(self.items())
 
 
 def seed_expert(ffn: nn.Module, like: dict) -> dict:
@@ -422,8 +425,7 @@ def unify(
         source = Path(source).name + "/"  # a local folder's name, not its path
     model.routing, model.moe_config = state, dict(names=names, ffn_names=ffn_names, kind=kind)
     model.moe_config |= dict(top_k=new[0].top_k, weighting=new[0].weighting, context=context, offset=offset)
-    scaling = [layer.scaling for layer in new]
-    model.moe_config |= dict(lam=float(lam), scaling=scaling, seed=source, disabled=[])
+    model.moe_config |= dict(lam=float(lam), scaling=[own.scaling for own in new], seed=source, disabled=[])
     if hasattr(model, "generate"):
         _attach(model)
     if hasattr(model, "save_pretrained"):
@@ -440,6 +442,8 @@ def _check(model, ffn_names, experts, vectors, names, context):
     for name in ffn_names:
         if name not in modules:
             raise ValueError(f"ffn_names: the model has no module {name!r}")
+        if next(modules[name].parameters()).is_meta and not vectors[0].is_meta:
+            raise ValueError(f"{name}: the seed model's weights are offloaded: load it into memory")
     for what, n in (("vectors", len(vectors)), ("names", len(names))):
         if n != K:
             raise ValueError(f"{what} has {n} entries, experts has {K}")
@@ -486,12 +490,13 @@ def _refuse_to_save(*args, **kwargs):
     raise RuntimeError(f"{what}: use moe.save(model, folder), or unify_moe.py --export")
 
 
-def _serving(name):
-    """metamoe/serving/NAME.py, in a package NAME.py beside this file; None where there is none."""
+def _serving(name, error=None):
+    """metamoe/serving/NAME.py, in a package NAME.py beside this file; without it the error, or None."""
     try:
         return importlib.import_module(f"{__package__ or 'metamoe.serving'}.{name}")
     except ModuleNotFoundError:
-        return None
+        if error:
+            raise error from None
 
 
 def layers(model) -> list[MoELayer]:
@@ -574,9 +579,8 @@ def load(folder, model=None, **options):
     """
     config, tensors = read(folder)
     if model is None:
-        seed_model = _serving("seed_model")
-        if seed_model is None:
-            raise FileNotFoundError("no seed_model.py: give the seed model, moe.load(folder, model)")
+        error = FileNotFoundError("no seed_model.py: give the seed model, moe.load(folder, model)")
+        seed_model = _serving("seed_model", error)
         model = seed_model.load_seed(Path(folder).absolute(), config["seed"], options)
     return assemble(model, config, tensors)
 
@@ -597,11 +601,9 @@ def assemble(model, config, tensors, joining=()):
             for name, scaling in zip(ffn_names, config["scaling"], strict=True):
                 e[name]["scaling"] = scaling[p]
     vectors = torch.stack([tensors[f"{name}.router.vectors"] for name in ffn_names], dim=1)  # (K, L, d)
-    names, vectors = [*config["names"]], [*vectors]
-    for name, expert, own in joining:
-        names.append(name)
-        experts.append(expert)
-        vectors.append(own)
+    names = config["names"] + [name for name, _, _ in joining]
+    experts += [expert for _, expert, _ in joining]
+    vectors = [*vectors, *(own for _, _, own in joining)]
     options = {key: config[key] for key in ("lam", "top_k", "weighting", "context", "offset")}
     model = unify(model, ffn_names, experts, vectors, names=names, **options)
     with torch.no_grad():
@@ -614,10 +616,8 @@ def assemble(model, config, tensors, joining=()):
 
 def classify(model, tokenizer, prompts, choices):
     """The likeliest choice for each prompt, and all log-likelihoods: metamoe/serving/classification.py."""
-    classification = _serving("classification")
-    if classification is None:
-        raise RuntimeError("classify needs metamoe/serving/classification.py")
-    return classification.classify(model, tokenizer, prompts, choices)
+    error = RuntimeError("classify needs metamoe/serving/classification.py")
+    return _serving("classification", error).classify(model, tokenizer, prompts, choices)
 
 
 def disable_expert(model, name):

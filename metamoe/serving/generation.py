@@ -152,7 +152,7 @@ def attach(model):
     """Let a unified language model forward and generate, with a key-value cache or without."""
     model.base_model.register_forward_pre_hook(before_forward, with_kwargs=True)
     model.base_model.register_forward_hook(after_forward, with_kwargs=True, always_call=True)
-    for method in (generate, prepare_inputs_for_generation):
+    for method in (generate, prepare_inputs_for_generation, init_continuous_batching):
         setattr(model, method.__name__, partial(method, model))  # a bound method would be lost in a pickle
 
 
@@ -215,7 +215,7 @@ def generate(self, inputs=None, *args, **kwargs):
 
 OPTIONS = (
     "assistant_early_exit assistant_model prompt_lookup_num_tokens is_assistant prefill_chunk_size "
-    "guidance_scale use_cache"
+    "guidance_scale use_cache past_key_values"
 ).split()
 
 
@@ -230,6 +230,12 @@ def refuse(mode, options):
         raise ValueError(
             "prefill_chunk_size: the context is the mean of the whole prompt; leave it out, "
             "or set routing.mode to 'prefix'"
+        )
+    cache = None if options["is_assistant"] else options["past_key_values"]
+    if mode == "fixed" and cache is not None and cache.get_seq_length():
+        raise ValueError(
+            "past_key_values: the context is the mean of the whole prompt, of which the cache holds a part; "
+            "leave it out, or set routing.mode to 'prefix'"
         )
     guided = options["guidance_scale"] not in (None, 1)
     if mode == "fixed" and guided and options["use_cache"] is False:
@@ -254,3 +260,7 @@ def prepare_inputs_for_generation(self, input_ids, *args, attention_mask=None, i
         answer.mask = attention_mask
         given["answer"] = answer
     return given
+
+
+def init_continuous_batching(self, *args, **kwargs):
+    raise ValueError("continuous batching: its requests, packed in one row, have one context; use generate")

@@ -119,6 +119,17 @@ def test_commands_have_flags_that_exist(page, monkeypatch):
         assert not unknown, f"{page.name}: {line}: {unknown}"
 
 
+def test_the_tests_and_versions_of_the_compatibility_table_are_there():
+    text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    named = [re.search(r"`(\w+\.py)::(\w+)` \|$", row) for row in rows]
+    assert all(named) and len(rows) > 40
+    for file, name in (found.groups() for found in named):
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
+    versions = re.findall(r"`(\w+==[\d.]+)`", text)
+    assert len(versions) == 5 and set(versions) <= set((ROOT / "requirements.txt").read_text().split())
+
+
 LINES = {
     "QUICK=1 bash run_all.sh --seed 1  # a comment --no": ("run_all.sh", ["--seed"]),
     "accelerate launch --multi_gpu train_expert.py --run-dir RUN": ("train_expert.py", ["--run-dir"]),

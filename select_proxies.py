@@ -8,6 +8,7 @@ user's own files. Writes RUN/public/, RUN/clients/NAME/private/ and RUN/clients/
 """
 
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,9 @@ from metamoe.data.overlap import warn_of_overlap
 from metamoe.errors import UserError, run_main
 from metamoe.federation import start_run
 from metamoe.party import open_party, write_data
+from metamoe.privacy.flags import add_privacy_flags, privacy_terms, relevance_settings
+from metamoe.privacy.ledger import open_budget
+from metamoe.privacy.parts import relevance_under, settle_relevance
 from metamoe.records import read_records, usable_public
 from metamoe.report.statistics import selection_terms
 from metamoe.run_flags import add_client_flags, add_setting_flags
@@ -72,6 +76,7 @@ def parse_args():
     add_setting_flags(parser)
     rule = "rule that chooses the proxies; dpp-all: the DPP without the pre-filter (default: %(default)s)"
     parser.add_argument("--selection", choices=RULES, default="dpp", help=rule)
+    add_privacy_flags(parser)
     add_machine_flags(parser)
     again = "redo all from the embeddings on, where this selection was made with other settings"
     parser.add_argument("--force", action="store_true", help=again)
@@ -111,19 +116,22 @@ def relevance(public, private, seed, usable=None):
     return scores
 
 
-def client_relevance(run_dir, run, name, backbone, features, usable, made_from, force):
+def client_relevance(run_dir, run, name, backbone, features, usable, made_from, force, budget):
     """The client's g over D_0, computed once for all rules; None in processes that are not the main one."""
+    score = partial(relevance_under, budget) if budget and budget.covers("relevance") else relevance
     cached, start = inside(run_dir / "clients" / name, "selection") / "relevance.npy", time.perf_counter()
-    settings = {"dtype": dtype_name(backbone.dtype)}
+    settings = {"dtype": dtype_name(backbone.dtype)} | relevance_settings(budget and budget.terms)
     with processes().main_process_first():
         there = finished_file(cached, settings, force, made_from)
-    private = None if there else private_features(run_dir, run, backbone, name)
+    every = score is not relevance
+    private = None if there else private_features(run_dir, run, backbone, name, every)
     if not processes().is_main_process:
         return None
     if not there:
-        scores = relevance(features, private, run["seed"], usable)
+        scores = score(features, private, run["seed"], usable)
         keep_array(cached, scores, settings, made_from)
         write_json(cached.with_name("timing.json"), {"relevance_seconds": time.perf_counter() - start})
+    settle_relevance(budget)
     return read_array(cached, len(features))
 
 
@@ -169,7 +177,7 @@ def unfinished(run_dir, folders, settings, force):
 def selection_settings(args, run):
     """The settings that a selection is made with."""
     candidates = 0 if args.selection == "dpp-all" else run["candidates"]
-    sizes = {"candidates": candidates, "proxies": run["proxies"]}
+    sizes = {"candidates": candidates, "proxies": run["proxies"], **relevance_settings(privacy_terms(args))}
     return {"seed": run["seed"], "selection": args.selection, "dtype": args.dtype, **sizes}
 
 
@@ -181,6 +189,7 @@ def select_all(args):
         run, local, names = start_run(args)
     resolved = announce(args, "select_proxies", shown(run, local) | {"selection": args.selection})
     settings = selection_settings(args, run)
+    budgets = {name: open_budget(run_dir / "clients" / name, privacy_terms(args)) for name in names}
     folders = {name: run_dir / "clients" / name / "selection" / args.selection for name in names}
     todo = unfinished(run_dir, folders, settings, args.force)
     if not todo and (run_dir / "public" / "done.json").exists():
@@ -204,7 +213,8 @@ def select_all(args):
         if processes().is_main_process:
             warn_of_overlap(name, run_dir / "clients" / name / "private", public, run.get("loss") == "text")
         made_from = sources(run_dir, name)
-        scores = client_relevance(run_dir, run, name, backbone, features, usable, made_from, args.force)
+        known = backbone, features, usable, made_from, args.force, budgets[name]
+        scores = client_relevance(run_dir, run, name, *known)
         if scores is not None:
             select(folders[name], run, name, settings, made_from, features, scores, usable, public)
     processes().wait_for_everyone()

@@ -18,8 +18,6 @@ import gc
 import math
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from metamoe import cli, rundir
 from metamoe.agreement import FORMAT, check_here, read_local
 from metamoe.atomic import atomic, locked
@@ -28,10 +26,11 @@ from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import ends, train, use_checkpointing, warm_up
 from metamoe.errors import UserError, run_main
 from metamoe.flag_values import count, number, positive_int
-from metamoe.party import selection_of
+from metamoe.party import label_set, selection_of, training_data
 from metamoe.presets import PRESETS
-from metamoe.records import read_records
-from metamoe.sending import check_again, pack, private_half, remember, save_expert
+from metamoe.privacy import parts
+from metamoe.privacy.flags import add_privacy_flags, private_settings
+from metamoe.sending import check_again, pack, private_half, save_result
 from metamoe.uploads import expert_variant, upload_variant
 
 # flag -> key of the preset that is its default
@@ -48,8 +47,11 @@ def parse_args():
     rank = "LoRA rank (default: the backbone's preset, like all below)"
     flag("--rank", type=number(int, 1, 4096), help=rank)
     flag("--alpha", type=positive_int, help="LoRA alpha; the update is scaled by alpha / rank")
+    fixed = "LoRA factors B alone are trained, A stays random (FFA-LoRA): half as many weights get noise"
+    flag("--fixed-a", action="store_true", help=fixed)
     flag("--warmup-steps", type=count, help="steps of linear warm-up (default: at most a tenth of all)")
     cli.add_training_flags(parser)
+    add_privacy_flags(parser)
     cli.add_machine_flags(parser)
     again = "make another upload of a client of --agreement, though its difference to the first tells more"
     flag("--again", action="store_true", help=again)
@@ -65,53 +67,47 @@ def resolve(args, run):
         most = f"the agreement (run.json) has {run['rank']} at most (select_proxies.py --rank)"
         raise UserError(f"--rank {settings['rank']}: {most}")
     settings |= {"data": args.data, "full_ffn": args.full_ffn, "seed": run["seed"], "dtype": args.dtype}
-    return settings | {"format": FORMAT}
+    return settings | {"format": FORMAT} | private_settings(args)
 
 
-def training_data(run_dir, client, data, indices):
-    """(private records, proxies) that the expert is trained on."""
-    private = [] if data == "proxies" else read_records(client / "private" / "train.jsonl")
-    public = read_records(run_dir / "public" / "records.jsonl")
-    return private, [] if data == "private" else [public[i] for i in indices]
+def train_model(backbone, model, private, proxies, args, settings, run, options):
+    """Train the expert in place; returns each step's loss."""
+    steps = settings["epochs"] * math.ceil(len(private + proxies) / settings["batch_size"])
+    options["warmup_steps"] = warm_up(args.warmup_steps, settings["warmup_steps"], steps)
+    options |= {"batch_size": settings["batch_size"], "steps": steps}
+    options["checkpointing"] = use_checkpointing(args.gradient_checkpointing, run, backbone)
+    return train(backbone, model, private + proxies, **options)
 
 
-def label_set(backbone, run_dir, client):
-    """The classes that an image model's expert tells apart: the client's own, then the public set's."""
-    classes = backbone.public_classes(run_dir / "public")
-    if classes:
-        own = read_records(client / "private" / "train.jsonl")[0]["choices"]
-        classes = list(dict.fromkeys(own + classes))
-    return classes
-
-
-def train_client(run_dir, run, local, name, indices, args, settings, made_from):
+def train_client(run_dir, run, local, name, indices, args, settings, made_from, budget):
     """Train one client's expert, take its routing vectors and write both; returns a line about it."""
     client = run_dir / "clients" / name
+    folder = client / "experts" / expert_variant(args.data, args.selection, args.full_ffn)
     private, proxies = training_data(run_dir, client, args.data, indices)
-    records = private + proxies
     backbone = run_backbone(run, local, args)
-    classes = label_set(backbone, run_dir, client)
-    lora = settings["rank"], settings["alpha"], run["seed"]
+    lora = settings["rank"], settings["alpha"], run["seed"], args.fixed_a
     model = backbone.train_full_ffn() if args.full_ffn else backbone.add_lora(*lora)
-    steps = settings["epochs"] * math.ceil(len(records) / settings["batch_size"])
-    groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": settings["lr"]}]
-    options = {key: settings[key] for key in ("batch_size", "optimizer", "weight_decay")}
-    options["warmup_steps"] = warm_up(args.warmup_steps, settings["warmup_steps"], steps)
-    options |= {"seed": run["seed"], "label": f"expert {name} ({args.data})", "classes": classes}
-    checkpointing = use_checkpointing(args.gradient_checkpointing, run, backbone)
-    losses = train(backbone, model, records, groups, steps=steps, checkpointing=checkpointing, **options)
-    measured = private_half(client / "private" / "train.jsonl", private) if private else proxies
-    vectors = backbone.routing_vectors(model, measured, label=f"routing vectors {name}")
+    options = {key: settings[key] for key in ("optimizer", "weight_decay", "seed")}
+    options |= {"label": f"expert {name} ({args.data})", "classes": label_set(backbone, run_dir, client)}
+    options["groups"] = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": settings["lr"]}]
+    task = backbone, model, private, proxies, args, settings, run, options
+    covers = budget.covers if budget and private else lambda part: False
+    losses = parts.expert_under(budget, run_dir, *task) if covers("expert") else train_model(*task)
+    if covers("vectors"):
+        vectors = parts.vectors_under(budget, run_dir, backbone, model, private, run)
+    else:
+        measured = private_half(client / "private" / "train.jsonl", private) if private else proxies
+        vectors = backbone.routing_vectors(model, measured, label=f"routing vectors {name}")
     if processes().is_main_process:
-        with atomic(client / "experts" / expert_variant(args.data, args.selection, args.full_ffn)) as part:
+        with atomic(folder) as part:
             part.mkdir()
-            save_expert(model, backbone, part, args.full_ffn)
-            save_file({"vectors": vectors.bfloat16()}, part / "router.safetensors")
+            save_result(model, backbone, vectors, part, args.full_ffn)
             rundir.write_json(part / "losses.json", losses)
+            parts.keep_bill(budget, part)
             rundir.check_unchanged(run_dir, made_from)
             rundir.finish(part, settings, made_from)
-    first, last = ends(losses)
-    return f"{len(private)} private + {len(proxies)} proxies, {steps} steps, loss {first:.3f} -> {last:.3f}"
+    told = "{} steps, loss {:.3f} -> {:.3f}".format(len(losses), *ends(losses))
+    return f"{len(private)} private + {len(proxies)} proxies, {told}"
 
 
 def make_expert(run_dir, run, local, name, args, settings, resolved):
@@ -119,6 +115,7 @@ def make_expert(run_dir, run, local, name, args, settings, resolved):
     kind = args.data, args.selection, args.full_ffn
     client, done = run_dir / "clients" / name, "expert is there already, skipped"
     proxies, digest = selection_of(client, args.selection)
+    budget = parts.budget_of(client, args)
     names = ["public/records.jsonl", f"clients/{name}/private/train.jsonl"]
     if args.data == "private":
         names = names[1:]
@@ -133,15 +130,16 @@ def make_expert(run_dir, run, local, name, args, settings, resolved):
         if sends:
             check_again(client, upload_variant(*kind), there, args.again)
         if not there:
+            parts.check_unspent(budget, args.data)
             cli.save_settings(run_dir, "train_expert", folder.name, resolved)
-            done = train_client(run_dir, run, local, name, proxies, args, settings, made_from)  # lines 9-10
+            task = proxies, args, settings, made_from, budget
+            done = train_client(run_dir, run, local, name, *task)  # lines 9-10
             gc.collect()  # a PEFT model is a reference cycle: without this two are in memory at once
         if processes().is_main_process:
             upload = rundir.inside(client, "upload") / upload_variant(*kind)
             about = dict(client=name, data=args.data, selection=args.selection, full_ffn=args.full_ffn)
-            pack(folder, proxies, upload, run, about)  # line 11
-            if sends:
-                remember(client, upload)
+            about["privacy"] = parts.settle(budget, folder)
+            pack(folder, proxies, upload, run, about, sends)  # line 11
             megabytes = rundir.folder_bytes(upload) / 1e6
             print(f"train_expert: {name}: {args.data}-{args.selection}: {done}; upload {megabytes:.1f} MB")
 

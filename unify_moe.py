@@ -38,7 +38,7 @@ from metamoe.rundir import check_unchanged, finish, finished, inside, open_run, 
 from metamoe.serving.export import check_export, export
 from metamoe.serving.members import check_extension, extend, leave_out
 from metamoe.takeover import attraction, check_lengths, tell_routing
-from metamoe.uploads import read_upload, receive
+from metamoe.uploads import read_uploads, receive
 
 
 def parse_args():
@@ -188,7 +188,7 @@ def unify(args, run_dir, run):
     resolved = cli.announce(args, "unify_moe", settings)
     with processes(args.device).main_process_first():  # of several processes, under `accelerate launch`
         receive(run_dir, run, args.upload or [], settings["variant"])
-    uploads = {name: read_upload(run_dir, run, name, settings["variant"]) for name in run["clients"]}
+    uploads = read_uploads(run_dir, run, settings["variant"])
     settings["uploads"] = {name: upload.digest for name, upload in uploads.items()}
     if args.extend:
         settings["extend"] = check_extension(args, run_dir, run, settings)

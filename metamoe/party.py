@@ -9,7 +9,7 @@ from metamoe.backbones.distributed import processes
 from metamoe.data.registry import DATASETS, FAMILIES, OWN, datasets_of
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
-from metamoe.records import write_records
+from metamoe.records import read_records, write_records
 from metamoe.run_settings import LEAST, PARTS, check_sizes, known_clients, shrink
 from metamoe.rundir import check_whole, finish, inside, read_json, read_run, sha256, write_json
 
@@ -123,6 +123,22 @@ def selection_of(client, rule):
         raise UserError(f"{path} is missing: {stage} first")
     check_whole(path.parent, f"{stage} again")
     return read_json(path)["proxies"], sha256(path)
+
+
+def training_data(run_dir, client, data, indices):
+    """(private records, proxies) that the expert in a client's folder is trained on."""
+    private = [] if data == "proxies" else read_records(client / "private" / "train.jsonl")
+    public = read_records(run_dir / "public" / "records.jsonl")
+    return private, [] if data == "private" else [public[i] for i in indices]
+
+
+def label_set(backbone, run_dir, client):
+    """The classes that an image model's expert tells apart: the client's own, then the public set's."""
+    classes = backbone.public_classes(run_dir / "public")
+    if classes:
+        own = read_records(client / "private" / "train.jsonl")[0]["choices"]
+        classes = list(dict.fromkeys(own + classes))
+    return classes
 
 
 def seal(run, backbone, public):

@@ -10,7 +10,7 @@ from metamoe.atomic import atomic
 from metamoe.backbones.base import unwrap
 from metamoe.errors import UserError
 from metamoe.rundir import read_json, sha256, write_json
-from metamoe.uploads import FFN, MANIFEST, PROXIES, terms
+from metamoe.uploads import FFN, MANIFEST, PROXIES, ROUTER, terms
 
 PACKED = "packed.json"  # in a client's folder
 
@@ -31,11 +31,6 @@ def packed(client):
     return read_json(client / PACKED) if (client / PACKED).exists() else {}
 
 
-def remember(client, upload):
-    """Keep in mind that the client has made this upload, which may be moved away."""
-    write_json(client / PACKED, packed(client) | {upload.name: sha256(upload / MANIFEST)})
-
-
 def check_again(client, upload, made, again):
     """UserError where the client has sent another upload before, and is not to send one `again`.
 
@@ -48,6 +43,12 @@ def check_again(client, upload, made, again):
     elif before:
         one = f"has made its upload, {', '.join(before)}"
         raise UserError(f"client {client.name}: {one}: {tells}: --again makes {upload} all the same")
+
+
+def save_result(model, backbone, vectors, folder, full_ffn):
+    """Write the expert and its routing vectors as they are sent."""
+    save_expert(model, backbone, folder, full_ffn)
+    save_file({"vectors": vectors.bfloat16()}, folder / ROUTER)
 
 
 def save_expert(model, backbone, folder, full_ffn):
@@ -65,17 +66,23 @@ def save_expert(model, backbone, folder, full_ffn):
         (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's model-card template
 
 
-def pack(expert, proxies, upload, run, about):
-    """Write the upload: the files of the expert's folder, the proxies' indices, the manifest."""
-    own_notes = shutil.ignore_patterns("done.json", "losses.json")
+def pack(expert, proxies, upload, run, about, sends):
+    """Write the upload: the files of the expert's folder, the proxies' indices, the manifest.
+
+    sends: it leaves this party, and may be moved away: the client keeps in mind that it has made it.
+    """
+    own_notes = shutil.ignore_patterns("done.json", "losses.json", "privacy.json")
     with atomic(upload) as part:
         shutil.copytree(expert, part, ignore=own_notes, copy_function=shutil.copyfile)
         write_json(part / PROXIES, sorted(proxies))  # not in the order of their scores
         write_manifest(part, run, about)
+    if sends:
+        client = upload.parents[1]
+        write_json(client / PACKED, packed(client) | {upload.name: sha256(upload / MANIFEST)})
 
 
 def write_manifest(upload, run, about):
-    """Close an upload folder. about: its client, data, selection and full_ffn."""
+    """Close an upload folder. about: its client, data, selection, full_ffn and privacy."""
     files = {}
     for path in sorted(path for path in upload.rglob("*") if path.is_file()):
         files[str(path.relative_to(upload))] = {"size": path.stat().st_size, "sha256": sha256(path)}

@@ -20,6 +20,7 @@ from metamoe.atomic import atomic
 from metamoe.check_run import is_name
 from metamoe.cli import DATA
 from metamoe.errors import UserError
+from metamoe.privacy.flags import PARTS, UNIT, told
 from metamoe.rundir import inside, read_json, sha256
 from metamoe.untrusted import UploadError, check_tensors, parse_json, parse_tensors, read_folder
 
@@ -39,6 +40,7 @@ class Upload:
     proxies: list  # m indices into D_0
     expert: dict  # as for moe.unify
     vectors: torch.Tensor  # (L, d)
+    privacy: dict | None  # what the client claims (docs/privacy.md)
 
 
 def upload_variant(data, selection, full_ffn=False):
@@ -101,6 +103,15 @@ def read_upload(run_dir, run, name, variant):
         raise UserError(f"client {name}: upload {folder}: {error}: have the client send it again") from None
 
 
+def read_uploads(run_dir, run, variant):
+    """{client: Upload} of all clients; says what each claims of its privacy."""
+    uploads = {name: read_upload(run_dir, run, name, variant) for name in run["clients"]}
+    for name, upload in uploads.items():
+        if upload.privacy:
+            print(f"unify_moe: {name}: its upload claims {told(upload.privacy)}")
+    return uploads
+
+
 def limits(run_dir, run):
     """{file: the most bytes that it can have} under the agreement."""
     shapes = [shape for ffn in ffn_shapes(run_dir).values() for shape in ffn.values()]
@@ -144,7 +155,8 @@ def open_upload(run_dir, run, name, content, variant=None):
         expert = read_factors(content, shapes, run) if FACTORS in content else read_ffns(content, shapes)
     except UserError as error:
         raise UploadError(error) from None
-    return Upload(name, found, digest_of(content), proxies, expert, tensors["vectors"].float())
+    vectors, privacy = tensors["vectors"].float(), manifest["privacy"]
+    return Upload(name, found, digest_of(content), proxies, expert, vectors, privacy)
 
 
 def check_manifest(manifest, run, name, variant):
@@ -152,7 +164,7 @@ def check_manifest(manifest, run, name, variant):
     if name not in run["clients"]:
         raise UploadError(f"the agreement has no client {name}, only {', '.join(run['clients'])}")
     expected = {"client": name, **terms(run)}
-    about = ["data", "selection", "full_ffn"]
+    about = ["data", "selection", "full_ffn", "privacy"]
     if not isinstance(manifest, dict) or manifest.keys() != {*expected, *about, "files"}:
         raise UploadError(f"{MANIFEST}: has not the keys that this version of the project writes")
     reasons = {"client": "another client's", "public": "made with another public set"}
@@ -161,14 +173,37 @@ def check_manifest(manifest, run, name, variant):
     for key, reason in reasons.items():
         if manifest[key] != expected[key]:
             raise UploadError(f"{MANIFEST}: {key} {str(manifest[key])[:80]}: the upload is {reason}")
-    data, selection, full = (manifest[key] for key in about)
+    data, selection, full, privacy = (manifest[key] for key in about)
     known = isinstance(data, str) and data in DATA and isinstance(full, bool)
     if not (known and isinstance(selection, str) and is_name(selection)):
         raise UploadError(f"{MANIFEST}: its data, selection and full_ffn name no variant")
+    check_claim(privacy)
     found = upload_variant(data, selection, full)
     if variant not in (None, found):
         raise UploadError(f"{MANIFEST}: the upload is {found}, not {variant}")
     return found
+
+
+def check_claim(privacy):
+    """UploadError unless it is null, or what Budget.claim writes."""
+    if privacy is None:
+        return
+    wrong = UploadError(f"{MANIFEST}: its privacy is no claim that this version of the project writes")
+    keys = {"epsilon", "delta", "unit", "clipping", "parts"}
+    if not isinstance(privacy, dict) or privacy.keys() != keys or privacy["unit"] != UNIT:
+        raise wrong
+    parts, clipping = privacy["parts"], privacy["clipping"]
+    if not isinstance(parts, list) or not parts or parts != [part for part in PARTS if part in parts]:
+        raise wrong
+    if not isinstance(clipping, dict) or not clipping.keys() <= set(parts):
+        raise wrong
+    numbers = [privacy["epsilon"], privacy["delta"]]
+    for value in clipping.values():
+        numbers += value if isinstance(value, list) else [value]
+    if not all(type(value) in (int, float) and 0 < value < math.inf for value in numbers):
+        raise wrong
+    if privacy["delta"] >= 1:
+        raise wrong
 
 
 def check_files(listed, content):

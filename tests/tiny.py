@@ -200,9 +200,8 @@ def fill(disk, room):
 
 def forge(upload, run, **changed):
     """Close a changed upload with a manifest that fits it, as a client with such an upload would."""
-    about = {
-        key: read_json(upload / "manifest.json")[key] for key in ("client", "data", "selection", "full_ffn")
-    }
+    keys = ("client", "data", "selection", "full_ffn", "privacy")
+    about = {key: read_json(upload / "manifest.json")[key] for key in keys}
     (upload / "manifest.json").unlink()
     write_manifest(upload, run, about | changed)
 

@@ -69,6 +69,8 @@ class Backbone:
     prompt_batches(model, records, label): yields (indices, token mask (B, T), what runs the batch).
     losses(model, records, classes, batch_size, steps, seed): yields each step's loss with its graph. Under
         `accelerate launch` it is this process's part: the sum over processes is the mean over the batch.
+    sample_losses(model, records, classes, batches, seed): yields for each batch of indices the sum of its
+        samples' own losses, a text's a mean over its own tokens.
     scores(model, records, label, scoring): a list of float64 arrays, one a record.
     public_classes(folder): the class names of RUN/public/ that an image classifier is trained on.
 
@@ -114,20 +116,30 @@ class Backbone:
 
     def input_means(self, model, records, label):
         """(the routing vectors (L, d), mean over samples of the length of their token mean (L,))."""
+
+        def with_length(layer, means):
+            return torch.cat([means, means.norm(dim=1, keepdim=True)], 1)
+
+        means = self.input_sums(model, records, label, self.width + 1, with_length) / len(records)
+        means = means.float()
+        return means[:, :-1].contiguous(), means[:, -1]
+
+    @torch.no_grad()
+    def input_sums(self, model, records, label, width, of):
+        """The sum over samples of of(layer, token means (b, d)), which is (b, width): (L, width) float64."""
         state = processes()
         # Sharded weights come together only where all processes run the same layers.
         dealt = state.num_processes > 1 and not sharding()
         share = (state.process_index, state.num_processes) if dealt else (0, 1)
-        sums = torch.zeros(len(self.ffn_names), self.width + 1, dtype=torch.float64)
+        sums = torch.zeros(len(self.ffn_names), width, dtype=torch.float64)
         for _, means in self.sample_vectors(model, records, label, *share):
-            means = torch.cat([means, means.norm(dim=2, keepdim=True)], 2)  # (b, L, d + 1)
-            sums += means.sum(0).double().cpu()
+            for layer, own in enumerate(means.unbind(1)):  # (b, d)
+                sums[layer] += of(layer, own).sum(0).double().cpu()
         if dealt:
             from accelerate.utils import reduce
 
             sums = reduce(sums.to(self.device), "sum").cpu()
-        means = (sums / len(records)).float()
-        return means[:, :-1].contiguous(), means[:, -1]
+        return sums
 
     @torch.no_grad()
     def sample_vectors(self, model, records, label, first=0, every=1):
@@ -153,14 +165,21 @@ class Backbone:
 
     # --- experts
 
-    def add_lora(self, rank, alpha, seed):
-        """The model with new PEFT LoRA factors on the FFN linears; only they train. seed: the random seed."""
+    def add_lora(self, rank, alpha, seed, fixed_a=False):
+        """The model with new PEFT LoRA factors on the FFN linears; only they train. seed: the random seed.
+
+        fixed_a: only the factors B train; the random A are the same for all who have the seed.
+        """
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(seed)
         targets = [f"{ffn}.{linear}" for ffn in self.ffn_names for linear in self.ffn_linears]
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type=self.task_type)
-        return get_peft_model(self.model, config)
+        model = get_peft_model(self.model, config)
+        if fixed_a:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
+        return model
 
     def train_full_ffn(self):
         """The model with trainable FFN weights, in float32."""

@@ -162,20 +162,33 @@ class ClipBackbone(Backbone):
 
     def losses(self, model, records, classes, batch_size, steps, seed):
         """Each step's samples and their cross-entropy over `classes`."""
-        texts = self.text_features(classes)
-        numbers = {name: i for i, name in enumerate(classes)}
-        targets = torch.tensor([numbers[record["answer"]] for record in records], device=self.device)
+        texts, targets = self.text_features(classes), self.targets(records, classes)
         state = processes()
         batches = list(epoch_batches([1] * len(records), batch_size, steps, seed))
         mine = [batch[state.process_index :: state.num_processes] for batch in batches]
         # A process that a short batch leaves nothing loads one image, which then counts nothing.
         loaded = self.load(records, [p or b[:1] for p, b in zip(mine, batches, strict=True)], seed=seed)
-        # On the CPU the fused attention's backward is slower on so few tokens: a fifth of a step.
-        attention = sdpa_kernel if self.device.type == "cpu" else contextlib.nullcontext
         for part, batch, (indices, images) in zip(mine, batches, loaded, strict=True):
-            with attention(SDPBackend.MATH):
+            with self.attention():
                 logits = self.classify(model, images, texts)  # (b, C)
             yield indices, F.cross_entropy(logits, targets[indices]) * (len(part) / len(batch))
+
+    def sample_losses(self, model, records, classes, batches, seed):
+        texts, targets = self.text_features(classes), self.targets(records, classes)
+        for indices, images in self.load(records, batches, seed=seed):
+            with self.attention():
+                logits = self.classify(model, images, texts)  # (b, C)
+            yield F.cross_entropy(logits, targets[indices], reduction="sum")
+
+    def targets(self, records, classes):
+        """Each record's class as its index."""
+        numbers = {name: i for i, name in enumerate(classes)}
+        return torch.tensor([numbers[record["answer"]] for record in records], device=self.device)
+
+    def attention(self):
+        # On the CPU the fused attention's backward is slower on so few tokens: a fifth of a step.
+        cpu = self.device.type == "cpu"
+        return sdpa_kernel(SDPBackend.MATH) if cpu else contextlib.nullcontext()
 
     @torch.no_grad()
     def scores(self, model, records, label="scoring", scoring=None):

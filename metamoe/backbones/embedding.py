@@ -47,10 +47,10 @@ def public_features(run_dir, backbone, records, force=False):
     return np.load(path, mmap_mode="r")
 
 
-def private_features(run_dir, run, backbone, name):
-    """The embeddings (n, d) of a client's training records, of at most MOST_PRIVATE random ones."""
+def private_features(run_dir, run, backbone, name, every=False):
+    """The embeddings (n, d) of a client's training records, of MOST_PRIVATE random ones or of `every` one."""
     private = read_records(run_dir / "clients" / name / "private" / "train.jsonl")
-    if len(private) > MOST_PRIVATE:
+    if len(private) > MOST_PRIVATE and not every:
         sample = np.random.default_rng([run["seed"], 5]).permutation(len(private))[:MOST_PRIVATE]
         private = [private[i] for i in np.sort(sample)]
     return backbone.features(private, label=f"embedding {name}")

@@ -159,13 +159,20 @@ class TextBackbone(TokensMixin, ScoringMixin, Backbone):
             mine = mine or batch[:1]
             yield mine, self.loss(model, [encoded[i] for i in mine]) * share
 
+    def sample_losses(self, model, records, classes, batches, seed):
+        for batch in batches:
+            yield self.loss(model, [self.example(records[i]) for i in batch], each=True)
+
     def count(self, example):
         """Number of an example's tokens in the loss."""
         prompt, answer = example
         return len(prompt) + len(answer) - 1 if self.whole_text else len(answer)
 
-    def loss(self, model, encoded):
-        """Mean cross-entropy over the answers' tokens; with `loss` "text" over all tokens but the first."""
+    def loss(self, model, encoded, each=False):
+        """Mean cross-entropy over the answers' tokens; with `loss` "text" over all tokens but the first.
+
+        each: the sum over texts of each one's own mean.
+        """
         ids, real, context, labels = self.collate(encoded)
         if self.whole_text:
             context, labels = real, ids.masked_fill(~real, -100)  # the router's context is the prefix
@@ -173,7 +180,8 @@ class TextBackbone(TokensMixin, ScoringMixin, Backbone):
             states = self.hidden(model, ids, real, context)  # (B, T, d)
             predicts = labels[:, 1:] != -100  # the head runs on these positions alone
             chosen = states[:, :-1][predicts], labels[:, 1:][predicts]
-            return head_loss(unwrap(model).lm_head, *chosen, self.after_head)
+            weights = (predicts / predicts.sum(1, keepdim=True))[predicts] if each else None
+            return head_loss(unwrap(model).lm_head, *chosen, self.after_head, weights=weights)
 
     def checkpoint(self, model):
         """Keep only each layer's input; the backward computes the rest again. Same losses, a third slower."""
@@ -193,20 +201,24 @@ def check_code(source):
             raise UserError(f"seed model {source}: {why}; name a model that transformers loads without")
 
 
-def head_loss(head, states, targets, after_head, logit_bytes=2**29):
+def head_loss(head, states, targets, after_head, logit_bytes=2**29, weights=None):
     """Mean cross-entropy of the logits against targets; states (n, d), targets (n,), logits (n, V).
 
-    after_head: what the model does to the logits of its `head`.
+    after_head: what the model does to the logits of its `head`. weights: of the targets, for a sum (n,).
     At most `logit_bytes` of float32 logits exist at a time. Where all of them are more, they are computed in
     chunks, and again in the backward.
     """
     chunk = max(1, logit_bytes // (4 * head.out_features))
-    if len(states) <= chunk:
+    if len(states) <= chunk and weights is None:
         return F.cross_entropy(after_head(head(states)).float(), targets)
 
-    def part(states, targets):
-        return F.cross_entropy(after_head(head(states)).float(), targets, reduction="sum")
+    def part(states, targets, weights=None):
+        logits = after_head(head(states)).float()
+        if weights is None:
+            return F.cross_entropy(logits, targets, reduction="sum")
+        return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
 
-    pairs = zip(states.split(chunk), targets.split(chunk), strict=True)
-    parts = [checkpoint(part, *pair, use_reentrant=False) for pair in pairs]
-    return torch.stack(parts).sum() / len(states)
+    tensors = (states, targets) if weights is None else (states, targets, weights)
+    split = zip(*(tensor.split(chunk) for tensor in tensors), strict=True)
+    parts = [checkpoint(part, *own, use_reentrant=False) for own in split]
+    return torch.stack(parts).sum() / (len(states) if weights is None else 1)

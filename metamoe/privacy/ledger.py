@@ -4,6 +4,7 @@ The ledger never leaves the client. It is written after a result and before anyt
 a killed stage starts again without loss; a second result of the same part is refused.
 """
 
+import contextlib
 import math
 
 from metamoe.errors import UserError
@@ -30,16 +31,13 @@ def open_budget(client, terms):
 
 def read_ledger(path):
     """A ledger that was cut off or edited is refused: a new one would forget what was spent."""
-    try:
+    with contextlib.suppress(UserError, TypeError, KeyError, ValueError, AttributeError):
         kept = read_json(path)
-        spent = [
-            [entry["part"], entry["of"], *map(float, map(entry.get, RELEASE))] for entry in kept["spent"]
-        ]
-        known = isinstance(kept["count"], float) and {"epsilon", "delta", "parts"} <= kept.keys()
-        if known and all(math.isfinite(value) for entry in spent for value in entry[2:]):
+        numbers = [float(entry[key]) for entry in kept["spent"] for key in RELEASE]
+        names = [entry[key] for entry in kept["spent"] for key in ("part", "of")]
+        told(kept)
+        if all(map(math.isfinite, [*numbers, kept["count"] or 0.0])) and all(map(str.isprintable, names)):
             return kept
-    except (UserError, TypeError, KeyError, ValueError, AttributeError):
-        pass
     raise UserError(f"{path} is damaged: put it back: it is what remembers the spent budget")
 
 

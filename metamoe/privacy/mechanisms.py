@@ -26,6 +26,11 @@ def clip_factors(lengths, bound):
     return torch.where(lengths.isfinite(), factors, 0.0)
 
 
+def noisy_sum(rows, noise, rng):
+    """The sum of rows (n, d), each at most 1 long, with Gaussian noise of this multiplier: (d,)."""
+    return np.nan_to_num(rows).sum(0) + noise * rng.standard_normal(rows.shape[1])
+
+
 def public_sample(public, usable, seed, count=PUBLIC_SAMPLES):
     """`count` random records of D_0; seed: the random seed."""
     chosen = np.random.default_rng([seed, 23]).permutation(usable)[:count]
@@ -47,9 +52,9 @@ def private_relevance(public, private, count, noise, seed, usable, rng):
         rows = (rows - mean) / scale
         return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
 
-    total = np.nan_to_num(units(private)).sum(0) + noise * rng.standard_normal(len(mean))  # (d,)
     known = units(sample)
-    shift, covariance = total / count - known.mean(0), np.cov(known.T)
+    shift = noisy_sum(units(private), noise, rng) / count - known.mean(0)  # (d,)
+    covariance = np.cov(known.T)
     covariance += RIDGE * np.trace(covariance) / len(mean) * np.eye(len(mean))
     direction = np.linalg.solve(covariance, shift)
     # The noise alone makes this longer by its variance over each direction's.

@@ -2,7 +2,7 @@
 
 Trains LoRA factors (or, with --full-ffn, the weights) of the FFN sublayers alone on private data and proxies,
 takes the routing vector of every layer as the mean of the FFN's input over half of the private data
-(metamoe/sending.py says why), and writes what leaves the client:
+(metamoe/sending.py says why; with --epsilon noisy, over all), and writes what leaves the client:
 
     RUN/clients/NAME/upload/DATA-SELECTION/manifest.json       hashes of the files below; closes the upload
                                            proxies.json        indices into D_0, sorted (no scores)

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from scipy.optimize import brentq
 from scipy.stats import norm
 from tiny import CLIENTS, refused, stage
 
@@ -81,6 +82,31 @@ def test_the_accountant_agrees_with_the_formulas_of_sums_and_samples():
     for sigma, rate in ((0.8, 0.25), (1.5, 0.1)):
         check_epsilon([(sigma, rate, 1)], partial(poisson_delta, sigma, rate))
     check_epsilon([(2.0, 1.0, 1), (1.0, 1.0, 4)], lambda e: gaussian_delta(math.sqrt(0.25 + 4), e))
+
+
+def losses_of(sigma, rate, added, step, size):
+    """The distribution of one step's privacy loss, on a grid of `size` steps around 0, for one direction."""
+    x = np.linspace(-12 * sigma - 1, 12 * sigma + 2, 400_001)
+    without = norm.pdf(x, 0, sigma)
+    ratio = np.log1p(rate * np.expm1((2 * x - 1) / (2 * sigma**2)))  # of the density with the record
+    weights, loss = (without, -ratio) if added else (without * np.exp(ratio), ratio)
+    places = np.clip(np.rint(loss / step).astype(int), -size // 2, size // 2 - 1) % size
+    return np.bincount(places, weights, size) / weights.sum()
+
+
+def convolved_epsilon(releases, delta, added, step=1e-3, size=2**16):
+    """As spent_epsilon: the distributions of all steps' losses convolved."""
+    total = np.prod([np.fft.fft(losses_of(s, q, added, step, size)) ** k for s, q, k in releases], axis=0)
+    density = np.fft.ifft(total).real.clip(0)
+    losses = step * ((np.arange(size) + size // 2) % size - size // 2)
+    return brentq(lambda e: density @ -np.expm1(np.minimum(e - losses, 0)) - delta, 0, 30)
+
+
+def test_the_accountant_agrees_with_a_convolution_in_both_directions():
+    for releases in ([(3.7, 1.0, 1), (2.6, 1.0, 2), (1.41, 0.25, 24)], [(1.0, 0.25, 40)]):
+        found = accounting.spent_epsilon(releases, 1e-3)
+        assert convolved_epsilon(releases, 1e-3, added=False) == pytest.approx(found, abs=0.011)
+        assert convolved_epsilon(releases, 1e-3, added=True) < found
 
 
 @pytest.mark.parametrize("epsilon, sigma", [(1, 4.30), (4, 1.53), (8, 1.00)])

@@ -117,7 +117,7 @@ class Budget:
         order = ["count", *self.terms["parts"]]
         spent = sorted(spent, key=lambda entry: order.index(entry["part"]))
         total = spent_epsilon([[entry[key] for key in RELEASE] for entry in spent], self.terms["delta"])
-        if total > self.terms["epsilon"] + 0.01:  # the accountant's own error
+        if total > self.terms["epsilon"] + 0.01:  # the accountant's upper bound may be as much too high
             what = f"{spent[-1]['part']} would bring epsilon to {total:.2f}"
             raise UserError(
                 f"client {self.path.parent.name}: {what}, {self.terms['epsilon']:g} is the budget"

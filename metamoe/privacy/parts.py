@@ -64,7 +64,8 @@ def expert_under(budget, run_dir, backbone, model, private, proxies, args, setti
     budget.charge("expert", bound, noise, rate, steps)
     options["warmup_steps"] = warm_up(args.warmup_steps, settings["warmup_steps"], steps)
     options |= dict(count=count, rate=rate, noise=noise, bound=bound, steps=steps, rng=budget.rng)
-    print(f"DP-SGD: {steps} steps on {100 * rate:.0f}% of the records each, noise multiplier {noise:.2f}")
+    how = f"{steps} steps, each on {100 * rate:.0f}% of the records, noise multiplier {noise:.2f}"
+    print(f"train_expert: {options['label']}: DP-SGD: {how}", flush=True)
     return train_privately(backbone, model, private, proxies, batch_size=size, **options)
 
 

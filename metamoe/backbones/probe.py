@@ -57,7 +57,7 @@ def sees_other_choices(model, vocabulary):
     packed = {"attention_mask": tree_mask(part, model.dtype), "position_ids": places}
     states = model.model(input_ids=ids, use_cache=False, **packed).last_hidden_state[0, -1]
     alone = model.model(input_ids=ids[:, [0, -1]], use_cache=False).last_hidden_state[0, -1]
-    return not (states - alone).float().norm() < 0.1 * alone.float().norm()  # bfloat16 is off by 0.02
+    return not (states - alone).float().norm() < 0.1 * alone.float().norm()  # SmolLM2: 0; without a mask 0.27
 
 
 def same(ours, theirs):

@@ -6,7 +6,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../metamoe/environment.sh"
 cd "$ROOT"
-[ $# -eq 0 ] || exec "$PYTHON" -m pytest tests -q "$@"
+[ $# -eq 0 ] || exec "$PYTHON" -m pytest -q "$@"
 
 half() {  # half N: every second file, from the first or the second on
     local files=() number=0 file

@@ -322,6 +322,17 @@ def test_seed_expert_is_the_seed_model_and_lora_stays_it(kind):
         assert kind == "full" or parameter.grad[0].abs().max() == 0
 
 
+@pytest.mark.parametrize("stored", [(0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 1, 0)])
+@pytest.mark.usefixtures("both_ways")
+def test_the_output_lies_in_memory_as_the_dense_ffns(stored):
+    """What comes after the layer depends on it: a view that fails, or a copy at each step."""
+    layer, ffn, _ = make_layer()
+    x = torch.randn(3, 5, D)
+    other = x.permute(stored).contiguous().permute([stored.index(i) for i in range(3)])
+    assert torch.equal(x, other) and layer(other).stride() == ffn(other).stride()
+    close(layer(other), layer(x))
+
+
 def test_few_tokens_compile_to_one_graph(monkeypatch):
     """Nothing waits for the tokens' experts to be known; with many tokens, or full experts, it does."""
     layer, full = make_layer(top_k=2)[0], make_layer(kind="full")[0]

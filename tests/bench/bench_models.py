@@ -50,6 +50,9 @@ def compare(name, device, dtype, args):
         model = model.to(device, dtype).eval()
         if build:
             model = unified(model, names, width)
+        # Alike on both sides: of tokens that attention transposes, PyTorch makes one product where weights
+        # may be trained and T products where they are frozen, as unify leaves them.
+        model.requires_grad_(not args.frozen)
         sides.append(torch.compile(model) if args.compile else model)
     for batch in args.batches:
         x = batch_of(batch).to(device)
@@ -65,6 +68,7 @@ if __name__ == "__main__":
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models")
     add("--batches", nargs="+", type=int, default=[1, 32, 256], help="batch sizes")
     add("--compile", action="store_true", help="torch.compile both sides")
+    add("--frozen", action="store_true", help="freeze both sides")
     add("--device", default="auto", help="auto (CUDA if there is one), cpu or cuda")
     add("--least", type=float, default=3.0, help="seconds to measure each for")
     args = parser.parse_args()

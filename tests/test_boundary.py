@@ -59,7 +59,17 @@ def test_the_manifest_hashes_the_uploaded_files_alone(finished):
         manifest = read_json(upload / "manifest.json")
         hashes = {file: found["sha256"] for file, found in manifest["files"].items()}
         assert hashes == drive.snapshot(upload, "manifest.json")
-        about = {"format", "client", "data", "selection", "full_ffn", "agreement", "public", "seed_model"}
+        about = {
+            "format",
+            "client",
+            "data",
+            "selection",
+            "full_ffn",
+            "privacy",
+            "agreement",
+            "public",
+            "seed_model",
+        }
         assert set(manifest) == about | {"files"}
         assert manifest["client"] == upload.parent.parent.name
         assert f"{manifest['data']}-{manifest['selection']}" == upload.name

@@ -18,6 +18,7 @@ from scipy.stats import norm
 from tiny import CLIENTS, refused, stage
 
 from metamoe import backbones
+from metamoe.backbones import text
 from metamoe.errors import UserError
 from metamoe.privacy import accounting, dpsgd, mechanisms
 from metamoe.privacy.ledger import Budget, one_query, open_budget
@@ -236,14 +237,22 @@ def glyphs():
     return list({row["answer"]: row for row in found}.values())
 
 
+def test_what_is_short_enough_is_not_changed():
+    lengths = torch.tensor([0.0, 0.1, 0.5, 2.0, math.inf, math.nan])
+    assert mechanisms.clip_factors(lengths, 0.5).tolist() == [1, 1, 1, 0.25, 0, 0]
+    assert mechanisms.clip_factors(lengths, math.inf).tolist() == [1, 1, 1, 1, 0, 0]
+
+
 def test_gradients_in_bfloat16_are_added_up_in_float32(lora):
     backbone, model = lora
     backbone.dtype = torch.bfloat16
     with dpsgd.sample_gradients(model):
-        losses = list(backbone.sample_losses(model, records(4), (), [[0, 1, 2, 3]], 0))
-        sums, _ = dpsgd.clipped_sum(losses, trained_of(model), 1e-3)
-    assert all(total.dtype == torch.float32 for total in sums)
-    assert math.sqrt(sum(total.square().sum().item() for total in sums)) <= 4e-3 * 1.0001
+        for loss in backbone.sample_losses(model, records(4), (), [[0, 1, 2, 3]], 0):
+            loss.backward()
+            assert all(parameter.grad_sample.dtype == torch.bfloat16 for parameter in trained_of(model))
+            backward = SimpleNamespace(backward=lambda: None, item=lambda: 0.0)  # it has run
+            ((_, found, lengths),) = dpsgd.gradients([backward], trained_of(model))
+    assert {tensor.dtype for tensor in [*found, lengths]} == {torch.float32}
 
 
 @pytest.mark.parametrize("size", [1e6, math.inf, math.nan])
@@ -290,21 +299,28 @@ def test_without_noise_the_routing_vectors_are_the_plain_means(lora):
 
 
 def test_without_noise_a_step_on_all_records_is_the_plain_step(lora):
+    """Of SGD: the gradient of the mean over private records and proxies, each text's loss its own mean."""
     backbone, model = lora
-    private = [row for row in records(40) if row["answer"] == " positive"][:8]  # answers of one length
-    plain = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    tiny.teach(backbone, model, private, steps=1, lr=0.01)
-    want = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    model.load_state_dict(plain, strict=False)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    groups = [{"params": trained_of(model), "lr": 0.01}]
+    private, proxies, trained = records(8), records(2, seed=1), trained_of(model)
+    before = [parameter.detach().clone() for parameter in trained]
+    losses = [backbone.loss(model, [backbone.example(row)]) for row in private]
+    public = backbone.loss(model, [backbone.example(row) for row in proxies])
+    want = torch.autograd.grad((sum(losses) + 2 * public) / 10, trained)
     mechanism = dict(count=8.0, rate=1.0, noise=0.0, bound=math.inf, steps=1, batch_size=3)
-    options = SGD | {"optimizer": "adamw", "warmup_steps": 3}
-    rng = np.random.default_rng(0)
-    dpsgd.train_privately(backbone, model, private, [], groups, **mechanism, **options, rng=rng)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, want[name], rtol=1e-4, atol=2e-4)
+    groups, rng = [{"params": trained, "lr": 1.0}], np.random.default_rng(0)
+    dpsgd.train_privately(backbone, model, private, proxies, groups, **mechanism, **SGD, rng=rng)
+    for parameter, start, gradient in zip(trained, before, want, strict=True):
+        torch.testing.assert_close((start - parameter) / 1.9, gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [2**29, 5_000])
+def test_weighted_losses_are_the_same_in_chunks(limit):
+    torch.manual_seed(0)
+    head, states = torch.nn.Linear(4, 50), torch.randn(70, 4)
+    targets, weights = torch.arange(70) % 50, torch.rand(70)
+    found = text.head_loss(head, states, targets, lambda logits: logits, limit, weights)
+    each = torch.nn.functional.cross_entropy(head(states), targets, reduction="none")
+    torch.testing.assert_close(found, each @ weights)
 
 
 def test_relevance_under_a_budget_finds_the_public_samples_that_are_alike():

@@ -3,6 +3,7 @@
 import math
 import random
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,6 +132,24 @@ REFUSED = {"--audit nobody": "nobody", "--audit hotels --canaries 20": "at most 
 def test_refusals(run, flags):
     assert REFUSED[flags] in refused("evaluate", run, *flags.split())
     assert not (run / "audit").exists() and not (run / "privacy.json").exists()
+
+
+def test_a_private_client_is_audited_as_private(run, monkeypatch):
+    """The rehearsal's selection and expert have the budget of the client's own."""
+    flags = ["--epsilon", "4", "--delta", "0.001", "--private-parts", "vectors", "expert"]
+    shutil.rmtree(run / "clients" / "hotels" / "experts" / "aligned-dpp")
+    train = ["--client", "hotels", "--rank", "4", "--epochs", "1", "--fixed-a", *flags]
+    assert stage("train_expert", run, *train).code == 0
+    calls = []
+    monkeypatch.setattr(rehearsal, "stage", lambda script, folder, given: calls.append((script, given)))
+    folder, _ = rehearsal.prepare(run, read_json(run / "run.json"), "hotels", 6)
+    machine = SimpleNamespace(device="cpu", dtype="float32")
+    assert rehearsal.stages(run, folder, "hotels", "metamoe", machine) is None  # nothing was made
+    given = dict(calls)
+    assert list(given) == ["select_proxies.py", "train_expert.py"]
+    for script, own in given.items():
+        assert " ".join(flags) in " ".join(own).replace("4.0", "4"), script
+    assert "--fixed-a" in given["train_expert.py"] and "None" not in given["train_expert.py"]
 
 
 def test_without_an_expert_there_is_nothing_to_audit(run):

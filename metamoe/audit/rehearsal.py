@@ -16,6 +16,7 @@ from metamoe.atomic import atomic
 from metamoe.audit.canaries import make_canaries
 from metamoe.errors import UserError
 from metamoe.methods import METHODS
+from metamoe.privacy.ledger import LEDGER, read_ledger
 from metamoe.records import read_records, write_records
 from metamoe.rundir import finish, finished, read_json, settings_of, versions, write_json
 from metamoe.uploads import expert_variant, upload_variant
@@ -85,9 +86,10 @@ def stages(run_dir, audit, name, row, args):
     """
     method, machine = METHODS[row], ["--device", args.device, "--dtype", args.dtype]
     data, rule = method.data, method.selection
-    own = ["--client", name, "--selection", rule]
+    own = ["--client", name, "--selection", rule, *budget_flags(run_dir / "clients" / name)]
     stage("select_proxies.py", audit, own + machine)
     expert = run_dir / "clients" / name / "experts" / expert_variant(data, rule)
+    own += ["--fixed-a"] if settings_of(expert).get("fixed_a") else []
     stage("train_expert.py", audit, [*own, "--data", data, *flags_of(expert, EXPERT), *machine])
     variant = upload_variant(data, rule)
     clients = [path.parents[2].name for path in audit.glob(f"clients/*/upload/{variant}/manifest.json")]
@@ -105,8 +107,18 @@ def flags_of(folder, keys):
     """The flags that make a result with the settings of the one in `folder`."""
     found, flags = settings_of(folder), []
     for key in keys:
-        flags += [f"--{key.replace('_', '-')}", str(found[key])]
+        if found[key] is not None:  # as DP-SGD's batch, which follows from the budget
+            flags += [f"--{key.replace('_', '-')}", str(found[key])]
     return flags
+
+
+def budget_flags(client):
+    """The flags of the client's budget; the rehearsal is not sent, and has such a budget of its own."""
+    if not (client / LEDGER).exists():
+        return []
+    kept = read_ledger(client / LEDGER)
+    limits = ["--epsilon", str(kept["epsilon"]), "--delta", str(kept["delta"])]
+    return [*limits, "--private-parts", *kept["parts"]]
 
 
 def stage(script, run_dir, flags):

@@ -65,7 +65,7 @@ def attack_models(models, load, parts, seed):
         if label == "expert":
             pool = vectors.sample_vectors(backbone, model, members + others, "vectors of each record")
             found["vectors"] = vectors.attack(pool, seed=seed)
-        if hasattr(backbone, "tokenizer") and hasattr(model, "generate"):
+        if "image" not in members[0]:
             found["extraction"][label] = extraction.extracted(backbone, model, members, seed)
     for label, own in losses.items():
         scores = -own if label == "seed model" else losses["seed model"] - own

@@ -273,6 +273,9 @@ def test_the_vision_pipeline_from_proxies_to_the_table(weights, tmp_path):
     for method, *flags in (["soup"], ["btm"], *([method, *few] for method in trained)):
         done("unify_moe", run, "--method", method, *flags)
     done("evaluate", run)
+    done("evaluate", run, "--audit", "--canaries", 2)
+    audit = read_json(run / "privacy.json")
+    assert set(audit["membership"]) == {"seed model", "expert", "unified model"} and not audit["extraction"]
     results = read_json(run / "results.json")
     experts = ["expert-greek", "expert-cyrillic", "expert-armenian"]
     rows = ["unrestricted", "zeroshot", *experts, "btm", "soup", *trained[:3]]

@@ -184,9 +184,18 @@ SGD = dict(optimizer="sgd", weight_decay=0.0, warmup_steps=0, seed=0, label="tes
 def test_the_noise_of_a_step_of_dpsgd_has_the_stated_size():
     model = torch.nn.Linear(1, 20_000, bias=False)
     before, groups = model.weight.detach().clone(), [{"params": [model.weight], "lr": 1.0}]
-    mechanism = dict(count=40.0, rate=0.25, noise=3.0, bound=0.5, steps=1, batch_size=8)
+    mechanism, size = (40.0, 0.25, 3.0, 0.5, 1), 8
     rng = np.random.default_rng(0)
-    dpsgd.train_privately(zeros_backbone(model), model, [{}] * 40, [], groups, **mechanism, **SGD, rng=rng)
+    dpsgd.train_privately(
+        zeros_backbone(model),
+        model,
+        [{}] * 40,
+        [],
+        groups,
+        dpsgd.Mechanism(*mechanism, rng),
+        batch_size=size,
+        **SGD,
+    )
     moved = (model.weight - before) / 1.9  # Nesterov's first step
     assert moved.std().item() == pytest.approx(3.0 * 0.5 / (0.25 * 40), rel=0.03)
 
@@ -280,9 +289,11 @@ def test_a_step_holds_nothing_of_the_gradients_before_clipping(lora):
     backbone, model = lora
     before = [parameter.detach().clone() for parameter in trained_of(model)]
     groups = [{"params": trained_of(model), "lr": 1.0}]
-    mechanism = dict(count=8.0, rate=1.0, noise=0.0, bound=1e-3, steps=1, batch_size=4)
+    mechanism, size = (8.0, 1.0, 0.0, 1e-3, 1), 4
     rng = np.random.default_rng(0)
-    dpsgd.train_privately(backbone, model, records(8), [], groups, **mechanism, **SGD, rng=rng)
+    dpsgd.train_privately(
+        backbone, model, records(8), [], groups, dpsgd.Mechanism(*mechanism, rng), batch_size=size, **SGD
+    )
     after = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     moved = sum((new - old).square().sum().item() for new, old in zip(after, before, strict=True))
     assert 0 < math.sqrt(moved) / 1.9 <= 1e-3 * 1.0001
@@ -306,9 +317,11 @@ def test_without_noise_a_step_on_all_records_is_the_plain_step(lora):
     losses = [backbone.loss(model, [backbone.example(row)]) for row in private]
     public = backbone.loss(model, [backbone.example(row) for row in proxies])
     want = torch.autograd.grad((sum(losses) + 2 * public) / 10, trained)
-    mechanism = dict(count=8.0, rate=1.0, noise=0.0, bound=math.inf, steps=1, batch_size=3)
+    mechanism, size = (8.0, 1.0, 0.0, math.inf, 1), 3
     groups, rng = [{"params": trained, "lr": 1.0}], np.random.default_rng(0)
-    dpsgd.train_privately(backbone, model, private, proxies, groups, **mechanism, **SGD, rng=rng)
+    dpsgd.train_privately(
+        backbone, model, private, proxies, groups, dpsgd.Mechanism(*mechanism, rng), batch_size=size, **SGD
+    )
     for parameter, start, gradient in zip(trained, before, want, strict=True):
         torch.testing.assert_close((start - parameter) / 1.9, gradient, rtol=1e-3, atol=1e-5)
 

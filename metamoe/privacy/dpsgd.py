@@ -6,6 +6,7 @@ proxies are public: they add their plain gradient.
 
 import contextlib
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -75,38 +76,44 @@ def batches_of(records, indices, size):
     return chunks(sorted(indices, key=lambda i: len(records[i].get("prompt", ""))), size)
 
 
+@dataclass(frozen=True)
+class Mechanism:
+    """What DP-SGD is accounted by, and its secret generator."""
+
+    count: float  # the noisy number of private records
+    rate: float  # at which a step samples them
+    noise: float  # the noise multiplier
+    bound: float  # the length that gradients are clipped at
+    steps: int
+    rng: np.random.Generator
+
+
+def set_gradients(trained, sums, scale, deviation, rng):
+    """Add the noisy sums, scaled, to the plain gradients that the parameters have."""
+    for parameter, total in zip(trained, sums, strict=True):
+        if deviation:
+            drawn = rng.standard_normal(total.shape, dtype=np.float32)
+            total = total + deviation * torch.from_numpy(drawn).to(total.device)
+        plain = 0 if parameter.grad is None else parameter.grad
+        parameter.grad = scale * total + plain
+
+
 def train_privately(
-    backbone,
-    model,
-    private,
-    proxies,
-    groups,
-    *,
-    count,
-    rate,
-    noise,
-    bound,
-    steps,
-    batch_size,
-    warmup_steps,
-    optimizer,
-    weight_decay,
-    seed,
-    label,
-    classes,
-    rng,
+    backbone, model, private, proxies, groups, mechanism, *, batch_size, seed, label, classes, **options
 ):
     """Train in place; returns each step's loss over its private records, for the client's eyes alone.
 
     A step's gradient estimates the mean over private records and proxies: the noisy sum over a Poisson sample
-    of the `rate`, over rate * count, and the plain mean over a batch of proxies.
-    count: the noisy number of private records. noise: the noise multiplier. bound: the length that gradients
-    are clipped at. batch_size: samples that are computed at a time. rng: the client's secret generator.
+    of the private records, over its expected size, and the plain mean over a batch of proxies.
+    batch_size: samples that are computed at a time. options: optimizer, weight_decay and warmup_steps
+    of `train`.
     """
-    trained = [parameter for group in groups for parameter in group["params"]]
-    optimizer = make_optimizer(optimizer, groups, weight_decay)
-    warmup = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
-    share, losses = count / (count + len(proxies)), []
+    count, rate, steps, rng = mechanism.count, mechanism.rate, mechanism.steps, mechanism.rng
+    trained, losses = [parameter for group in groups for parameter in group["params"]], []
+    optimizer = make_optimizer(options["optimizer"], groups, options["weight_decay"])
+    warmup = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, options["warmup_steps"])))
+    share = count / (count + len(proxies))
+    deviation = mechanism.noise * mechanism.bound if mechanism.noise else 0.0
     samples = [batches_of(private, own, batch_size) for own in poisson(len(private), rate, steps, rng)]
     # A secret random seed for the images' crops: with the public one a record more would change all others'.
     flat, secret = [batch for own in samples for batch in own], int(rng.integers(2**32))
@@ -116,16 +123,11 @@ def train_privately(
     with sample_gradients(model) as hooks, enough_memory(label), progress(total=steps, desc=label) as bar:
         for own in samples:
             hooks.enable_hooks()
-            sums, loss = clipped_sum((next(own_losses) for _ in own), trained, bound)
+            sums, loss = clipped_sum((next(own_losses) for _ in own), trained, mechanism.bound)
             hooks.disable_hooks()
             if plain:
                 ((1 - share) * next(plain)[1]).backward()
-            for parameter, total in zip(trained, sums, strict=True):
-                if noise:
-                    drawn = rng.standard_normal(total.shape, dtype=np.float32)
-                    total += noise * bound * torch.from_numpy(drawn).to(total.device)
-                total *= share / (rate * count)
-                parameter.grad = total if parameter.grad is None else total + parameter.grad
+            set_gradients(trained, sums, share / (rate * count), deviation, rng)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             warmup.step()

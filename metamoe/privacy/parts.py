@@ -5,7 +5,7 @@ import math
 from metamoe.backbones.training import warm_up
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
-from metamoe.privacy.dpsgd import public_bound, sample_gradients, train_privately
+from metamoe.privacy.dpsgd import Mechanism, public_bound, sample_gradients, train_privately
 from metamoe.privacy.flags import privacy_terms, told
 from metamoe.privacy.ledger import LEDGER, one_query, open_budget
 from metamoe.privacy.mechanisms import private_relevance, private_vectors, public_sample
@@ -63,10 +63,10 @@ def expert_under(budget, run_dir, backbone, model, private, proxies, args, setti
             bound = public_bound(backbone, model, trained, sample, options["classes"], size, seed)
     budget.charge("expert", bound, noise, rate, steps)
     options["warmup_steps"] = warm_up(args.warmup_steps, settings["warmup_steps"], steps)
-    options |= dict(count=count, rate=rate, noise=noise, bound=bound, steps=steps, rng=budget.rng)
+    groups, mechanism = options.pop("groups"), Mechanism(count, rate, noise, bound, steps, budget.rng)
     how = f"{steps} steps, each on {100 * rate:.0f}% of the records, noise multiplier {noise:.2f}"
     print(f"train_expert: {options['label']}: DP-SGD: {how}", flush=True)
-    return train_privately(backbone, model, private, proxies, batch_size=size, **options)
+    return train_privately(backbone, model, private, proxies, groups, mechanism, batch_size=size, **options)
 
 
 def vectors_under(budget, run_dir, backbone, model, private, run):

@@ -17,7 +17,7 @@ differ by themselves."""
 VECTORS = """## Membership by the routing vectors
 
 The score is the Mahalanobis product of a record's own FFN inputs with the routing vectors, added up over
-the layers; mean and covariance are those of a quarter of the records. Sent: the mean of half of the N
+the layers; mean and covariance are those of a fifth of the records. Sent: the mean of half of the N
 private records. Mean: of all N, as the paper has it. Predicted for the latter: a distance of m_x / sqrt(N),
 by an attacker who knows the distribution exactly."""
 PROXIES = """## Proxy indices

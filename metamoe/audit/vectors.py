@@ -34,17 +34,17 @@ def attack(vectors, counts=COUNTS, cuts=CUTS, seed=0):
     """{N: {"sent": AUC, "mean": AUC, "predicted": AUC}}, means over cuts, and intervals of the first two.
 
     vectors: (n, L, d) of one client's records. The score of a record is its Mahalanobis product with what is
-    sent, added up over the layers; mean and covariance are those of a quarter of the records, which are
+    sent, added up over the layers; mean and covariance are those of a fifth of the records, which are
     neither members nor others. sent: the mean of half of the N members (sending.private_half) in bfloat16's
     place. mean: of all. predicted: of `mean`, from m_x / sqrt(N), the distance of members and others in
     standard deviations, where m_x is that of N = 1.
     """
     rng, found = np.random.default_rng(seed), {}
-    most = int(0.8 * (len(vectors) - len(vectors) // 4))
+    most = int(0.85 * (len(vectors) - len(vectors) // 5))
     usable = [count for count in counts if count <= most] or [most]
     for _ in range(cuts):
         order = rng.permutation(len(vectors))
-        reference, rest = np.split(order, [len(vectors) // 4])
+        reference, rest = np.split(order, [len(vectors) // 5])
         z = whitened(vectors[rest], vectors[reference])
         products = z @ z.T
         own, cross = products.diagonal().mean(), products[~np.eye(len(z), dtype=bool)]

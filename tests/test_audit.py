@@ -79,6 +79,14 @@ def test_vectors_tell_less_of_more_records():
     assert alike[100]["mean"] < found[100]["mean"]  # half of the others have a twin among the members
 
 
+@pytest.mark.parametrize("count", (5, 9, 12))
+def test_a_few_records_are_enough_for_the_attack(count):
+    """With them the covariance of a layer is of one or two records."""
+    pool = np.random.default_rng(4).normal(size=(count, 2, 30)).astype(np.float32)
+    (row,) = vectors.attack(pool).values()
+    assert 0 <= row["sent"] <= 1 and 0 <= row["mean"] <= 1
+
+
 def test_the_cut_takes_every_record_once():
     records = [tiny.record("intent", random.Random(i), True) | {"number": i} for i in range(100)]
     for row in records:

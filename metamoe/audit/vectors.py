@@ -25,7 +25,10 @@ def whitened(vectors, reference):
     parts = []
     for layer in range(vectors.shape[1]):
         found = LedoitWolf().fit(reference[:, layer])
-        root = np.linalg.cholesky(found.precision_)  # x S^-1 y = (x root) (y root)
+        covariance = found.covariance_.astype(float)
+        ridge = 1e-6 * np.trace(covariance) / len(covariance) + 1e-12  # two records alone leave it singular
+        precision = np.linalg.inv(covariance + ridge * np.eye(len(covariance)))
+        root = np.linalg.cholesky(precision)  # x S^-1 y = (x root) (y root)
         parts.append((vectors[:, layer] - found.location_) @ root)
     return np.concatenate(parts, 1)
 
@@ -39,12 +42,12 @@ def attack(vectors, counts=COUNTS, cuts=CUTS, seed=0):
     place. mean: of all. predicted: of `mean`, from m_x / sqrt(N), the distance of members and others in
     standard deviations, where m_x is that of N = 1.
     """
-    rng, found = np.random.default_rng(seed), {}
-    most = int(0.85 * (len(vectors) - len(vectors) // 5))
+    rng, found, known = np.random.default_rng(seed), {}, max(2, len(vectors) // 5)
+    most = int(0.85 * (len(vectors) - known))
     usable = [count for count in counts if count <= most] or [most]
     for _ in range(cuts):
         order = rng.permutation(len(vectors))
-        reference, rest = np.split(order, [len(vectors) // 5])
+        reference, rest = np.split(order, [known])
         z = whitened(vectors[rest], vectors[reference])
         products = z @ z.T
         own, cross = products.diagonal().mean(), products[~np.eye(len(z), dtype=bool)]

@@ -25,10 +25,9 @@ def whitened(vectors, reference):
     parts = []
     for layer in range(vectors.shape[1]):
         found = LedoitWolf().fit(reference[:, layer])
-        covariance = found.covariance_.astype(float)
-        ridge = 1e-6 * np.trace(covariance) / len(covariance) + 1e-12  # two records alone leave it singular
-        precision = np.linalg.inv(covariance + ridge * np.eye(len(covariance)))
-        root = np.linalg.cholesky(precision)  # x S^-1 y = (x root) (y root)
+        values, axes = np.linalg.eigh(found.covariance_.astype(float))
+        least = 1e-6 * values.mean() + 1e-12  # two records leave the covariance singular
+        root = axes / np.sqrt(values.clip(least))  # x S^-1 y = (x root) (y root)
         parts.append((vectors[:, layer] - found.location_) @ root)
     return np.concatenate(parts, 1)
 

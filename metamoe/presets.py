@@ -89,7 +89,14 @@ PRESETS = {
         "final_batch": 32,
         "lambda_init": 1.0,
         # the gentlest of 1e-5, 1e-4 and 1e-3 that ties with the best (docs/results-glyph-clip.md)
-        "final_lr": {"metamoe": 1e-5, "flexolmo": 1e-5, "btx": 1e-5, "unrestricted": 1e-3},
+        "final_lr": {
+            "metamoe": 1e-5,
+            "flexolmo": 1e-5,
+            "btx": 1e-5,
+            "unrestricted": 1e-3,
+            "moa": 1e-3,
+            "btx-paper": 1e-4,
+        },
     },
     "smollm2-135m": PAPER_LLAMA
     | {

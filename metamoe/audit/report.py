@@ -99,6 +99,7 @@ def roc_figure(path, scores):
     axes.set(xscale="log", yscale="log", xlim=(1e-3, 1), ylim=(1e-3, 1.05))
     axes.set(xlabel="false positives", ylabel="true positives")
     axes.legend()
+    figure.tight_layout()
     save_figure(figure, path)
 
 
@@ -110,5 +111,8 @@ def vectors_figure(path, rows):
         axes.plot(counts, [row[name] for row in rows.values()], style, label=name)
     axes.axhline(0.5, color="k", linestyle=":", label="chance")
     axes.set(xscale="log", xlabel="private records N", ylabel="AUC")
+    axes.set_xticks(counts, counts)
+    axes.minorticks_off()
     axes.legend()
+    figure.tight_layout()
     save_figure(figure, path)

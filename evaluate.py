@@ -11,8 +11,6 @@ instead: mean and standard deviation over the runs, differences with intervals o
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 import select_proxies
 from metamoe.agreement import check_here, read_local
 from metamoe.atomic import atomic
@@ -143,9 +141,8 @@ def write_audit(args, run_dir, run, local):
 def choose_proxies(features, private, usable, run):
     """The proxies that select_proxies.py chooses by the DPP."""
     scores = select_proxies.relevance(features, private, run["seed"], usable)
-    rng = np.random.default_rng(run["seed"])
-    rule = select_proxies.RULES["dpp"]
-    return rule(features, scores, usable, run["proxies"], run["candidates"], rng)
+    m, n = run["proxies"], run["candidates"]
+    return select_proxies.dpp_of_candidates(features, scores, usable, m, n, rng=None)
 
 
 def tabulate_reports(paths, run_dir, agreement):

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from metamoe.atomic import atomic
 from metamoe.backbones.base import unwrap
 from metamoe.errors import UserError
+from metamoe.privacy.ledger import LEDGER
 from metamoe.rundir import read_json, sha256, write_json
 from metamoe.uploads import FFN, MANIFEST, PROXIES, ROUTER, terms
 
@@ -71,7 +72,7 @@ def pack(expert, proxies, upload, run, about, sends):
 
     sends: it leaves this party, and may be moved away: the client keeps in mind that it has made it.
     """
-    own_notes = shutil.ignore_patterns("done.json", "losses.json", "privacy.json")
+    own_notes = shutil.ignore_patterns("done.json", "losses.json", LEDGER)
     with atomic(upload) as part:
         shutil.copytree(expert, part, ignore=own_notes, copy_function=shutil.copyfile)
         write_json(part / PROXIES, sorted(proxies))  # not in the order of their scores

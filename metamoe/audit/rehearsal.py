@@ -18,11 +18,11 @@ from metamoe.errors import UserError
 from metamoe.methods import METHODS
 from metamoe.privacy.ledger import LEDGER, read_ledger
 from metamoe.records import read_records, write_records
+from metamoe.run_settings import PARTS
 from metamoe.rundir import finish, finished, read_json, settings_of, versions, write_json
 from metamoe.uploads import expert_variant, upload_variant
 
 REPO = Path(__file__).resolve().parents[2]
-PARTS = ("train", "validation", "test")
 # settings that the rehearsal takes from the run's own expert and model
 TRAINING = ("epochs", "lr", "batch_size", "optimizer", "weight_decay")
 EXPERT = ("rank", "alpha", "warmup_steps", *TRAINING)

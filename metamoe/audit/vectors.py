@@ -37,8 +37,8 @@ def attack(vectors, counts=COUNTS, cuts=CUTS, seed=0):
 
     vectors: (n, L, d) of one client's records. The score of a record is its Mahalanobis product with what is
     sent, added up over the layers; mean and covariance are those of a fifth of the records, which are
-    neither members nor others. sent: the mean of half of the N members (sending.private_half) in bfloat16's
-    place. mean: of all. predicted: of `mean`, from m_x / sqrt(N), the distance of members and others in
+    neither members nor others. sent: the mean of half of the N members, as of sending.private_half, but not
+    rounded. mean: of all. predicted: of `mean`, from m_x / sqrt(N), the distance of members and others in
     standard deviations, where m_x is that of N = 1.
     """
     rng, found, known = np.random.default_rng(seed), {}, max(2, len(vectors) // 5)

@@ -49,7 +49,7 @@ def train(
     checkpointing: recompute activations in the backward (language models).
     """
     optimizer = make_optimizer(optimizer, groups, weight_decay)
-    warmup = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
+    warmup = linear_warm_up(optimizer, warmup_steps)
     if checkpointing:
         backbone.checkpoint(model)
     if sharding():
@@ -68,6 +68,11 @@ def train(
             bar.update()
     model.eval().requires_grad_(False)
     return losses
+
+
+def linear_warm_up(optimizer, steps):
+    """The schedule: a linear rise over so many steps, then a constant rate."""
+    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, steps)))
 
 
 def warm_up(flag, setting, steps):

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 
 from metamoe.backbones.base import chunks
-from metamoe.backbones.training import enough_memory, make_optimizer
+from metamoe.backbones.training import enough_memory, linear_warm_up, make_optimizer
 from metamoe.errors import UserError
 from metamoe.privacy.mechanisms import clip_factors
 from metamoe.progress import progress
@@ -111,7 +110,7 @@ def train_privately(
     count, rate, steps, rng = mechanism.count, mechanism.rate, mechanism.steps, mechanism.rng
     trained, losses = [parameter for group in groups for parameter in group["params"]], []
     optimizer = make_optimizer(options["optimizer"], groups, options["weight_decay"])
-    warmup = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, options["warmup_steps"])))
+    warmup = linear_warm_up(optimizer, options["warmup_steps"])
     share = count / (count + len(proxies))
     deviation = mechanism.noise * mechanism.bound if mechanism.noise else 0.0
     samples = [batches_of(private, own, batch_size) for own in poisson(len(private), rate, steps, rng)]

@@ -30,7 +30,16 @@ def llama():
     return model, names, 2048, lambda batch: torch.randint(5, 128000, (batch, 128))
 
 
-MODELS = {"vit": vit, "llama": llama}
+def tiny():
+    """A LLaMA of toy size, which tests this script."""
+    transformers = import_transformers()
+    sizes = dict(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=4)).model
+    names = [f"layers.{i}.mlp" for i in range(2)]
+    return model, names, 64, lambda batch: torch.randint(5, 100, (batch, 16))
+
+
+MODELS = {"vit": vit, "llama": llama, "tiny": tiny}
 
 
 @torch.inference_mode()
@@ -65,7 +74,7 @@ def compare(name, device, dtype, args):
 if __name__ == "__main__":
     parser = command_line(__doc__)
     add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models")
+    add("--models", nargs="+", choices=MODELS, default=["vit", "llama"], help="models")
     add("--batches", nargs="+", type=int, default=[1, 32, 256], help="batch sizes")
     add("--compile", action="store_true", help="torch.compile both sides")
     add("--frozen", action="store_true", help="freeze both sides")

@@ -27,7 +27,7 @@ from metamoe.records import read_records
 from metamoe.report.costs import cost_tables
 from metamoe.report.evaluation import Evaluation, scoring_suffix
 from metamoe.report.figures import coverage, losses_figure, routing_figure
-from metamoe.report.models import expert_variant, list_models
+from metamoe.report.models import list_models, scored_variant
 from metamoe.report.parties import check_model, read_reports, reports_table, write_reports
 from metamoe.report.pooled import pool
 from metamoe.report.results import chance, collect_timings, result_rows, uploaded_bytes
@@ -88,10 +88,10 @@ def main():
         return
     settings = {"split": args.split, "scoring": scoring or "class prompts", "figure": args.figure}
     settings = announce(args, "evaluate", settings | {"models": args.models, "opt_out": args.opt_out})
-    evaluation = open_evaluation(args, run_dir, run, local, scoring)
     if args.audit is not None:
         write_audit(args, run_dir, run, local)
         return
+    evaluation = open_evaluation(args, run_dir, run, local, scoring)
     if args.model:
         score_given(args.model, evaluation, agreement)
         return
@@ -192,7 +192,7 @@ def tabulate(evaluation, scores, figure, left_out):
         "n": {name: len(records) for name, records in evaluation.records.items()},
         "chance": chance(evaluation.records),
         "rows": result_rows(run, scores, evaluation.records),
-        "experts": expert_variant(evaluation.run_dir, run),
+        "experts": scored_variant(evaluation.run_dir, run),
         "uploaded_bytes": uploaded_bytes(evaluation.run_dir, run),
     }
     own = PRESETS[run["backbone"]].get("scoring")

@@ -6,7 +6,7 @@ from metamoe.agreement import check_public, ffn_shapes, public_fingerprint, read
 from metamoe.atomic import atomic
 from metamoe.backbones import check_source, run_backbone
 from metamoe.backbones.distributed import processes
-from metamoe.data.registry import DATASETS, FAMILIES, OWN, datasets_of
+from metamoe.data.registry import DATASETS, FAMILIES, OWN, kept_out
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
 from metamoe.records import read_records, write_records
@@ -83,7 +83,7 @@ def read_data(run_dir, run, local, skip_bad=False, given=LEAST):
         parts[name] = by_kind.client(name, own[name]["path"], sizes, run["seed"], skip_bad)
     named = [name for name in new if name not in own]
     if named or new_public and not sources.get("public"):
-        source = family.source(sources, datasets_of(preset["data"]))
+        source = family.source(sources, kept_out(preset["data"], run["clients"]))
     sizes = {part: run[f"{part}_size"] for part in PARTS}
     for name in named:
         if name not in DATASETS:

@@ -76,7 +76,7 @@ def parse_args(argv):
 
 def add_run_flags(parser):
     """What run.json keeps; select_proxies.py gets these as they are."""
-    option(parser, "--clients", nargs="+", metavar="NAME", help="clients (default: all of the backbone's)")
+    option(parser, "--clients", nargs="+", metavar="NAME", help="clients, or how many of the backbone's")
     own = (
         "a client with data of your own, once for each: JSON lines with prompt, choices, answer or with "
         "prompt, response; for CLIP a folder CLASS/IMAGE"

@@ -9,8 +9,9 @@ def add_client_flags(parser):
     """Who takes part, and where the data are."""
     flag = parser.add_argument
     known = "; ".join(f"{name}: {' '.join(known_clients(name))}" for name in PRESETS)
-    default = "default: those of --client NAME=PATH, else all of the backbone's"
-    flag("--clients", nargs="+", metavar="NAME", help=f"clients of the run ({default}; {known})")
+    default = "default: those of --client NAME=PATH, else the backbone's, of smollm2-135m the first three"
+    clients = f"clients of the run, or how many of the backbone's ({default}; {known})"
+    flag("--clients", nargs="+", metavar="NAME", help=clients)
     own = (
         "NAME=PATH, once for each: a client of the run with data of your own, JSON lines with `prompt`, "
         "`choices`, `answer` (a choice's text, or its index from 0) or with `prompt`, `response`; for CLIP a "

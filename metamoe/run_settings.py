@@ -2,7 +2,7 @@
 
 from metamoe.backbones.architectures import check_architecture
 from metamoe.check_run import check_clients
-from metamoe.data.registry import FAMILIES, datasets_of
+from metamoe.data.registry import FAMILIES, datasets_of, default_clients
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
 
@@ -19,10 +19,15 @@ def known_clients(backbone):
 
 
 def check_names(args, backbone):
-    """UserError where a flag names a backbone or a client that there is not."""
+    """Names for `--clients NUMBER`; UserError where a flag names a backbone or a client that there is not."""
     if (args.backbone or backbone) not in PRESETS:
         raise UserError(f"--backbone {args.backbone}: unknown, choose from {', '.join(PRESETS)}")
     known = known_clients(backbone)
+    if args.clients and len(args.clients) == 1 and args.clients[0].isdecimal():
+        number = int(args.clients[0])
+        if not 1 <= number <= len(known):
+            raise UserError(f"--clients {number}: {backbone} has {len(known)}: {', '.join(known)}")
+        args.clients = known[:number]
     for name in args.clients or []:
         if name not in known:
             own = "data of your own: --client NAME=PATH"
@@ -52,7 +57,8 @@ def given_settings(args, backbone):
 
 def with_defaults(settings, local, backbone, only_own):
     """The settings of a new run: what is not given comes from the backbone's preset."""
-    defaults = PRESETS[backbone] | {"backbone": backbone, "seed": 0, "clients": known_clients(backbone)}
+    defaults = PRESETS[backbone] | {"backbone": backbone, "seed": 0}
+    defaults["clients"] = default_clients(PRESETS[backbone]["data"])
     defaults |= {key: PRESETS[backbone][name] for key, name in LORA.items()}
     if only_own:
         defaults |= dict.fromkeys(PART_SIZES, 0)

@@ -43,6 +43,10 @@ CLIENTS = {
     "question": Task(QUESTION, "{input}\nType:", [kind + "." for kind in TYPES.split()]),
 }
 
+# Clients of larger federations, in this order
+MORE_CLIENTS = {
+}
+
 # public task -> (records, prompt): first relatives of the client tasks, then much that is unrelated. The
 # siblings multiemo/all_* and hotels_* hold the hotel client's sentences and are left out.
 PUBLIC = {
@@ -187,9 +191,10 @@ def public_records(size, archive, skip_bad=False):
         seen.add(text)
         return True
 
-    total = sum(quota for quota, _ in PUBLIC.values())
+    quotas = {task: entry for task, entry in PUBLIC.items() if task not in archive.private}
+    total = sum(quota for quota, _ in quotas.values())
     records, spare = [], []
-    for task, (quota, template) in PUBLIC.items():
+    for task, (quota, template) in quotas.items():
         sources = sources_of(task, archive)
         for source in sources:
             made = [to_record(example, source, template) for example in archive.examples[source]]

@@ -31,7 +31,7 @@ class Alphabet(NamedTuple):
 # name -> entry: `family`, and load(name, sizes, seed, source) = {"train" | "validation" | "test": records}
 # with sizes {"train": n, "validation": n, "test": n}. The parts are fixed by the random seed.
 LETTERS = dict.fromkeys(world.CLIENTS, Alphabet())
-DATASETS = bigbench.CLIENTS | questions.CLIENTS | images.CLIENTS | LETTERS
+DATASETS = bigbench.CLIENTS | bigbench.MORE_CLIENTS | questions.CLIENTS | images.CLIENTS | LETTERS
 
 
 class Family(NamedTuple):
@@ -45,10 +45,11 @@ class Family(NamedTuple):
     files: bool = False
     # check(records, name): UserError where a client's records cannot be used, after everything is read
     check: Callable = lambda records, name: None
+    default: int | None = None  # a run's clients, where none are named: so many, the first; None: all
 
 
 FAMILIES = {
-    "bigbench": Family(bigbench.public_records, bigbench.read_archive),
+    "bigbench": Family(bigbench.public_records, bigbench.read_archive, default=len(bigbench.CLIENTS)),
     "qa": Family(questions.public_text, files=True),
     "images": Family(images.public_images, files=True, check=check_images),
     "glyphs": Family(lambda size, source, skip_bad: world.load_glyphs([], {}, size, 0)[0]),
@@ -68,3 +69,20 @@ OWN = {"text": Own(user.own_text, questions.public_text), "clip": Own(user.own_i
 def datasets_of(family):
     """{name: entry} of the family's data sets."""
     return {name: entry for name, entry in DATASETS.items() if entry.family == family}
+
+
+def default_clients(family):
+    """The clients of a run that names none."""
+    return list(datasets_of(family))[: FAMILIES[family].default]
+
+
+def kept_out(family, clients):
+    """{name: entry} of the data sets whose texts D_0 must not hold, in a run of these clients.
+
+    The default's, whichever of them take part; all of the family's where others do, so that larger
+    federations share one D_0, too.
+    """
+    known, default = datasets_of(family), default_clients(family)
+    if known.keys() & set(clients) <= set(default):
+        return {name: known[name] for name in default}
+    return known

@@ -9,7 +9,7 @@ import moe
 from metamoe.atomic import locked
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
-from metamoe.report.models import expert_variant
+from metamoe.report.models import scored_variant
 from metamoe.report.results import client_result
 from metamoe.report.statistics import is_choice
 from metamoe.rivals.btm import ensemble
@@ -152,7 +152,7 @@ class Evaluation:
         clients = self.run["clients"]
         # it combines probabilities, and a generated letter has none
         combined = replace(self, scoring="letters") if self.scoring == "generate" else self
-        uploads, variant = self.run_dir / "clients", expert_variant(self.run_dir, self.run)
+        uploads, variant = self.run_dir / "clients", scored_variant(self.run_dir, self.run)
         experts = [combined.score(f"expert-{name}", uploads / name / "upload" / variant) for name in clients]
         instruction = [name for name in clients if not is_choice(self.records[name])]
         seconds = sum(1 / expert["samples_per_second"] for expert in experts)

@@ -34,7 +34,7 @@ def list_models(run_dir, run, only=None):
         folders[row] = None if row == "zeroshot" else run_dir / "moe" / row
         if row.startswith("expert-"):
             name = row.removeprefix("expert-")
-            folders[row] = run_dir / "clients" / name / "upload" / expert_variant(run_dir, run)
+            folders[row] = run_dir / "clients" / name / "upload" / scored_variant(run_dir, run)
             read_upload(run_dir, run, name, folders[row].name)  # what is wrong with it shows at once
         elif folders[row]:
             check_whole(folders[row], "make it again with unify_moe.py")
@@ -50,7 +50,7 @@ def table_order(run_dir, run):
     return list(dict.fromkeys(rows))
 
 
-def expert_variant(run_dir, run):
+def scored_variant(run_dir, run):
     """The upload that the clients' experts are taken from: what BTM combines, else what all have."""
     btm = run_dir / "moe" / "btm" / "done.json"
     if btm.exists():

@@ -30,7 +30,7 @@ from metamoe.report.figures import coverage, losses_figure, routing_figure
 from metamoe.report.models import list_models, scored_variant
 from metamoe.report.parties import check_model, read_reports, reports_table, write_reports
 from metamoe.report.pooled import pool
-from metamoe.report.results import chance, collect_timings, result_rows, uploaded_bytes
+from metamoe.report.results import chance, collect_timings, exchanged_bytes, result_rows, uploaded_bytes
 from metamoe.report.tables import markdown
 from metamoe.rundir import open_run, write_json
 from metamoe.uploads import ffn_shapes
@@ -99,7 +99,7 @@ def main():
     left_out = evaluation.check_opt_out(opt_out_models(args))
     save_settings(run_dir, "evaluate", stem, settings)
     scores = evaluation.score_all(folders)
-    results = tabulate(evaluation, scores, args.figure, left_out)
+    results = tabulate(evaluation, folders, scores, args.figure, left_out)
     results["own_seed_model"] = local["seed_model"] not in ("", PRESETS[run["backbone"]].get("seed_model"))
     write_json(run_dir / f"{stem}.json", results)
     text = markdown(results, run)
@@ -183,7 +183,7 @@ def opt_out_models(args):
     return args.opt_out or ["metamoe"]
 
 
-def tabulate(evaluation, scores, figure, left_out):
+def tabulate(evaluation, folders, scores, figure, left_out):
     """The content of RUN/results.json."""
     run, scoring = evaluation.run, evaluation.scoring
     results = {
@@ -198,6 +198,9 @@ def tabulate(evaluation, scores, figure, left_out):
     own = PRESETS[run["backbone"]].get("scoring")
     if scoring and (scoring, own) != ("likelihood", "likelihood"):
         results["scoring"] = scoring
+    exchanged = exchanged_bytes(evaluation.run_dir, run, folders)
+    if exchanged:
+        results["exchanged"] = exchanged
     covered = coverage(evaluation, draw=figure)
     if covered:
         results["coverage"] = covered

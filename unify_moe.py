@@ -33,6 +33,7 @@ from metamoe.flag_values import fraction, number, positive_float
 from metamoe.methods import METHODS, described
 from metamoe.model_settings import add_method_flags, resolve, sources
 from metamoe.records import read_records, usable_public
+from metamoe.rivals.simulation import simulate
 from metamoe.routing import router_losses, start_vectors
 from metamoe.rundir import check_unchanged, finish, finished, inside, open_run, write_json
 from metamoe.serving.export import check_export, export
@@ -219,7 +220,8 @@ def main():
         check_export(args, run)
     if args.without and args.extend:
         raise UserError("--without and --extend: one after the other")
-    folder = leave_out(args, run_dir) if args.without else unify(args, run_dir, run)
+    make_model = simulate if METHODS[args.method].rounds else unify
+    folder = leave_out(args, run_dir) if args.without else make_model(args, run_dir, run)
     if args.export and processes().is_main_process:
         export(run, read_local(run_dir), folder, Path(args.export), args.force)
 

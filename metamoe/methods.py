@@ -24,7 +24,9 @@ class Method:
     title: its name in the main table. Without one it is an ablation, made by `run_all.sh --ablations` alone.
     about: one line for unify_moe.py's --help.
     merge: how the server combines the uploads: "moe", or a module of metamoe/rivals/ with a function
-        merge(uploads, folder).
+        merge(uploads, folder). "simulation" takes no uploads: metamoe/rivals/simulation.py.
+    rounds: of a simulated federation that exchanges weights in every round; the run then reads all clients'
+        private training records. personal: it ends with a model for each client, not with one.
     like: the method whose final learning rate (presets.py) it takes where there is none under its own name.
     sections: {ablation table: its label there}.
     """
@@ -48,6 +50,8 @@ class Method:
         0.0  # weight of the router's loss against the proxies' clients, beside the task loss
     )
     balancing_loss: float = 0.0  # weight of BTX's loss, for as many tokens to every expert
+    rounds: int = 0
+    personal: bool = False
     like: str = "metamoe"
     sections: dict = field(default_factory=dict)
     extra: bool = False  # a row that `run_all.sh --rivals` makes, the default run not
@@ -108,6 +112,23 @@ METHODS = {
         train="router",
         routing_loss=1.0,
         like="flexolmo",
+        extra=True,
+    ),
+    "fedavg": rival(
+        "FedAvg",
+        "one expert that the clients train and average in 20 rounds: A SIMULATION, THE RUN READS ALL "
+        "CLIENTS' PRIVATE TRAINING RECORDS",
+        merge="simulation",
+        rounds=20,
+        extra=True,
+    ),
+    "comigs": rival(
+        "CoMiGS (personalised)",
+        "a model for each client: a generalist averaged in 20 rounds, a specialist and a token router of the "
+        "client's own: A SIMULATION, THE RUN READS ALL CLIENTS' PRIVATE TRAINING RECORDS",
+        merge="simulation",
+        rounds=20,
+        personal=True,
         extra=True,
     ),
     "flexolmo-random": flexolmo("FlexOlmo, random", SELECTION, selection="random"),

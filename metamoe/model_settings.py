@@ -22,6 +22,12 @@ DEFAULTS = {
     "optimizer": "optimizer",
     "weight_decay": "weight_decay",
 }
+# of a simulated federation, which trains as the experts are trained
+OF_EXPERTS = {"epochs": "expert_epochs", "lr": "expert_lr", "batch_size": "expert_batch"}
+OF_EXPERTS |= {name: name for name in ("optimizer", "weight_decay")}
+# flags that it has no use for
+NO_ROUNDS = "data selection full_ffn upload extend lambda_init lambda_lr context init train samples".split()
+NO_ROUNDS += "seed_expert routing_loss balancing_loss weighting top_k offset".split()
 
 
 def add_method_flags(parser):
@@ -48,16 +54,22 @@ def add_method_flags(parser):
     flag("--top-k", type=positive_int, help="experts a token")
     offset = "add -|e_p|^2 / 2 to the routing logits: nearest mean instead of largest product"
     flag("--offset", action="store_true", default=None, help=offset)
+    rounds = "fedavg, comigs: times that the clients' weights are averaged (default: 20)"
+    flag("--rounds", type=positive_int, help=rounds)
 
 
 def resolve(args, run_dir, run):
     """All settings of this model: the method's and the backbone's preset, overridden by flags."""
     method, name = METHODS[args.method], args.name or args.method
     check_model_name(name, args.method)
+    settings = {"name": name, "method": args.method, "seed": run["seed"], "dtype": args.dtype}
+    if method.rounds:
+        return settings | simulation_settings(args, run)
+    if args.rounds:
+        raise UserError(f"--rounds {args.rounds}: {args.method} has one upload and no rounds: leave it out")
     switches = ["data", "selection"]
     if method.merge == "moe":
         switches += ["context", "init", "train", "samples", "seed_expert", "weighting", "top_k", "offset"]
-    settings = {"name": name, "method": args.method, "seed": run["seed"], "dtype": args.dtype}
     settings["full_ffn"] = args.full_ffn
     settings |= from_preset(args, vars(method), {switch: switch for switch in switches})
     settings["variant"] = upload_variant(settings["data"], settings["selection"], args.full_ffn)
@@ -84,11 +96,25 @@ def resolve(args, run_dir, run):
     return settings
 
 
+def simulation_settings(args, run):
+    """The settings of a simulated federation beside its name: those of the experts."""
+    for name in NO_ROUNDS:
+        if getattr(args, name) not in (None, False):
+            why = f"{args.method} is a simulated federation, with rounds of LoRA training and no uploads"
+            raise UserError(f"--{name.replace('_', '-')}: {why}: leave it out")
+    preset = PRESETS[run["backbone"]]
+    settings = from_preset(args, preset, OF_EXPERTS)
+    settings["rounds"] = args.rounds or METHODS[args.method].rounds
+    return settings | {"rank": run["rank"], "alpha": run["alpha"], "warmup_steps": preset["warmup_steps"]}
+
+
 def sources(run_dir, run, settings):
     """The versions of the files that the model is made from."""
     clients, names = [f"clients/{name}" for name in run["clients"]], ["public/records.jsonl"]
-    if settings.get("samples") == "private":
+    if settings.get("samples") == "private" or "rounds" in settings:
         names = [f"{client}/private/train.jsonl" for client in clients]
+    if "rounds" in settings:
+        return versions(run_dir, *names)
     names += [f"{client}/upload/{settings['variant']}/manifest.json" for client in clients]
     return versions(run_dir, *names)
 

@@ -207,7 +207,8 @@ def one_run(args, seed, run_dir):
         stage, title = script.removesuffix(".py"), line.replace(".py --", " ").replace(" --", ", ")
         share = WORK[stage] if steps else EMBEDDING
         if stage == "unify_moe":
-            share *= UPPER_BOUND if METHODS[flags[-1]].samples == "private" else 1
+            method = METHODS[flags[-1]]
+            share *= UPPER_BOUND if method.samples == "private" or method.rounds else 1
         if stage == "select_proxies":
             flags += run_flags(args, seed)
         steps.append((share, title, [script, *flags, *shlex.split(getattr(args, stage)), *common]))

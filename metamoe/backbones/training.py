@@ -70,9 +70,9 @@ def train(
     return losses
 
 
-def linear_warm_up(optimizer, steps):
-    """The schedule: a linear rise over so many steps, then a constant rate."""
-    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, steps)))
+def linear_warm_up(optimizer, steps, start=0):
+    """The schedule: a linear rise over so many steps, then a constant rate. start: steps taken before."""
+    return LambdaLR(optimizer, lambda step: min(1.0, (start + step + 1) / max(1, steps)))
 
 
 def warm_up(flag, setting, steps):

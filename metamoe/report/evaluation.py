@@ -13,6 +13,7 @@ from metamoe.report.models import scored_variant
 from metamoe.report.results import client_result
 from metamoe.report.statistics import is_choice
 from metamoe.rivals.btm import ensemble
+from metamoe.rivals.comigs import PERSONAL
 from metamoe.rundir import check_name, hashes, inside, read_json, versions, write_json
 from metamoe.uploads import read_expert, read_upload
 
@@ -96,10 +97,23 @@ class Evaluation:
 
     def score_anew(self, row, folder, without):
         """As score, computed."""
+        if folder is not None and (folder / PERSONAL).exists():
+            return self.score_personal(row, folder / PERSONAL)
         backbone, model = self.load_model(row, folder)
         if without:
             moe.disable_expert(model, without)
         return self.measure(row, backbone, model)
+
+    def score_personal(self, row, folder):
+        """As score, computed, of a model for each client: it scores that client's records alone."""
+        scores, seconds = {}, 0.0
+        for name, records in self.records.items():
+            own = replace(self, records={name: records})
+            found = own.measure(row, *own.load_model(row, folder / name))
+            scores |= found["scores"]
+            seconds += len(records) / found["samples_per_second"]
+        count = sum(map(len, self.records.values()))
+        return {"scores": scores, "samples_per_second": count / seconds}
 
     def load_model(self, row, folder):
         """(backbone, the model of a row); UserError where it does not go with the seed model."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from metamoe.report.models import title
 from metamoe.report.statistics import is_choice, is_right, paired_bootstrap, perplexity, shares, wilson
-from metamoe.rundir import folder_bytes, read_json
+from metamoe.rundir import folder_bytes, read_json, settings_of
 
 ONE_CHOICE = 0.9  # a model that gives one choice for more of a client's samples is noted
 
@@ -77,6 +77,23 @@ def uploaded_bytes(run_dir, run):
     for name in run["clients"]:
         for upload in sorted((run_dir / "clients" / name / "upload").glob("[!.]*")):
             found[f"{name}/{upload.name}"] = folder_bytes(upload)
+    return found
+
+
+def exchanged_bytes(run_dir, run, folders):
+    """{row: {"rounds", "sent", "received"}}, bytes of one client, of the rows that exchange weights in every
+    round; with them MetaMoE's one upload, the mean over clients, and its model. Empty without such rows."""
+    paths = {row: folder / "exchange.json" for row, folder in folders.items() if folder}
+    found = {row: read_json(path) for row, path in paths.items() if path.exists()}
+    if found and "metamoe" in folders:
+        folder, uploads = (
+            folders["metamoe"],
+            [run_dir / "clients" / name / "upload" for name in run["clients"]],
+        )
+        variant = settings_of(folder)["variant"]
+        sent = round(np.mean([folder_bytes(upload / variant) for upload in uploads]))
+        received = sum((folder / file).stat().st_size for file in ("moe.safetensors", "moe_config.json"))
+        found["metamoe"] = {"rounds": 1, "sent": sent, "received": received}
     return found
 
 

@@ -21,6 +21,15 @@ ROUTING = (
     "and drawn in routing.png."
 )
 OPT_OUT = "with one client's expert left out, without training: accuracy in percent."
+SIMULATED = (
+    "simulated federations: the clients' weights are averaged in every round, and this run read all clients' "
+    "private training records in one process. They are there for comparison."
+)
+PERSONAL = "has a model for each client, which scores that client's test part alone."
+EXCHANGED = (
+    "Bytes that one client sends and receives while the model is made. In every round it sends the factors "
+    "that are averaged and receives their mean; MetaMoE's client sends one upload and receives the model."
+)
 COVERAGE = (
     "How the proxies cover a client's private test data: mean distance (1 - cosine) of a test sample to its "
     "nearest proxy (smaller is closer), and log det L_S of the proxies (larger is more diverse)."
@@ -79,6 +88,8 @@ def markdown(results, run):
         blocks.append(accuracy_table(labelled, run, measured, best))
         if not section:
             blocks += notes(rows)
+            if "exchanged" in results:
+                blocks += [EXCHANGED, exchange_table(results["exchanged"], run)]
     blocks += ["## Intervals", INTERVALS, interval_table(results, measured)]
     routed = [row for row in rows if "routing" in row]
     if routed:
@@ -108,6 +119,7 @@ def explanation(results, run, measured):
     pooled = [row["title"] for row in results["rows"] if sees_private_data(row)]
     if pooled:
         text += f" {', '.join(pooled)}: trained on the clients' private data, NOT private. All others are."
+    text += simulations(results, run)
     text += " The best average of a private merged model is bold."
     if any(row["model"].startswith("expert-") for row in results["rows"]):
         text += f" The clients' own experts are those of the uploads {results['experts']}."
@@ -117,6 +129,16 @@ def explanation(results, run, measured):
     if results.get("scoring") == "generate" and any(row["model"] == "btm" for row in results["rows"]):
         text += " BTM combines the probabilities of the letters: its row is that of `--scoring letters`."
     return text
+
+
+def simulations(results, run):
+    """What is said of the rows that exchange weights in every round."""
+    rows = {row: found for row, found in results.get("exchanged", {}).items() if row != "metamoe"}
+    if not rows:
+        return ""
+    text = f" {', '.join(title(row, run) for row in rows)}: {SIMULATED}"
+    personal = [title(row, run) for row, found in rows.items() if found["personal"]]
+    return text + "".join(f" {name} {PERSONAL}" for name in personal)
 
 
 def changed_settings(run, own_seed_model):
@@ -133,7 +155,8 @@ def sees_private_data(row):
 
 def is_private_model(row):
     """Whether the server makes the row's model of uploads alone."""
-    return row["model"] in METHODS and not sees_private_data(row)
+    found = METHODS.get(row["model"])
+    return found is not None and not found.rounds and not sees_private_data(row)
 
 
 def best_private(labelled):
@@ -199,6 +222,13 @@ def own_share(row, client):
     own = row["experts"].index(client)
     shares = [100 * layer[own] for layer in row["routing"][client]]
     return f"{np.mean(shares):.1f} ({min(shares):.1f} to {max(shares):.1f})"
+
+
+def exchange_table(exchanged, run):
+    lines = []
+    for row, found in exchanged.items():
+        lines.append((title(row, run), [f"{found[key]:,}" for key in ("rounds", "sent", "received")]))
+    return grid(["exchanges", "bytes sent", "bytes received"], lines)
 
 
 def opt_out_table(table, measured):

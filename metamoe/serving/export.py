@@ -9,6 +9,7 @@ from metamoe.atomic import atomic, locked
 from metamoe.backbones import load_backbone
 from metamoe.backbones.base import import_transformers
 from metamoe.errors import UserError
+from metamoe.methods import METHODS
 from metamoe.presets import PRESETS
 from metamoe.rundir import check_whole, finish, finished, folder_bytes, read_json, sha256, write_json
 from metamoe.serving import generation, past, seed_model
@@ -16,7 +17,7 @@ from metamoe.serving import generation, past, seed_model
 
 def check_export(args, run):
     """The folder to export to is free, or holds an earlier export; the model is one that can be exported."""
-    if PRESETS[run["backbone"]]["kind"] != "text" or args.method in ("soup", "btm"):
+    if PRESETS[run["backbone"]]["kind"] != "text" or METHODS[args.method].merge != "moe":
         raise UserError(
             f"--export {args.export}: an MoE of a language model alone; {run['backbone']}, {args.method} "
             "is none"

@@ -3,7 +3,8 @@
     RUN/run.json                            the agreement: what all parties compute with
     RUN/local.json                          this party's own: whose data are here, and where they come from
     RUN/public/                             D_0: records, seed-model features
-    RUN/clients/NAME/private/               NAME's data; on the server only --method unrestricted reads it
+    RUN/clients/NAME/private/               NAME's data; on the server only --method unrestricted, fedavg and
+                                            comigs read it
     RUN/clients/NAME/selection/             relevance and the proxies of each selection rule
     RUN/clients/NAME/experts/VARIANT/       the trained expert
     RUN/clients/NAME/upload/VARIANT/        what leaves NAME: manifest, proxies, adapter, routing vectors

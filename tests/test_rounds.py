@@ -12,6 +12,7 @@ import moe
 from metamoe.backbones import load_backbone
 from metamoe.backbones.training import train
 from metamoe.data.glyphs import world
+from metamoe.errors import UserError
 from metamoe.records import read_records
 from metamoe.rivals.comigs import mixture, router_part
 from metamoe.rivals.rounds import Client, run_rounds
@@ -194,6 +195,9 @@ def test_the_routers_part_is_a_fifth_of_the_training_records():
     mine, held = router_part("hotels", records, 3)
     assert len(held) == 6 and sorted(mine + held) == records
     assert router_part("hotels", records, 3) == (mine, held) != router_part("hotels", records, 4)
+    assert [len(part) for part in router_part("hotels", records[:2], 3)] == [1, 1]
+    with pytest.raises(UserError, match="client hotels.*2 training records"):
+        router_part("hotels", records[:1], 3)
 
 
 def test_both_rows_are_made_scored_and_counted(run):

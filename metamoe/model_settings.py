@@ -54,7 +54,7 @@ def add_method_flags(parser):
     flag("--top-k", type=positive_int, help="experts a token")
     offset = "add -|e_p|^2 / 2 to the routing logits: nearest mean instead of largest product"
     flag("--offset", action="store_true", default=None, help=offset)
-    rounds = "fedavg, comigs: times that the clients' weights are averaged (default: 20)"
+    rounds = "fedavg, comigs: times that weights are averaged, at most a client's steps (default: 20)"
     flag("--rounds", type=positive_int, help=rounds)
 
 

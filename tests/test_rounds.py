@@ -16,7 +16,7 @@ from metamoe.errors import UserError
 from metamoe.records import read_records
 from metamoe.rivals.comigs import mixture, router_part
 from metamoe.rivals.rounds import Client, run_rounds
-from metamoe.rundir import read_json
+from metamoe.rundir import read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {"name": "test", "epochs": 4, "batch_size": 4, "lr": 0.01, "optimizer": "adamw", "seed": 3}
@@ -244,3 +244,8 @@ def test_both_rows_are_made_scored_and_counted(run):
 )
 def test_what_does_not_go_with_rounds_is_refused(fresh, flags):
     assert flags.split()[2] in refused("unify_moe", fresh, *flags.split())
+
+
+def test_all_clients_data_must_be_here(fresh):
+    write_json(fresh / "local.json", read_json(fresh / "local.json") | {"clients": ["intent"]})
+    assert "hotels: its data are not here" in refused("unify_moe", fresh, "--method", "fedavg")

@@ -107,7 +107,7 @@ def run_rounds(model, clients, rounds, label):
     model.train()
     with enough_memory(label), progress(total=total, desc=label, unit="step") as bar:
         for number in range(rounds):
-            bar.set_description(f"{label}, round {number + 1} of {rounds}", refresh=False)
+            bar.set_description_str(f"{label}, round {number + 1} of {rounds}", refresh=False)
             losses.append([])
             for client in clients:
                 steps = client.steps * (number + 1) // rounds - len(client.losses)

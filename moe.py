@@ -33,7 +33,8 @@ class Router(nn.Module):
     """The context-aware router, Eq. 6: pi = softmax(z~ . e_p), z~ = (1 - lambda) z + lambda z_x.
 
     vectors: (K, d), the uploaded mean FFN inputs that e_p starts from. lam: where lambda starts, in [0, 1].
-    offset: subtract |e_p|^2 / 2 from the logits, which makes the largest one the nearest mean.
+    offset: add a bias (K,) to the logits. It starts at -|e_p|^2 / 2, which makes the largest one the nearest
+        mean, and is then a parameter of its own: it does not follow e_p in training.
     disabled: indices of experts that have opted out: their pi is 0, the others' sum to 1.
     """
 
@@ -45,14 +46,15 @@ class Router(nn.Module):
             raise ValueError(f"lam must be in [0, 1], not {lam}")
         self.vectors = nn.Parameter(vectors.detach().to(torch.float32, copy=True))
         self.lam = nn.Parameter(torch.tensor(float(lam), dtype=torch.float32, device=vectors.device))
-        self.offset, self.disabled = offset, []
+        self.bias = nn.Parameter(self.vectors.detach().square().sum(1) / -2) if offset else None
+        self.disabled = []
 
     def forward(self, z: Tensor, context: Tensor | None) -> Tensor:
         """pi (B, T, K) in float32 for z (B, T, d) and a context (B, 1 or T, d), or None for z~ = z."""
         return self.logits(z, context).softmax(-1)  # Eq. 6
 
     def logits(self, z: Tensor, context: Tensor | None) -> Tensor:
-        """z~ . e_p, -inf for the disabled: (B, T, K) in float32."""
+        """z~ . e_p + bias_p, -inf for the disabled: (B, T, K) in float32."""
         with torch.autocast(z.device.type, enabled=False):  # bf16 logits of size 100 are off by 0.5
             e = self.vectors.float().t()  # (d, K)
             if self.disabled:
@@ -62,8 +64,8 @@ class Router(nn.Module):
             if context is not None:  # z~ . e is linear in z~: blend the K logits, not the d features
                 lam = self.lam.clamp(0, 1)  # whatever an optimiser did to it
                 logits = (1 - lam) * logits + lam * (context.float() @ e)
-            if self.offset:
-                logits = logits - e.square().sum(0) / 2
+            if self.bias is not None:
+                logits = logits + self.bias.float()
             return logits.index_fill(-1, out, -torch.inf) if self.disabled else logits
 
 
@@ -220,8 +222,7 @@ class MoELayer(nn.Module):
         """
         broken = _broken(stacks)
         y = self._mix_by_expert(x, chosen, weight, stacks, broken)
-        lost = ~y.isfinite().all(1)  # (N)
-        y = y.masked_fill(lost.unsqueeze(1), torch.nan)  # which stops the gradient, too
+        y = y.masked_fill(~y.isfinite().all(1, keepdim=True), torch.nan)  # which stops the gradient, too
         if not few:
             return y
         rest = self._mix_masked(x, chosen, weight, _without(broken, stacks))
@@ -384,13 +385,6 @@ class Stacks(nn.ParameterDict):  # no submodules: tools that look for "up_proj" 
         return dict(self.items())
 
 
-def seed_expert(ffn: nn.Module, like: dict) -> dict:
-    """e_0 of Eq. 6: the seed model's own FFN as an expert like another; LoRA zeros stay zero."""
-    if _kind([like]) == "lora":
-        return {key: v if key == "scaling" else torch.zeros_like(v) for key, v in like.items()}
-    return {key: v.detach().clone() for key, v in ffn.named_parameters()}
-
-
 def unify(
     model, ffn_names, experts, vectors, *, names=None, lam=0.3, offset=False, context="fixed", **options
 ):
@@ -505,8 +499,9 @@ def layers(model) -> list[MoELayer]:
 
 
 def router_parameters(model) -> list[nn.Parameter]:
-    """The routing vectors e_p, (K, d) a layer."""
-    return [layer.router.vectors for layer in layers(model)]
+    """The routing vectors e_p, (K, d) a layer, and the biases (K,), where there are any."""
+    routers = [layer.router for layer in layers(model)]
+    return [r.vectors for r in routers] + [r.bias for r in routers if r.bias is not None]
 
 
 def lambda_parameters(model) -> list[nn.Parameter]:
@@ -539,9 +534,8 @@ def reset_counts(model):
 def added(layer: MoELayer) -> dict:
     """What the layer adds to its FFN: {"router.vectors": (K, d), "experts.up_proj.A": (K, r, d_in), ...}."""
     tensors = {key: t for key, t in layer.state_dict().items() if key.startswith("router.")}
-    for key, t in layer.experts.items():
-        tensors["experts." + ".".join(key.rsplit("_", 1))] = t.detach()
-    return tensors
+    own = layer.experts.items()
+    return tensors | {"experts." + ".".join(key.rsplit("_", 1)): t.detach() for key, t in own}
 
 
 def save(model, folder):
@@ -607,8 +601,10 @@ def assemble(model, config, tensors, joining=()):
     options = {key: config[key] for key in ("lam", "top_k", "weighting", "context", "offset")}
     model = unify(model, ffn_names, experts, vectors, names=names, **options)
     with torch.no_grad():
-        for name, lam in zip(ffn_names, lambda_parameters(model), strict=True):
-            lam.copy_(tensors[f"{name}.router.lam"])
+        for name, layer in zip(ffn_names, layers(model), strict=True):
+            layer.router.lam.copy_(tensors[f"{name}.router.lam"])
+            if f"{name}.router.bias" in tensors:  # an earlier version's model has none: it is that of its e_p
+                layer.router.bias[:K].copy_(tensors[f"{name}.router.bias"])
     for name in config["disabled"]:
         disable_expert(model, name)
     return model

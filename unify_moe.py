@@ -38,6 +38,7 @@ from metamoe.routing import router_losses, start_vectors
 from metamoe.rundir import check_unchanged, finish, finished, inside, open_run, write_json
 from metamoe.serving.export import check_export, export
 from metamoe.serving.members import check_extension, extend, leave_out
+from metamoe.start import seed_model_expert, seed_sample
 from metamoe.takeover import attraction, check_lengths, tell_routing
 from metamoe.uploads import read_uploads, receive
 
@@ -73,12 +74,9 @@ def build(backbone, run_dir, run, uploads, settings):
     vectors = [upload.vectors for upload in uploads.values()]
     names = list(uploads)
     if settings["seed_expert"]:  # e_0: the seed model's FFN, its mean over up to 3,000 random samples of D_0
-        public = read_records(run_dir / "public" / "records.jsonl")
-        sample = np.random.default_rng([run["seed"], 17]).permutation(usable_public(run_dir, public))[:3000]
-        sample, label = [public[i] for i in sample], "routing vector of e_0"
-        vectors.insert(0, backbone.routing_vectors(backbone.model, sample, label=label))
-        ffns = {name: backbone.model.get_submodule(name) for name in backbone.ffn_names}
-        experts.insert(0, {name: moe.seed_expert(ffn, experts[0][name]) for name, ffn in ffns.items()})
+        sample = seed_sample(run_dir, run)
+        vectors.insert(0, backbone.routing_vectors(backbone.model, sample, label="routing vector of e_0"))
+        experts.insert(0, seed_model_expert(backbone, experts[0]))
         names.insert(0, "seed")
     vectors = start_vectors(vectors, settings["init"], run["seed"])
     context = "none"

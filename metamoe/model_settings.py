@@ -52,7 +52,7 @@ def add_method_flags(parser):
     weights = "weights of the chosen experts: pi / stop_gradient(sum), Eq. 5's pi, or pi / sum"
     flag("--weighting", choices=moe.WEIGHTINGS, help=weights)
     flag("--top-k", type=positive_int, help="experts a token")
-    offset = "add -|e_p|^2 / 2 to the routing logits: nearest mean instead of largest product"
+    offset = "routing logits with a learned bias, at first -|e_p|^2 / 2: nearest mean, not largest product"
     flag("--offset", action="store_true", default=None, help=offset)
     rounds = "fedavg, comigs: times that weights are averaged, at most a client's steps (default: 20)"
     flag("--rounds", type=positive_int, help=rounds)

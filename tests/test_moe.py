@@ -18,6 +18,7 @@ from torch import nn
 import moe
 from metamoe.backbones.base import import_transformers
 from metamoe.serving.members import remove_expert
+from metamoe.start import seed_expert
 from moe import MoELayer, Router, RoutingState
 
 transformers = import_transformers()
@@ -100,8 +101,8 @@ def naive(layer, ffn, experts, x):
         context = sum(seen) / len(seen) if seen else torch.zeros(D)
         blend = x[b, t] if state.mode == "none" else (1 - lam) * x[b, t] + lam * context
         logits = vectors @ blend
-        if layer.router.offset:
-            logits = logits - vectors.square().sum(1) / 2
+        if layer.router.bias is not None:
+            logits = logits + layer.router.bias
         pi = logits.softmax(0)  # Eq. 6
         top = pi.topk(layer.top_k).indices.tolist()
         total = pi[top].sum()
@@ -181,6 +182,21 @@ def test_a_disabled_expert_is_as_if_it_were_not_there(weighting, top_k):
     assert layer.counts[0] == 0 and layer.counts.sum() == 15 * k
     layer.router.disabled = []
     assert torch.equal(layer(x), whole)
+
+
+def test_the_bias_starts_at_the_nearest_mean_and_keeps_a_disabled_experts_nan_out():
+    layer, _, _ = make_layer(offset=True, lam=0.0)
+    router, x = layer.router, torch.randn(3, 5, D)
+    distances = (x.unsqueeze(2) - router.vectors).square().sum(-1)  # (3, 5, K)
+    close(router(x, None), (-distances / 2).softmax(-1))
+    assert [p.shape for p in make_layer()[0].router.parameters()] == [(K, D), ()]
+    with torch.no_grad():
+        router.vectors[1] = router.bias[1] = torch.nan
+    router.disabled, x.requires_grad = [1], True
+    y = layer(x)
+    y.square().sum().backward()
+    assert all(t.isfinite().all() for t in (y, x.grad, router.vectors.grad, router.bias.grad))
+    assert router.bias.grad[[0, 2]].abs().min() > 0 and router.bias.grad[1] == 0
 
 
 def poison(layer, p, value, entry):
@@ -313,7 +329,7 @@ def test_seed_expert_is_the_seed_model_and_lora_stays_it(kind):
     torch.manual_seed(3)
     ffn, x = gated(), torch.randn(3, 5, D)
     like = make_expert(ffn, kind)
-    zero = moe.seed_expert(ffn, like)
+    zero = seed_expert(ffn, like)
     layer = MoELayer(ffn, [zero, like], Router(torch.randn(2, D)), RoutingState(), top_k=1)
     close(MoELayer(ffn, [zero], Router(torch.randn(1, D)), RoutingState())(x), ffn(x))
     layer(x).square().sum().backward()
@@ -416,6 +432,24 @@ def test_save_and_load_give_the_same_model_bit_for_bit(kind, top_k, tmp_path):
     assert again.routing.mode == "prefix" and config["names"] == ["a", "b", "c"]
 
 
+def test_a_bias_is_saved_and_an_earlier_versions_offset_still_loads(tmp_path):
+    model = unified(offset=True)
+    biases = [layer.router.bias for layer in moe.layers(model)]
+    assert set(map(id, biases)) < set(map(id, moe.router_parameters(model)))
+    with torch.no_grad():
+        for bias in biases:
+            bias += torch.randn(K)
+    moe.save(model, tmp_path)
+    config, tensors = moe.read(tmp_path)
+    assert torch.equal(logits(moe.load(tmp_path, llama())), logits(model))
+    extra = [("d", uploads("lora")[0][0], torch.ones(3, D))]
+    for layer, bias in zip(moe.layers(moe.assemble(llama(), config, tensors, extra)), biases, strict=True):
+        assert layer.router.bias.tolist() == [*bias.tolist(), -D / 2]
+    moe.write(tmp_path, config, {key: t for key, t in tensors.items() if not key.endswith("bias")})
+    for layer in moe.layers(moe.load(tmp_path, llama())):
+        close(layer.router.bias, -layer.router.vectors.square().sum(1) / 2)
+
+
 @pytest.mark.parametrize("umask, mode", ((0o022, 0o644), (0o007, 0o660)))
 def test_write_follows_the_umask_and_a_failed_one_does_not_look_complete(umask, mode, tmp_path):
     before = os.umask(umask)
@@ -461,7 +495,7 @@ def test_clamp():
 
 
 def test_opt_out_and_in_of_a_model_and_on_disk(tmp_path):
-    model = unified(top_k=3, context="prefix")
+    model = unified(top_k=3, context="prefix", offset=True)
     whole = logits(model)
     for _ in range(2):  # twice is once
         moe.disable_expert(model, "b")

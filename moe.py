@@ -47,7 +47,7 @@ class Router(nn.Module):
         self.vectors = nn.Parameter(vectors.detach().to(torch.float32, copy=True))
         self.lam = nn.Parameter(torch.tensor(float(lam), dtype=torch.float32, device=vectors.device))
         self.bias = nn.Parameter(self.vectors.detach().square().sum(1) / -2) if offset else None
-        self.disabled = []
+        self.absolute, self.disabled = False, []
 
     def forward(self, z: Tensor, context: Tensor | None) -> Tensor:
         """pi (B, T, K) in float32 for z (B, T, d) and a context (B, 1 or T, d), or None for z~ = z."""
@@ -64,6 +64,8 @@ class Router(nn.Module):
             if context is not None:  # z~ . e is linear in z~: blend the K logits, not the d features
                 lam = self.lam.clamp(0, 1)  # whatever an optimiser did to it
                 logits = (1 - lam) * logits + lam * (context.float() @ e)
+            if self.absolute:
+                logits = logits.abs()
             if self.bias is not None:
                 logits = logits + self.bias.float()
             return logits.index_fill(-1, out, -torch.inf) if self.disabled else logits
@@ -129,14 +131,16 @@ class MoELayer(nn.Module):
         {"up_proj.weight": (d_out, d_in), ...}.
     weighting: of the chosen experts. "literal": pi_p, as in Eq. 5. "renormalized": pi_p / sum of the chosen
         pi. "stopgrad": pi_p / stop_gradient(sum), which still trains the router at top-1.
+    absolute: the router takes |z~ . e_p|: a singular vector has no sign (Arrow, arXiv 2405.11157).
     Raises ValueError, naming the argument, where shapes, counts or kinds disagree.
     """
 
-    def __init__(self, ffn, experts, router, state, top_k=1, weighting="stopgrad"):
+    def __init__(self, ffn, experts, router, state, top_k=1, weighting="stopgrad", absolute=False):
         super().__init__()
         self.linears, act = _parts(ffn)
         _check_layer(len(experts), getattr(ffn, self.linears[0]).in_features, router, top_k, weighting)
         self.router, self.state, self.top_k, self.weighting = router, state, top_k, weighting
+        router.absolute = absolute
         self.kind, self.act = _kind(experts), getattr(ffn, act)
         self.experts, self.scaling = _stack(experts, ffn, self.linears, self.kind), None
         if self.kind == "lora":
@@ -392,7 +396,7 @@ def unify(
 
     ffn_names: the FFNs' module paths, such as "model.layers.0.mlp".
     experts: K x {ffn_name: expert of MoELayer}. vectors: K x (L, d), or one (K, L, d). names: of the experts.
-    lam, offset: of Router. context: the mode of RoutingState. options: top_k and weighting of MoELayer.
+    lam, offset: of Router. context: the mode of RoutingState. options: of MoELayer, from top_k on.
 
     Then only routers and experts require gradients; model.routing and model.moe_config describe the model.
     Raises ValueError, naming the argument, where anything disagrees; the model then still has its FFNs.
@@ -420,6 +424,8 @@ def unify(
     model.routing, model.moe_config = state, dict(names=names, ffn_names=ffn_names, kind=kind)
     model.moe_config |= dict(top_k=new[0].top_k, weighting=new[0].weighting, context=context, offset=offset)
     model.moe_config |= dict(lam=float(lam), scaling=[own.scaling for own in new], seed=source, disabled=[])
+    if options.get("absolute"):
+        model.moe_config["absolute"] = True
     if hasattr(model, "generate"):
         _attach(model)
     if hasattr(model, "save_pretrained"):
@@ -540,9 +546,8 @@ def added(layer: MoELayer) -> dict:
 
 def save(model, folder):
     """Write what unify added to a folder: experts, routing vectors, lambdas, configuration; no seed model."""
-    tensors = {}
-    for name, layer in zip(model.moe_config["ffn_names"], layers(model), strict=True):
-        tensors |= {f"{name}.{key}": t.contiguous() for key, t in added(layer).items()}
+    named = zip(model.moe_config["ffn_names"], layers(model), strict=True)
+    tensors = {f"{name}.{key}": t.contiguous() for name, layer in named for key, t in added(layer).items()}
     write(folder, model.moe_config, tensors)
 
 
@@ -585,20 +590,19 @@ def assemble(model, config, tensors, joining=()):
     joining: experts to add, (name, {ffn_name: expert of MoELayer}, vectors (L, d)) each.
     """
     ffn_names, K = config["ffn_names"], len(config["names"])
-    experts = [{name: {} for name in ffn_names} for _ in range(K)]
+    scalings = list(zip(ffn_names, config["scaling"], strict=True))  # None for full experts
+    experts = [{name: {"scaling": own[p]} if own else {} for name, own in scalings} for p in range(K)]
     for p, e in enumerate(experts):
         for key, stack in tensors.items():
             name, found, rest = key.rpartition(".experts.")
             if found:
                 e[name][rest.replace(".A", ".lora_A").replace(".B", ".lora_B")] = stack[p]
-        if config["kind"] == "lora":
-            for name, scaling in zip(ffn_names, config["scaling"], strict=True):
-                e[name]["scaling"] = scaling[p]
     vectors = torch.stack([tensors[f"{name}.router.vectors"] for name in ffn_names], dim=1)  # (K, L, d)
     names = config["names"] + [name for name, _, _ in joining]
     experts += [expert for _, expert, _ in joining]
     vectors = [*vectors, *(own for _, _, own in joining)]
-    options = {key: config[key] for key in ("lam", "top_k", "weighting", "context", "offset")}
+    own = ("lam", "top_k", "weighting", "context", "offset", "absolute")
+    options = {key: config[key] for key in own if key in config}
     model = unify(model, ffn_names, experts, vectors, names=names, **options)
     with torch.no_grad():
         for name, layer in zip(ffn_names, layers(model), strict=True):

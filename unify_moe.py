@@ -34,11 +34,11 @@ from metamoe.methods import METHODS, described
 from metamoe.model_settings import add_method_flags, resolve, sources
 from metamoe.records import read_records, usable_public
 from metamoe.rivals.simulation import simulate
-from metamoe.routing import router_losses, start_vectors
+from metamoe.routing import router_losses
 from metamoe.rundir import check_unchanged, finish, finished, inside, open_run, write_json
 from metamoe.serving.export import check_export, export
 from metamoe.serving.members import check_extension, extend, leave_out
-from metamoe.start import seed_model_expert, seed_sample
+from metamoe.start import set_bias, start, with_seed_model
 from metamoe.takeover import attraction, check_lengths, tell_routing
 from metamoe.uploads import read_uploads, receive
 
@@ -70,21 +70,19 @@ def parse_args():
 
 def build(backbone, run_dir, run, uploads, settings):
     """The unified model before its final training (Eq. 5-6)."""
+    if settings["seed_expert"]:
+        uploads = with_seed_model(backbone, run_dir, run, uploads)
     experts = [upload.expert for upload in uploads.values()]
-    vectors = [upload.vectors for upload in uploads.values()]
-    names = list(uploads)
-    if settings["seed_expert"]:  # e_0: the seed model's FFN, its mean over up to 3,000 random samples of D_0
-        sample = seed_sample(run_dir, run)
-        vectors.insert(0, backbone.routing_vectors(backbone.model, sample, label="routing vector of e_0"))
-        experts.insert(0, seed_model_expert(backbone, experts[0]))
-        names.insert(0, "seed")
-    vectors = start_vectors(vectors, settings["init"], run["seed"])
+    vectors, bias = start(backbone, run_dir, run, uploads, settings)
     context = "none"
     if settings["context"] == "on":  # whole texts have no end of the prompt to take a mean at
         context = "prefix" if run.get("loss") == "text" else "fixed"
-    options = {key: settings[key] for key in ("top_k", "weighting", "offset")}
-    options |= {"names": names, "lam": settings["lambda_init"], "context": context}
-    return moe.unify(backbone.model, backbone.ffn_names, experts, vectors, **options)
+    options = {"names": list(uploads), "lam": settings["lambda_init"], "context": context}
+    options |= {"top_k": settings["top_k"], "weighting": settings["weighting"]}
+    options |= {"offset": settings["offset"] or bias is not None, "absolute": settings["init"] == "arrow"}
+    model = moe.unify(backbone.model, backbone.ffn_names, experts, vectors, **options)
+    set_bias(model, bias)
+    return model
 
 
 def final_samples(run_dir, run, uploads, settings):
@@ -144,7 +142,7 @@ def make(args, run_dir, run, backbone, uploads, settings):
         return None, [], {}, time.perf_counter()
     start, losses = time.perf_counter(), []  # the seed model is in memory
     if args.extend:
-        model = extend(backbone.model, run_dir / "moe" / args.extend, uploads, settings["init"])
+        model = extend(backbone, run_dir, run, args.extend, uploads, settings)
     else:
         model = build(backbone, run_dir, run, uploads, settings)
     if settings["steps"]:

@@ -34,16 +34,18 @@ class Method:
     title: str = ""
     about: str = ""
     merge: str = "moe"
-    data: str = (
-        "aligned"  # experts trained on private data and proxies; "private" or "proxies": on these alone
-    )
+    # experts trained on private data and proxies; "private" or "proxies": on these alone
+    data: str = "aligned"
     selection: str = "dpp"  # rule that chose the proxies (select_proxies.RULES)
     context: str = "on"  # router with the sequence's mean (Eq. 6); "off": on the token alone
-    init: str = "uploaded"  # routing vectors start at the clients' means; "unit": of one length; or "random"
+    # routing vectors start at the clients' means; "unit": of one length; "lda": discriminants; "arrow": the
+    # experts' singular vectors; or "random"
+    init: str = "uploaded"
     train: str = "all"  # final training of router and experts; "router", or "none"
-    samples: str = "proxies"  # that it trains on; "public": as many random ones, "private": the clients' data
+    # that it trains on; "public": as many random ones; "private": the clients' data
+    samples: str = "proxies"
     weighting: str = "stopgrad"  # of the chosen experts (moe.WEIGHTINGS)
-    top_k: int = 1
+    top_k: int = 1  # at most: where there are fewer experts, as many
     offset: bool = False
     seed_expert: bool = False
     routing_loss: float = (
@@ -140,6 +142,27 @@ METHODS = {
         train="router",
         sections={SELECTION: "FlexOlmo, similarity", EXPERTS: "FlexOlmo's router, private data alone"},
     ),
+    "flexolmo-lda": rival(
+        "FlexOlmo, LDA start",
+        "as flexolmo, routing vectors and a bias start at linear discriminants, with the covariance of D_0",
+        context="off",
+        train="router",
+        init="lda",
+        like="flexolmo",
+        extra=True,
+    ),
+    "arrow": rival(
+        "Arrow",
+        "private-only experts, routed without training by the top singular vectors of their LoRA factors, up "
+        "to three a token",
+        context="off",
+        train="none",
+        init="arrow",
+        weighting="renormalized",
+        top_k=3,
+        like="flexolmo",
+        extra=True,
+    ),
     "flexolmo-dpp": flexolmo("FlexOlmo, DPP", SELECTION, selection="dpp"),
     "flexolmo-aligned": flexolmo(
         "FlexOlmo's router, private data and proxies", EXPERTS, data="aligned", selection="dpp"
@@ -171,6 +194,13 @@ METHODS = {
         "beyond the paper: as metamoe, each layer's routing vectors start at one length, their mean length",
         init="unit",
         sections={START: "uploaded means of one length"},
+    ),
+    "metamoe-lda": Method(
+        "MetaMoE, LDA start",
+        "beyond the paper: as metamoe, routing vectors and a bias start at linear discriminants, with the "
+        "covariance of D_0",
+        init="lda",
+        extra=True,
     ),
     "metamoe-dpp-all": metamoe("the whole public set", POOL, selection="dpp-all"),
 }

@@ -35,8 +35,11 @@ def add_method_flags(parser):
     flag = parser.add_argument
     context = "router on the blend with the sequence mean (Eq. 6), or on the token alone"
     flag("--context", choices=["on", "off"], help=context)
-    init = "routing vectors start at the clients' means, at these scaled to one length, or random"
-    flag("--init", choices=["uploaded", "unit", "random"], help=init)
+    init = (
+        "routing vectors start at the clients' means, at these scaled to one length, at their discriminants "
+        "(LDA, covariance of D_0), at the experts' top singular vectors (Arrow), or random"
+    )
+    flag("--init", choices=["uploaded", "unit", "lda", "arrow", "random"], help=init)
     trained = "final training of router and experts, the router alone, or none"
     flag("--train", choices=["all", "router", "none"], help=trained)
     samples = (
@@ -67,18 +70,20 @@ def resolve(args, run_dir, run):
         return settings | simulation_settings(args, run)
     if args.rounds:
         raise UserError(f"--rounds {args.rounds}: {args.method} has one upload and no rounds: leave it out")
-    switches = ["data", "selection"]
+    switches, count = ["data", "selection"], len(run["clients"])
     if method.merge == "moe":
         switches += ["context", "init", "train", "samples", "seed_expert", "weighting", "top_k", "offset"]
     settings["full_ffn"] = args.full_ffn
     settings |= from_preset(args, vars(method), {switch: switch for switch in switches})
+    if "top_k" in settings and args.top_k is None:
+        settings["top_k"] = min(method.top_k, count + settings["seed_expert"])  # of all experts at most
     settings["variant"] = upload_variant(settings["data"], settings["selection"], args.full_ffn)
     if method.merge != "moe":
         return settings
     preset = PRESETS[run["backbone"]]
     rates = preset["final_lr"]
     preset = preset | {"final_lr": rates.get(args.method, rates.get(method.like))}
-    defaults, samples = DEFAULTS, len(run["clients"]) * run["proxies"]
+    defaults, samples = DEFAULTS, count * run["proxies"]
     if settings["samples"] == "private":
         defaults = DEFAULTS | {"epochs": "expert_epochs"}
         done = [run_dir / "clients" / name / "private" / "done.json" for name in run["clients"]]
@@ -148,3 +153,8 @@ def check_settings(settings, run):
     count = len(run["clients"]) + settings["seed_expert"]
     if settings["top_k"] > count:
         raise UserError(f"--top-k {settings['top_k']}: must be 1 to {count}, the number of experts")
+    if settings["init"] == "lda" and settings["offset"]:
+        raise UserError("--offset: --init lda has a bias of its own: leave out one of them")
+    if settings["init"] == "arrow" and (settings["full_ffn"] or settings["seed_expert"]):
+        flag = "--full-ffn" if settings["full_ffn"] else "--seed-expert"
+        raise UserError(f"{flag}: --init arrow routes by LoRA factors, which not every expert would have")

@@ -1,9 +1,15 @@
 """What a unified model starts from: experts and routing vectors, the seed model's (e_0) among them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 
+import moe
+from metamoe.errors import UserError
+from metamoe.lda import discriminants, routed_covariance
 from metamoe.records import read_records, usable_public
+from metamoe.routing import start_vectors
 
 PUBLIC_SAMPLES = 3000  # of D_0 that the seed model's mean and covariance are taken over, at most
 
@@ -22,7 +28,48 @@ def seed_expert(ffn, like):
     return {key: v.detach().clone() for key, v in ffn.named_parameters()}
 
 
-def seed_model_expert(backbone, like):
-    """e_0 in every layer, as an expert for moe.unify; like: another one."""
+def with_seed_model(backbone, run_dir, run, uploads):
+    """The uploads {name: Upload} behind that of e_0, "seed": the seed model's FFNs and mean inputs on D_0."""
+    like = next(iter(uploads.values())).expert
     ffns = {name: backbone.model.get_submodule(name) for name in backbone.ffn_names}
-    return {name: seed_expert(ffn, like[name]) for name, ffn in ffns.items()}
+    own = SimpleNamespace(expert={name: seed_expert(ffn, like[name]) for name, ffn in ffns.items()})
+    sample = seed_sample(run_dir, run)
+    own.vectors = backbone.routing_vectors(backbone.model, sample, label="routing vector of e_0")
+    return {"seed": own, **uploads}
+
+
+def start(backbone, run_dir, run, uploads, settings):
+    """(routing vectors K x (L, d), biases K x (L,) or None) that these uploads' experts start with."""
+    vectors = [upload.vectors for upload in uploads.values()]
+    if settings["init"] == "lda":
+        lam = settings["lambda_init"] if settings["context"] == "on" else 0.0
+        return discriminants(vectors, routed_covariance(backbone, seed_sample(run_dir, run), lam))
+    if settings["init"] == "arrow":
+        linear = backbone.ffn_linears[0]  # gate_proj or c_fc
+        return [prototypes(name, upload.expert, linear) for name, upload in uploads.items()], None
+    return start_vectors(vectors, settings["init"], run["seed"]), None
+
+
+def prototypes(name, expert, linear):
+    """(L, d): Arrow's routing vectors, the top right singular vector of B A of that linear in each FFN.
+
+    name: the client's. Where B A is 0, so is the vector.
+    """
+    rows = []
+    for ffn, own in expert.items():
+        if f"{linear}.lora_A" not in own:
+            why = f"its expert has no LoRA of {linear} in {ffn}, whose singular vector would route"
+            raise UserError(f"client {name}: {why}: use another --init")
+        A, B = own[f"{linear}.lora_A"].double(), own[f"{linear}.lora_B"].double()  # (r, d), (h, r)
+        _, S, Vh = torch.linalg.svd(torch.linalg.qr(B).R @ A, full_matrices=False)  # of B A, B = Q R
+        rows.append(Vh[0] * (S[0] > 0))
+    return torch.stack(rows).float()
+
+
+@torch.no_grad()
+def set_bias(model, bias):
+    """Set the last K experts' biases, K x (L,); None: they stay."""
+    if bias is None:
+        return
+    for layer, own in zip(moe.layers(model), torch.stack(bias, 1), strict=True):  # (K,)
+        layer.router.bias[-len(own) :] = own

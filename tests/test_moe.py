@@ -101,6 +101,8 @@ def naive(layer, ffn, experts, x):
         context = sum(seen) / len(seen) if seen else torch.zeros(D)
         blend = x[b, t] if state.mode == "none" else (1 - lam) * x[b, t] + lam * context
         logits = vectors @ blend
+        if layer.router.absolute:
+            logits = logits.abs()
         if layer.router.bias is not None:
             logits = logits + layer.router.bias
         pi = logits.softmax(0)  # Eq. 6
@@ -118,7 +120,7 @@ def close(a, b, atol=2e-5):
 @pytest.mark.parametrize("make_ffn, kind", [*product((gated, two_layer), ("lora", "full")), (clip, "lora")])
 @pytest.mark.parametrize("top_k, weighting, mode", product((1, 2, 3), moe.WEIGHTINGS, moe.CONTEXTS))
 def test_both_ways_equal_naive_with_gradients(make_ffn, kind, top_k, weighting, mode, monkeypatch):
-    options = dict(top_k=top_k, weighting=weighting, offset=mode == "prefix")
+    options = dict(top_k=top_k, weighting=weighting, offset=mode == "prefix", absolute=mode == "fixed")
     layer, ffn, experts = make_layer(make_ffn, kind, state=RoutingState(mode), **options)
     x, target = torch.randn(4, 3, D, requires_grad=True), torch.randn(4, 3, D)
     layer.state.context_mask = mask = torch.ones(4, 3, dtype=torch.bool)
@@ -413,7 +415,7 @@ def logits(model):
 
 @pytest.mark.parametrize("kind, top_k", (("lora", 1), ("lora", 2), ("full", 1)))
 def test_save_and_load_give_the_same_model_bit_for_bit(kind, top_k, tmp_path):
-    model = unified(kind, lam=0.9, top_k=top_k, context="prefix", offset=True)
+    model = unified(kind, lam=0.9, top_k=top_k, context="prefix", offset=True, absolute=top_k == 2)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1)
     model(IDS, labels=IDS).loss.backward()

@@ -1,17 +1,23 @@
-"""Beyond Eq. 6: routing vectors of one length, and the loss that tells the router whose proxy a sample is."""
+"""Beyond Eq. 6: other starts of the routing vectors, and losses of the router beside the task loss."""
 
 import json
+import random
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import CLIENTS, refused, stage, unified
+from sklearn.covariance import shrunk_covariance
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from tiny import CLIENTS, public_records, refused, stage, unified
 
 import moe
-from metamoe import backbones, routing
+from metamoe import backbones, lda, routing
+from metamoe.data.glyphs import world
 from metamoe.rundir import read_json
+from metamoe.start import prototypes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 UNIT = ("--method", "metamoe-unit")
@@ -70,6 +76,125 @@ def test_a_client_that_joins_gets_a_vector_of_the_models_length(kept, tmp_path):
     vectors = load_file(run / "moe" / "all" / "moe.safetensors")["model.layers.1.mlp.router.vectors"]
     lengths = vectors.norm(dim=1)
     torch.testing.assert_close(lengths, lengths[:1].expand(len(CLIENTS)))
+
+
+@pytest.fixture(params=("smollm2-135m", "glyph-clip"))
+def backbone(request, seed_model):
+    source = seed_model if request.param == "smollm2-135m" else None
+    return backbones.load_backbone(request.param, source, "cpu", "float32")
+
+
+@pytest.mark.parametrize("lam", (0.0, 0.4, 1.0))
+def test_the_covariance_is_that_of_what_is_routed(backbone, lam):
+    records = public_records(random.Random(1), 9)
+    if backbone.ffn_linears[0] == "c_fc":
+        records = world.load_glyphs(["greek"], {"train": 1, "validation": 1, "test": 1}, 40, seed=0)[0][:9]
+    ffn, rows, weights, inputs = backbone.model.get_submodule(backbone.ffn_names[1]), [], [], []
+    hook = ffn.register_forward_pre_hook(lambda ffn, args: inputs.append(args[0].detach()[0]))
+    for record in records:
+        for _, _, forward in backbone.prompt_batches(backbone.model, [record], None):
+            forward()
+        z = inputs.pop().double().numpy()  # (T, d)
+        rows.append((1 - lam) * z + lam * z.mean(0))
+        weights += [1 / len(z)] * len(z)
+    hook.remove()
+    want = np.cov(np.concatenate(rows).T, aweights=weights, ddof=0)
+    found = lda.routed_covariance(backbone, records, lam)
+    assert found.shape == (len(backbone.ffn_names), backbone.width, backbone.width)
+    np.testing.assert_allclose(found[1], want, atol=1e-5 * np.abs(want).max())
+
+
+def test_the_start_is_linear_discriminant_analysis():
+    rng, (K, L, d) = np.random.default_rng(0), (4, 2, 6)
+    means, x = rng.normal(size=(K, L, d)), rng.normal(size=(50, d))
+    spread = rng.normal(size=(L, d, 9))
+    covariance = spread @ spread.transpose(0, 2, 1)
+    vectors, bias = lda.discriminants(torch.from_numpy(means).float(), torch.from_numpy(covariance))
+    for layer in range(L):
+        given = SimpleNamespace(covariance_=shrunk_covariance(covariance[layer], lda.SHRINK))
+        given.fit = lambda rows: None
+        oracle = LinearDiscriminantAnalysis("lsqr", priors=[1 / K] * K, covariance_estimator=given)
+        apart = np.concatenate([means[:, layer] + 1, means[:, layer] - 1])
+        oracle.fit(apart, [*range(K), *range(K)])
+        logits = x @ np.stack([v[layer] for v in vectors]).T + [b[layer].item() for b in bias]
+        assert (logits.argmax(1) == oracle.predict(x)).all() and len(set(logits.argmax(1))) == K
+        ratio = np.diff(logits) / np.diff(oracle.decision_function(x))
+        np.testing.assert_allclose(ratio, d / np.trace(np.linalg.inv(given.covariance_)), rtol=1e-3)
+    (same,), (offset,) = lda.discriminants(torch.ones(1, 1, d), torch.eye(d).double()[None])
+    torch.testing.assert_close((same, offset), (torch.ones(1, d), torch.tensor([-d / 2])))
+
+
+@pytest.mark.parametrize("method", ("metamoe-lda", "flexolmo-lda", "arrow"))
+def test_a_client_that_joins_starts_as_if_it_had_been_there(kept, tmp_path, method):
+    run, settings, command = tmp_path / "run", read_json(kept / "run.json"), ("unify_moe", tmp_path / "run")
+    shutil.copytree(kept, run)
+    flags = ["--method", method, "--top-k", "2", "--train", "none"]
+    assert stage(*command, *flags, "--name", "all").code == 0
+    (run / "run.json").write_text(json.dumps({**settings, "clients": CLIENTS[:-1]}))
+    assert stage(*command, *flags, "--name", "few").code == 0
+    (run / "run.json").write_text(json.dumps(settings))
+    assert stage(*command, *flags, "--extend", "few", "--name", "grown").code == 0
+    config, tensors = moe.read(run / "moe" / "all")
+    other, grown = moe.read(run / "moe" / "grown")
+    assert config == other and tensors.keys() == grown.keys()
+    assert any(key.endswith("bias") for key in tensors) == (method != "arrow")
+    for key, tensor in tensors.items():
+        torch.testing.assert_close(tensor, grown[key])
+
+
+def test_the_discriminants_of_the_row_know_lambda(kept):
+    """The token-level router has the covariance of tokens."""
+    made = []
+    for context in ("on", "off"):
+        flags = [
+            "--method",
+            "metamoe-lda",
+            "--train",
+            "none",
+            "--context",
+            context,
+            "--name",
+            f"lda-{context}",
+        ]
+        assert stage("unify_moe", kept, *flags).code == 0
+        made.append(moe.read(kept / "moe" / f"lda-{context}")[1]["model.layers.1.mlp.router.vectors"])
+    assert (made[0] - made[1]).abs().max() > 1e-3
+    assert stage("unify_moe", kept, "--method", "metamoe-lda").code == 0
+    key = "model.layers.1.mlp.router.bias"  # is trained
+    start, end = (moe.read(kept / "moe" / name)[1][key] for name in ("lda-on", "metamoe-lda"))
+    assert not torch.equal(start, end)
+
+
+def test_arrow_routes_by_the_experts_own_singular_vectors(kept):
+    assert stage("unify_moe", kept, "--method", "arrow").code == 0
+    from peft import ArrowConfig  # here: the stage has mended torchvision
+    from peft.tuners.lora.arrow import ArrowLoraLinearLayer
+
+    config, tensors = moe.read(kept / "moe" / "arrow")
+    assert config["absolute"] and (config["top_k"], config["weighting"]) == (3, "renormalized")
+    settings = ArrowConfig(rng_seed=0)
+    settings.task_adapter_names = []
+    peft = ArrowLoraLinearLayer(32, settings)
+    for p, name in enumerate(CLIENTS):
+        factors = load_file(kept / "clients" / name / "upload" / "private-similarity" / "adapter" / ADAPTER)
+        for ffn in config["ffn_names"]:
+            A, B = (factors[f"base_model.model.{ffn}.gate_proj.lora_{half}.weight"] for half in "AB")
+            found = tensors[f"{ffn}.router.vectors"][p]
+            *_, rows = np.linalg.svd((B @ A).double().numpy())
+            assert abs(rows[0] @ found.numpy()) == pytest.approx(1, abs=1e-5)
+            own = peft.top_right_singular_vec_from_BA(A, B, iters=1000)
+            assert abs(own @ found).item() == pytest.approx(1, abs=1e-3)
+    nothing = {"a": {"gate_proj.lora_A": torch.ones(2, 4), "gate_proj.lora_B": torch.zeros(5, 2)}}
+    assert not prototypes("x", nothing, "gate_proj").any()
+
+
+@pytest.mark.parametrize(
+    "flags", ("--offset --init lda", "--seed-expert --init arrow", "--full-ffn --init arrow")
+)
+def test_starts_that_do_not_go_together_are_refused(kept, flags):
+    first, _, start = flags.split()[:3]
+    line = refused("unify_moe", kept, "--method=metamoe", "--name=no", *flags.split())
+    assert f"{first}: " in line and start in line
 
 
 def test_the_loss_is_the_cross_entropy_of_pi_over_the_counted_tokens(seed_model):

@@ -7,6 +7,7 @@ from metamoe.atomic import atomic, locked
 from metamoe.errors import UserError
 from metamoe.routing import of_one_length
 from metamoe.rundir import check_name, check_whole, finish, finished, read_json, settings_of, sha256
+from metamoe.start import set_bias, start
 
 
 def leave_out(args, run_dir):
@@ -67,22 +68,24 @@ def check_extension(args, run_dir, run, settings):
     return {"model": args.extend, "moe": sha256(folder / "moe.safetensors")}
 
 
-def extend(seed_model, folder, uploads, init):
-    """The model in `folder` with the experts of the clients that it lacks, before its final training.
+def extend(backbone, run_dir, run, name, uploads, settings):
+    """The model RUN/moe/NAME with the experts of the clients that it lacks, before its final training.
 
-    uploads: {client: its Upload} of all clients of the run. init: of the routing vectors; where it
-    is "unit", the new ones get the mean length of those that are there.
+    uploads: {client: its Upload} of all clients of the run. Where settings["init"] is "unit", the new routing
+    vectors get the mean length of those that are there.
     """
-    config, tensors = moe.read(folder)
-    joining = []
-    for name, upload in uploads.items():
-        if name not in config["names"]:
-            vectors = upload.vectors
-            if init == "unit":
-                there = [tensors[f"{ffn}.router.vectors"].norm(dim=1).mean() for ffn in config["ffn_names"]]
-                (vectors,) = of_one_length([vectors], torch.stack(there))
-            joining.append((name, upload.expert, vectors))
-    return moe.assemble(seed_model, config, tensors, joining)
+    config, tensors = moe.read(run_dir / "moe" / name)
+    new = {client: upload for client, upload in uploads.items() if client not in config["names"]}
+    vectors, bias = [upload.vectors for upload in new.values()], None
+    if settings["init"] == "unit":
+        there = [tensors[f"{ffn}.router.vectors"].norm(dim=1).mean() for ffn in config["ffn_names"]]
+        vectors = of_one_length(vectors, torch.stack(there))
+    elif settings["init"] != "random":
+        vectors, bias = start(backbone, run_dir, run, new, settings)
+    joining = [(client, new[client].expert, own) for client, own in zip(new, vectors, strict=True)]
+    model = moe.assemble(backbone.model, config, tensors, joining)
+    set_bias(model, bias)
+    return model
 
 
 def remove_expert(config, tensors, name):

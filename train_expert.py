@@ -11,11 +11,10 @@ takes the routing vector of every layer as the mean of the FFN's input over half
                                            router.safetensors  routing vectors (L, d)
 
 DATA: aligned = private + proxies (MetaMoE), private = private alone (FlexOlmo, BTX, BTM, ModelSoup), proxies
-= proxies alone.
+= proxies alone, anchored = private alone, beside the frozen seed model (FlexOlmo, anchored; with a bias).
 """
 
 import gc
-import math
 from pathlib import Path
 
 from metamoe import cli, rundir
@@ -23,14 +22,16 @@ from metamoe.agreement import FORMAT, check_here, read_local
 from metamoe.atomic import atomic, locked
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
-from metamoe.backbones.training import ends, train, use_checkpointing, warm_up
+from metamoe.backbones.training import ends
 from metamoe.errors import UserError, run_main
+from metamoe.expert_training import Anchored, check_anchored, train_model
 from metamoe.flag_values import count, number, positive_int
 from metamoe.party import label_set, selection_of, training_data
 from metamoe.presets import PRESETS
 from metamoe.privacy import parts
 from metamoe.privacy.flags import add_privacy_flags, private_settings
 from metamoe.sending import check_again, pack, private_half, save_result
+from metamoe.start import public_mean
 from metamoe.uploads import expert_variant, upload_variant
 
 # flag -> key of the preset that is its default
@@ -66,17 +67,9 @@ def resolve(args, run):
     if settings["rank"] > run["rank"]:
         most = f"the agreement (run.json) has {run['rank']} at most (select_proxies.py --rank)"
         raise UserError(f"--rank {settings['rank']}: {most}")
+    check_anchored(args)
     settings |= {"data": args.data, "full_ffn": args.full_ffn, "seed": run["seed"], "dtype": args.dtype}
     return settings | {"format": FORMAT} | private_settings(args)
-
-
-def train_model(backbone, model, private, proxies, args, settings, run, options):
-    """Train the expert in place; returns each step's loss."""
-    steps = settings["epochs"] * math.ceil(len(private + proxies) / settings["batch_size"])
-    options["warmup_steps"] = warm_up(args.warmup_steps, settings["warmup_steps"], steps)
-    options |= {"batch_size": settings["batch_size"], "steps": steps}
-    options["checkpointing"] = use_checkpointing(args.gradient_checkpointing, run, backbone)
-    return train(backbone, model, private + proxies, **options)
 
 
 def train_client(run_dir, run, local, name, indices, args, settings, made_from, budget):
@@ -85,23 +78,30 @@ def train_client(run_dir, run, local, name, indices, args, settings, made_from, 
     folder = client / "experts" / expert_variant(args.data, args.selection, args.full_ffn)
     private, proxies = training_data(run_dir, client, args.data, indices)
     backbone = run_backbone(run, local, args)
-    lora = settings["rank"], settings["alpha"], run["seed"], args.fixed_a
-    model = backbone.train_full_ffn() if args.full_ffn else backbone.add_lora(*lora)
+    measured = private_half(client / "private" / "train.jsonl", private) if private else proxies
+    told, lora = f"routing vectors {name}", (settings["rank"], settings["alpha"], run["seed"], args.fixed_a)
     options = {key: settings[key] for key in ("optimizer", "weight_decay", "seed")}
+    if args.data == "anchored":
+        vectors = backbone.routing_vectors(backbone.model, measured, label=told)
+        pair = Anchored(backbone, public_mean(backbone, run_dir, run), vectors, lora)
+        model, options["after_step"] = pair.model, pair.hold
+    else:
+        model = backbone.train_full_ffn() if args.full_ffn else backbone.add_lora(*lora)
     options |= {"label": f"expert {name} ({args.data})", "classes": label_set(backbone, run_dir, client)}
     options["groups"] = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": settings["lr"]}]
     task = backbone, model, private, proxies, args, settings, run, options
     covers = budget.covers if budget and private else lambda part: False
     losses = parts.expert_under(budget, run_dir, *task) if covers("expert") else train_model(*task)
-    if covers("vectors"):
-        vectors = parts.vectors_under(budget, run_dir, backbone, model, private, run)
+    if args.data == "anchored":
+        model, sent = pair.take_apart()
+    elif covers("vectors"):
+        sent = {"vectors": parts.vectors_under(budget, run_dir, backbone, model, private, run)}
     else:
-        measured = private_half(client / "private" / "train.jsonl", private) if private else proxies
-        vectors = backbone.routing_vectors(model, measured, label=f"routing vectors {name}")
+        sent = {"vectors": backbone.routing_vectors(model, measured, label=told)}
     if processes().is_main_process:
         with atomic(folder) as part:
             part.mkdir()
-            save_result(model, backbone, vectors, part, args.full_ffn)
+            save_result(model, backbone, sent, part, args.full_ffn)
             rundir.write_json(part / "losses.json", losses)
             parts.keep_bill(budget, part)
             rundir.check_unchanged(run_dir, made_from)
@@ -119,7 +119,7 @@ def make_expert(run_dir, run, local, name, args, settings, resolved):
     names = ["public/records.jsonl", f"clients/{name}/private/train.jsonl"]
     if args.data == "private":
         names = names[1:]
-    else:  # other proxies, another expert
+    elif args.data != "anchored":  # other proxies, another expert
         settings = settings | {"selection": args.selection, "proxies": digest}
     folder = rundir.inside(client, "experts") / expert_variant(*kind)
     with locked(folder):

@@ -87,12 +87,13 @@ def build(backbone, run_dir, run, uploads, settings):
 
 def final_samples(run_dir, run, uploads, settings):
     """The records of the final training."""
-    public = read_records(run_dir / "public" / "records.jsonl")
-    if settings["samples"] == "proxies":
-        return [public[i] for i in sorted(set().union(*(upload.proxies for upload in uploads.values())))]
-    if settings["samples"] == "public":
+    public, chosen = read_records(run_dir / "public" / "records.jsonl"), []
+    if "proxies" in settings["samples"]:
+        chosen += sorted(set().union(*(upload.proxies for upload in uploads.values())))
+    if "public" in settings["samples"]:
         count, usable = min(len(public), len(uploads) * run["proxies"]), usable_public(run_dir, public)
-        chosen = np.random.default_rng([run["seed"], 13]).choice(usable, count, replace=False)
+        chosen += [*np.random.default_rng([run["seed"], 13]).choice(usable, count, replace=False)]
+    if chosen:
         return [public[i] for i in chosen]
     # flushed: ahead of the training's progress, also in a log
     print("unify_moe: THIS MODEL IS TRAINED ON ALL CLIENTS' PRIVATE DATA: the upper bound", flush=True)

@@ -12,7 +12,8 @@ from metamoe.errors import UserError
 from metamoe.flag_values import not_negative, number, one_line, positive_float, positive_int
 from metamoe.rundir import inside, is_name, write_json
 
-DATA = ("aligned", "private", "proxies")
+DATA = ("aligned", "private", "proxies", "anchored")
+WITHOUT_PROXIES = ("private", "anchored")  # of these the ones whose expert sees none
 
 
 class Parser(flag_values.Parser):
@@ -44,7 +45,8 @@ def add_upload_flags(parser, data, selection):
     """Which of a client's uploads; data, selection: the defaults (None: the method's)."""
     default = "(default: %(default)s)" if data else "(default: the method's)"
     flag = parser.add_argument
-    experts = f"experts trained on private data and proxies, on private data, or on proxies {default}"
+    experts = "experts trained on private data and proxies, on private data, on proxies, or on private data "
+    experts += f"beside the frozen seed model {default}"
     flag("--data", choices=DATA, default=data, help=experts)
     rule = f"rule that chose the proxies, any of select_proxies.py's {default}"
     flag("--selection", type=folder_name, default=selection, metavar="RULE", help=rule)

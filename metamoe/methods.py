@@ -34,7 +34,8 @@ class Method:
     title: str = ""
     about: str = ""
     merge: str = "moe"
-    # experts trained on private data and proxies; "private" or "proxies": on these alone
+    # experts trained on private data and proxies; "private" or "proxies": on these alone; "anchored": on
+    # private data beside the seed model
     data: str = "aligned"
     selection: str = "dpp"  # rule that chose the proxies (select_proxies.RULES)
     context: str = "on"  # router with the sequence's mean (Eq. 6); "off": on the token alone
@@ -42,7 +43,7 @@ class Method:
     # experts' singular vectors; or "random"
     init: str = "uploaded"
     train: str = "all"  # final training of router and experts; "router", or "none"
-    # that it trains on; "public": as many random ones; "private": the clients' data
+    # that it trains on; "public": as many random ones; "proxies+public"; "private": the clients' data
     samples: str = "proxies"
     weighting: str = "stopgrad"  # of the chosen experts (moe.WEIGHTINGS)
     top_k: int = 1  # at most: where there are fewer experts, as many
@@ -68,6 +69,13 @@ def flexolmo(label, section, **changed):
     """An ablation of FlexOlmo's row."""
     switches = {"data": "private", "selection": "similarity"} | changed
     return Method(context="off", train="router", like="flexolmo", sections={section: label}, **switches)
+
+
+def anchored(title, about, **switches):
+    """FlexOlmo with coordinated experts, biases and the public model, as in arXiv 2507.07024."""
+    switches |= {"data": "anchored", "selection": "similarity", "samples": "proxies+public"}
+    switches |= {"context": "off", "weighting": "renormalized", "top_k": 4, "seed_expert": True}
+    return Method(title, about, like="flexolmo", extra=True, **switches)
 
 
 def metamoe(label, section, **changed):
@@ -150,6 +158,17 @@ METHODS = {
         init="lda",
         like="flexolmo",
         extra=True,
+    ),
+    "flexolmo-anchored": anchored(
+        "FlexOlmo, anchored",
+        "FlexOlmo as its own paper has it: private-only experts trained beside the seed model, which is one "
+        "of up to four experts a token; router trained on proxies and as many random public samples",
+        train="router",
+    ),
+    "flexolmo-anchored-untrained": anchored(
+        "FlexOlmo, anchored, no router training",
+        "as flexolmo-anchored, with the router as it was uploaded",
+        train="none",
     ),
     "arrow": rival(
         "Arrow",

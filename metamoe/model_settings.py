@@ -43,9 +43,10 @@ def add_method_flags(parser):
     trained = "final training of router and experts, the router alone, or none"
     flag("--train", choices=["all", "router", "none"], help=trained)
     samples = (
-        "final training on all proxies, as many random public samples, or the private data (breaks privacy)"
+        "final training on all proxies, as many random public samples, both, or the private data (breaks "
+        "privacy)"
     )
-    flag("--samples", choices=["proxies", "public", "private"], help=samples)
+    flag("--samples", choices=["proxies", "public", "proxies+public", "private"], help=samples)
     seed_expert = "add e_0, the seed model's own FFN, as an expert (full paper, Eq. 6)"
     flag("--seed-expert", action="store_true", default=None, help=seed_expert)
     routed = "weight of a loss that tells the router whose proxy a sample is (0: none)"
@@ -153,6 +154,9 @@ def check_settings(settings, run):
     count = len(run["clients"]) + settings["seed_expert"]
     if settings["top_k"] > count:
         raise UserError(f"--top-k {settings['top_k']}: must be 1 to {count}, the number of experts")
+    if settings["data"] == "anchored" and (settings["init"] != "uploaded" or settings["offset"]):
+        flag = "--offset" if settings["offset"] else f"--init {settings['init']}"
+        raise UserError(f"{flag}: anchored experts bring routing vectors with a bias: leave it out")
     if settings["init"] == "lda" and settings["offset"]:
         raise UserError("--offset: --init lda has a bias of its own: leave out one of them")
     if settings["init"] == "arrow" and (settings["full_ffn"] or settings["seed_expert"]):

@@ -6,6 +6,7 @@ from metamoe.agreement import check_public, ffn_shapes, public_fingerprint, read
 from metamoe.atomic import atomic
 from metamoe.backbones import check_source, run_backbone
 from metamoe.backbones.distributed import processes
+from metamoe.cli import WITHOUT_PROXIES
 from metamoe.data.registry import DATASETS, FAMILIES, OWN, kept_out
 from metamoe.errors import UserError
 from metamoe.presets import PRESETS
@@ -129,7 +130,7 @@ def training_data(run_dir, client, data, indices):
     """(private records, proxies) that the expert in a client's folder is trained on."""
     private = [] if data == "proxies" else read_records(client / "private" / "train.jsonl")
     public = read_records(run_dir / "public" / "records.jsonl")
-    return private, [] if data == "private" else [public[i] for i in indices]
+    return private, [] if data in WITHOUT_PROXIES else [public[i] for i in indices]
 
 
 def label_set(backbone, run_dir, client):

@@ -46,10 +46,10 @@ def check_again(client, upload, made, again):
         raise UserError(f"client {client.name}: {one}: {tells}: --again makes {upload} all the same")
 
 
-def save_result(model, backbone, vectors, folder, full_ffn):
-    """Write the expert and its routing vectors as they are sent."""
+def save_result(model, backbone, sent, folder, full_ffn):
+    """Write the expert and what the router gets as they are sent; sent: "vectors" (L, d), perhaps "bias"."""
     save_expert(model, backbone, folder, full_ffn)
-    save_file({"vectors": vectors.bfloat16()}, folder / ROUTER)
+    save_file({key: tensor.bfloat16() for key, tensor in sent.items()}, folder / ROUTER)
 
 
 def save_expert(model, backbone, folder, full_ffn):

@@ -6,10 +6,14 @@ import numpy as np
 import torch
 
 import moe
+from metamoe.backbones.base import dtype_name
+from metamoe.backbones.distributed import processes
+from metamoe.backbones.embedding import keep_array, read_array
 from metamoe.errors import UserError
 from metamoe.lda import discriminants, routed_covariance
 from metamoe.records import read_records, usable_public
 from metamoe.routing import start_vectors
+from metamoe.rundir import finished_file, versions
 
 PUBLIC_SAMPLES = 3000  # of D_0 that the seed model's mean and covariance are taken over, at most
 
@@ -19,6 +23,21 @@ def seed_sample(run_dir, run):
     public = read_records(run_dir / "public" / "records.jsonl")
     chosen = np.random.default_rng([run["seed"], 17]).permutation(usable_public(run_dir, public))
     return [public[i] for i in chosen[:PUBLIC_SAMPLES]]
+
+
+def public_mean(backbone, run_dir, run):
+    """(L, d): the seed model's mean FFN inputs on `seed_sample`, computed once: RUN/public/mean-DTYPE.npy."""
+    path = run_dir / "public" / f"mean-{dtype_name(backbone.dtype)}.npy"
+    made_from = versions(run_dir, "public/records.jsonl")
+    with processes().main_process_first():
+        there = finished_file(path, {}, made_from=made_from)
+    if there:
+        return torch.from_numpy(read_array(path, len(backbone.ffn_names)).copy())
+    sample = seed_sample(run_dir, run)
+    mean = backbone.routing_vectors(backbone.model, sample, label="routing vectors of D_0")
+    if processes().is_main_process:
+        keep_array(path, mean.numpy(), {}, made_from)
+    return mean
 
 
 def seed_expert(ffn, like):
@@ -33,8 +52,8 @@ def with_seed_model(backbone, run_dir, run, uploads):
     like = next(iter(uploads.values())).expert
     ffns = {name: backbone.model.get_submodule(name) for name in backbone.ffn_names}
     own = SimpleNamespace(expert={name: seed_expert(ffn, like[name]) for name, ffn in ffns.items()})
-    sample = seed_sample(run_dir, run)
-    own.vectors = backbone.routing_vectors(backbone.model, sample, label="routing vector of e_0")
+    own.vectors = public_mean(backbone, run_dir, run)
+    own.bias = torch.zeros(len(ffns))
     return {"seed": own, **uploads}
 
 
@@ -47,7 +66,8 @@ def start(backbone, run_dir, run, uploads, settings):
     if settings["init"] == "arrow":
         linear = backbone.ffn_linears[0]  # gate_proj or c_fc
         return [prototypes(name, upload.expert, linear) for name, upload in uploads.items()], None
-    return start_vectors(vectors, settings["init"], run["seed"]), None
+    bias = [upload.bias for upload in uploads.values()] if settings["data"] == "anchored" else None
+    return start_vectors(vectors, settings["init"], run["seed"]), bias
 
 
 def prototypes(name, expert, linear):

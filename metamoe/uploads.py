@@ -18,9 +18,9 @@ from metamoe.adapters import complete, expert_of, read_adapter
 from metamoe.agreement import FORMAT, agreement_hash
 from metamoe.atomic import atomic
 from metamoe.check_run import is_name
-from metamoe.cli import DATA
+from metamoe.cli import DATA, WITHOUT_PROXIES
 from metamoe.errors import UserError
-from metamoe.privacy.flags import PARTS, UNIT, told
+from metamoe.privacy.flags import is_claim, told
 from metamoe.rundir import inside, read_json, sha256
 from metamoe.untrusted import UploadError, check_tensors, parse_json, parse_tensors, read_folder
 
@@ -41,6 +41,7 @@ class Upload:
     expert: dict  # as for moe.unify
     vectors: torch.Tensor  # (L, d)
     privacy: dict | None  # what the client claims (docs/privacy.md)
+    bias: torch.Tensor | None = None  # (L,), of an anchored expert
 
 
 def upload_variant(data, selection, full_ffn=False):
@@ -49,9 +50,9 @@ def upload_variant(data, selection, full_ffn=False):
 
 
 def expert_variant(data, selection, full_ffn=False):
-    """The expert's folder name. A private-only expert knows no proxies: one serves every selection."""
-    if data == "private":
-        return "private-full" if full_ffn else "private"
+    """The expert's folder name. One that knows no proxies serves every selection."""
+    if data in WITHOUT_PROXIES:
+        return f"{data}-full" if full_ffn else data
     return upload_variant(data, selection, full_ffn)
 
 
@@ -149,14 +150,12 @@ def open_upload(run_dir, run, name, content, variant=None):
     check_files(manifest["files"], content)
     proxies = parse_json(content[PROXIES], PROXIES)
     check_proxies(proxies, run)
-    tensors = parse_tensors(content[ROUTER], ROUTER)
-    check_tensors(tensors, {"vectors": vectors_shape(run_dir)}, ROUTER)
+    router = read_router(content, vectors_shape(run_dir), manifest["data"])
     try:
         expert = read_factors(content, shapes, run) if FACTORS in content else read_ffns(content, shapes)
     except UserError as error:
         raise UploadError(error) from None
-    vectors, privacy = tensors["vectors"].float(), manifest["privacy"]
-    return Upload(name, found, digest_of(content), proxies, expert, vectors, privacy)
+    return Upload(name, found, digest_of(content), proxies, expert, privacy=manifest["privacy"], **router)
 
 
 def check_manifest(manifest, run, name, variant):
@@ -177,33 +176,12 @@ def check_manifest(manifest, run, name, variant):
     known = isinstance(data, str) and data in DATA and isinstance(full, bool)
     if not (known and isinstance(selection, str) and is_name(selection)):
         raise UploadError(f"{MANIFEST}: its data, selection and full_ffn name no variant")
-    check_claim(privacy)
+    if not is_claim(privacy):
+        raise UploadError(f"{MANIFEST}: its privacy is no claim that this version of the project writes")
     found = upload_variant(data, selection, full)
     if variant not in (None, found):
         raise UploadError(f"{MANIFEST}: the upload is {found}, not {variant}")
     return found
-
-
-def check_claim(privacy):
-    """UploadError unless it is null, or what Budget.claim writes."""
-    if privacy is None:
-        return
-    wrong = UploadError(f"{MANIFEST}: its privacy is no claim that this version of the project writes")
-    keys = {"epsilon", "delta", "unit", "clipping", "parts"}
-    if not isinstance(privacy, dict) or privacy.keys() != keys or privacy["unit"] != UNIT:
-        raise wrong
-    parts, clipping = privacy["parts"], privacy["clipping"]
-    if not isinstance(parts, list) or not parts or parts != [part for part in PARTS if part in parts]:
-        raise wrong
-    if not isinstance(clipping, dict) or not clipping.keys() <= set(parts):
-        raise wrong
-    numbers = [privacy["epsilon"], privacy["delta"]]
-    for value in clipping.values():
-        numbers += value if isinstance(value, list) else [value]
-    if not all(type(value) in (int, float) and 0 < value < math.inf for value in numbers):
-        raise wrong
-    if privacy["delta"] >= 1:
-        raise wrong
 
 
 def check_files(listed, content):
@@ -227,6 +205,17 @@ def check_proxies(proxies, run):
         raise UploadError(f"{PROXIES} names public sample {outside[0]}, D_0 has {count}")
     if len(proxies) != m or len(set(proxies)) != m:
         raise UploadError(f"{PROXIES} has {len(set(proxies))} different indices, {m} are agreed")
+
+
+def read_router(content, shape, data):
+    """{"vectors": (L, d)}, of an anchored expert also "bias" (L,), at most 0; shape: [L, d]."""
+    tensors, shapes = parse_tensors(content[ROUTER], ROUTER), {"vectors": shape}
+    if data == "anchored":
+        shapes["bias"] = shape[:1]
+    check_tensors(tensors, shapes, ROUTER)
+    if "bias" in tensors and (tensors["bias"] > 0).any():
+        raise UploadError(f"{ROUTER}: bias has a number above 0, where an anchored expert's is at most 0")
+    return {key: tensor.float() for key, tensor in tensors.items()}
 
 
 def read_factors(content, shapes, run):

@@ -66,6 +66,26 @@ def relevance_settings(terms):
     return {"privacy": told(terms)} if terms and "relevance" in terms["parts"] else {}
 
 
+def is_claim(privacy):
+    """Whether what a manifest claims is null, or what Budget.claim writes."""
+    if privacy is None:
+        return True
+    keys = {"epsilon", "delta", "unit", "clipping", "parts"}
+    if not isinstance(privacy, dict) or privacy.keys() != keys or privacy["unit"] != UNIT:
+        return False
+    parts, clipping = privacy["parts"], privacy["clipping"]
+    if not isinstance(parts, list) or not parts or parts != [part for part in PARTS if part in parts]:
+        return False
+    if not isinstance(clipping, dict) or not clipping.keys() <= set(parts):
+        return False
+    numbers = [privacy["epsilon"], privacy["delta"]]
+    for value in clipping.values():
+        numbers += value if isinstance(value, list) else [value]
+    if not all(type(value) in (int, float) and 0 < value < math.inf for value in numbers):
+        return False
+    return privacy["delta"] < 1
+
+
 def told(terms):
     """The terms in words."""
     if not terms:

@@ -44,8 +44,7 @@ CLIENTS = {
 }
 
 # Clients of larger federations, in this order
-MORE_CLIENTS = {
-}
+MORE_CLIENTS = {}
 
 # public task -> (records, prompt): first relatives of the client tasks, then much that is unrelated. The
 # siblings multiemo/all_* and hotels_* hold the hotel client's sentences and are left out.

@@ -25,7 +25,7 @@ SIMULATED = (
     "simulated federations: the clients' weights are averaged in every round, and this run read all clients' "
     "private training records in one process. They are there for comparison."
 )
-PERSONAL = "has a model for each client, which scores that client's test part alone."
+PERSONAL = "has a model for each client, which is scored on that client's records alone."
 EXCHANGED = (
     "Bytes that one client sends and receives while the model is made. In every round it sends the factors "
     "that are averaged and receives their mean; MetaMoE's client sends one upload and receives the model."

@@ -8,7 +8,16 @@ from metamoe.errors import UserError
 from metamoe.report.costs import cost_tables
 from metamoe.report.results import right_of
 from metamoe.report.statistics import paired_bootstrap
-from metamoe.report.tables import client_heads, gap_cell, grid, measures, sections
+from metamoe.report.tables import (
+    EXCHANGED,
+    client_heads,
+    exchange_table,
+    gap_cell,
+    grid,
+    measures,
+    not_private,
+    sections,
+)
 from metamoe.rundir import read_json
 
 
@@ -24,6 +33,8 @@ def pool(run_dirs, file):
         if heading:
             blocks.append(heading)
         blocks.append(accuracy_table([labelled for _, labelled in tables], measured, gaps))
+        if not heading:
+            blocks += privacy_blocks(runs[0])
     if all("coverage" in found for found in runs):
         blocks.append("Distance of a private test sample to its nearest proxy; log det L_S")
         blocks.append(coverage_table([found["coverage"] for found in runs], run["clients"]))
@@ -33,6 +44,15 @@ def pool(run_dirs, file):
     if len(timings) == len(runs) and timed:
         blocks.append(cost_tables(run, rows, timings).rstrip("\n"))
     print("\n\n".join(blocks))
+
+
+def privacy_blocks(results):
+    """Which rows saw private data, and the bytes of those that exchange weights in every round."""
+    run = results["run"]
+    blocks = [not_private(results, run).strip()]
+    if "exchanged" in results:
+        blocks += [EXCHANGED, exchange_table(results["exchanged"], run)]
+    return [block for block in blocks if block]
 
 
 def read_runs(run_dirs, file):

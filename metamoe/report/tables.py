@@ -116,10 +116,7 @@ def explanation(results, run, measured):
         guesses = ", ".join(f"{name} {value:.1f}" for name, value in results["chance"].items())
         average = np.mean(list(results["chance"].values()))
         text += f" Chance level: {guesses}; {average:.1f} on average."
-    pooled = [row["title"] for row in results["rows"] if sees_private_data(row)]
-    if pooled:
-        text += f" {', '.join(pooled)}: trained on the clients' private data, NOT private. All others are."
-    text += simulations(results, run)
+    text += not_private(results, run)
     text += " The best average of a private merged model is bold."
     if any(row["model"].startswith("expert-") for row in results["rows"]):
         text += f" The clients' own experts are those of the uploads {results['experts']}."
@@ -131,12 +128,14 @@ def explanation(results, run, measured):
     return text
 
 
-def simulations(results, run):
-    """What is said of the rows that exchange weights in every round."""
+def not_private(results, run):
+    """What is said of the rows that saw private data, and of those that exchange weights in every round."""
+    pooled, text = [row["title"] for row in results["rows"] if sees_private_data(row)], ""
+    if pooled:
+        text = f" {', '.join(pooled)}: trained on the clients' private data, NOT private. All others are."
     rows = {row: found for row, found in results.get("exchanged", {}).items() if row != "metamoe"}
-    if not rows:
-        return ""
-    text = f" {', '.join(title(row, run) for row in rows)}: {SIMULATED}"
+    if rows:
+        text += f" {', '.join(title(row, run) for row in rows)}: {SIMULATED}"
     personal = [title(row, run) for row, found in rows.items() if found["personal"]]
     return text + "".join(f" {name} {PERSONAL}" for name in personal)
 

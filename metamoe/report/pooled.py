@@ -51,7 +51,7 @@ def privacy_blocks(results):
     run = results["run"]
     blocks = [not_private(results, run).strip()]
     if "exchanged" in results:
-        blocks += [EXCHANGED, exchange_table(results["exchanged"], run)]
+        blocks += [EXCHANGED, exchange_table(results, run)]
     return [block for block in blocks if block]
 
 

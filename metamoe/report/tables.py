@@ -89,7 +89,7 @@ def markdown(results, run):
         if not section:
             blocks += notes(rows)
             if "exchanged" in results:
-                blocks += [EXCHANGED, exchange_table(results["exchanged"], run)]
+                blocks += [EXCHANGED, exchange_table(results, run)]
     blocks += ["## Intervals", INTERVALS, interval_table(results, measured)]
     routed = [row for row in rows if "routing" in row]
     if routed:
@@ -133,7 +133,7 @@ def not_private(results, run):
     pooled, text = [row["title"] for row in results["rows"] if sees_private_data(row)], ""
     if pooled:
         text = f" {', '.join(pooled)}: trained on the clients' private data, NOT private. All others are."
-    rows = {row: found for row, found in results.get("exchanged", {}).items() if row != "metamoe"}
+    rows = {row: found for row, found in exchanges(results).items() if row != "metamoe"}
     if rows:
         text += f" {', '.join(title(row, run) for row in rows)}: {SIMULATED}"
     personal = [title(row, run) for row, found in rows.items() if found["personal"]]
@@ -223,9 +223,15 @@ def own_share(row, client):
     return f"{np.mean(shares):.1f} ({min(shares):.1f} to {max(shares):.1f})"
 
 
-def exchange_table(exchanged, run):
+def exchanges(results):
+    """{row: what exchange.json holds}, in the order of the rows."""
+    found = results.get("exchanged", {})
+    return {row["model"]: found[row["model"]] for row in results["rows"] if row["model"] in found}
+
+
+def exchange_table(results, run):
     lines = []
-    for row, found in exchanged.items():
+    for row, found in exchanges(results).items():
         lines.append((title(row, run), [f"{found[key]:,}" for key in ("rounds", "sent", "received")]))
     return grid(["exchanges", "bytes sent", "bytes received"], lines)
 

@@ -163,6 +163,9 @@ def test_router_and_context_stay_float32_under_bf16():
         pi = router(torch.tensor([[[1.0, 0.0]]], dtype=torch.bfloat16), None)
     assert pi.dtype == torch.float32
     close(pi[0, 0], torch.tensor([100.1, 100.2]).softmax(0))
+    biased = Router(torch.tensor([[3.1, 0.0], [3.2, 0.0]]), 0.0, offset=True)  # biases -4.805 and -5.12
+    with torch.autocast("cpu", torch.bfloat16):
+        close(biased(torch.ones(1, 1, 2).bfloat16(), None)[0, 0], torch.tensor([-1.705, -1.92]).softmax(0))
     for mode in ("fixed", "prefix"):
         context = RoutingState(mode).context(torch.ones(1, 1001, 1, dtype=torch.bfloat16))
         assert context.dtype == torch.float32 and (context == 1).all()

@@ -598,12 +598,11 @@ def assemble(model, config, tensors, joining=()):
             if found:
                 e[name][rest.replace(".A", ".lora_A").replace(".B", ".lora_B")] = stack[p]
     vectors = torch.stack([tensors[f"{name}.router.vectors"] for name in ffn_names], dim=1)  # (K, L, d)
-    names = config["names"] + [name for name, _, _ in joining]
-    experts += [expert for _, expert, _ in joining]
-    vectors = [*vectors, *(own for _, _, own in joining)]
-    own = ("lam", "top_k", "weighting", "context", "offset", "absolute")
-    options = {key: config[key] for key in own if key in config}
-    model = unify(model, ffn_names, experts, vectors, names=names, **options)
+    joined, others, own = zip(*joining, strict=True) if joining else ((), (), ())
+    given = ("lam", "top_k", "weighting", "context", "offset", "absolute")
+    options = {key: config[key] for key in given if key in config} | {"names": [*config["names"], *joined]}
+    model = unify(model, ffn_names, [*experts, *others], [*vectors, *own], **options)
+    model.moe_config = config | model.moe_config  # it may say more, such as who was merged
     with torch.no_grad():
         for name, layer in zip(ffn_names, layers(model), strict=True):
             layer.router.lam.copy_(tensors[f"{name}.router.lam"])

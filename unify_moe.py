@@ -7,10 +7,10 @@ metamoe/methods.py. The methods:
 METHODS
 From a model that is there:
 
-    --without NAME   writes RUN/moe/MODEL-without-NAME, the model without that client's expert: no training,
-                     the others renormalised
+    --without NAME   writes RUN/moe/MODEL-without-NAME: without that expert, others renormalised, no training
     --extend MODEL   adds the clients of the run that RUN/moe/MODEL lacks, from their uploads; its experts and
                      routers keep their trained weights; the final training is run again, on all proxies
+    --compress K     writes RUN/moe/MODEL-compressed-K: like experts merged to K in all, no training
     --export DIR     also writes the model as a folder that transformers loads without this project
                      (trust_remote_code=True)
 """
@@ -28,7 +28,7 @@ from metamoe.atomic import atomic, locked
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import ends, train, use_checkpointing
-from metamoe.errors import UserError, run_main
+from metamoe.errors import run_main
 from metamoe.flag_values import fraction, number, positive_float
 from metamoe.methods import METHODS, described
 from metamoe.model_settings import add_method_flags, resolve, sources
@@ -36,8 +36,9 @@ from metamoe.records import read_records, usable_public
 from metamoe.rivals.simulation import simulate
 from metamoe.routing import router_losses
 from metamoe.rundir import check_unchanged, finish, finished, inside, open_run, write_json
+from metamoe.serving.compression import compress
 from metamoe.serving.export import check_export, export
-from metamoe.serving.members import check_extension, extend, leave_out
+from metamoe.serving.members import add_member_flags, check_extension, check_member_flags, extend, leave_out
 from metamoe.start import set_bias, start, with_seed_model
 from metamoe.takeover import attraction, check_lengths, tell_routing
 from metamoe.uploads import read_uploads, receive
@@ -57,10 +58,7 @@ def parse_args():
     flag("--upload", action="append", metavar="NAME=DIR", help=sent)
     bound = "refuse a client with a routing vector this many times longer or shorter than D_0 allows"
     flag("--length-bound", type=number(float, 1), default=2.0, metavar="TIMES", help=bound + " (default: 2)")
-    without = "leave the expert NAME out of the model (--name, else the method's): a model of its own"
-    flag("--without", metavar="NAME", help=without)
-    joining = "add the clients that the model RUN/moe/MODEL lacks and train again, to a model --name"
-    flag("--extend", metavar="MODEL", help=joining)
+    add_member_flags(parser)
     folder = "also write the model as a Hugging Face folder (language models; context: the prefix's mean)"
     flag("--export", metavar="DIR", help=folder)
     cli.add_machine_flags(parser)
@@ -215,10 +213,12 @@ def main():
     run = open_run(run_dir, backbone=None)
     if args.export:
         check_export(args, run)
-    if args.without and args.extend:
-        raise UserError("--without and --extend: one after the other")
+    check_member_flags(args)
     make_model = simulate if METHODS[args.method].rounds else unify
-    folder = leave_out(args, run_dir) if args.without else make_model(args, run_dir, run)
+    if args.compress:
+        folder = compress(args, run_dir, run)
+    else:
+        folder = leave_out(args, run_dir) if args.without else make_model(args, run_dir, run)
     if args.export and processes().is_main_process:
         export(run, read_local(run_dir), folder, Path(args.export), args.force)
 

@@ -232,6 +232,9 @@ def main_rows(rivals=True):
 
 def title(name):
     """A row's name in the tables; a model that is no entry here is called by its folder."""
+    base, compressed, count = name.rpartition("-compressed-")
+    if compressed and count.isdigit():  # unify_moe.py --compress
+        return f"{title(base)}, compressed to {count}"
     return METHODS[name].title or name if name in METHODS else name
 
 

@@ -55,14 +55,19 @@ def check_lengths(backbone, run_dir, run, uploads, bound):
     return ratios
 
 
+def some_proxies(public, upload):
+    """Up to CLIENT_PROXIES of the client's proxies, spread over all."""
+    step = max(1, len(upload.proxies) // CLIENT_PROXIES)
+    return [public[i] for i in upload.proxies[::step][:CLIENT_PROXIES]]
+
+
 @torch.no_grad()
 def attraction(backbone, model, public, uploads):
     """{client: {expert: share}} of the tokens of the clients' proxies, mean over the layers."""
     found, names = {}, model.moe_config["names"]
     model.eval()
     for name, upload in uploads.items():
-        step = max(1, len(upload.proxies) // CLIENT_PROXIES)
-        sample = [public[i] for i in upload.proxies[::step][:CLIENT_PROXIES]]
+        sample = some_proxies(public, upload)
         model.routing.record = True
         moe.reset_counts(model)
         for _, _, forward in backbone.prompt_batches(model, sample, label=f"routing of {name}'s proxies"):

@@ -15,6 +15,7 @@ from metamoe.report.statistics import is_choice
 from metamoe.rivals.btm import ensemble
 from metamoe.rivals.comigs import PERSONAL
 from metamoe.rundir import check_name, hashes, inside, read_json, versions, write_json
+from metamoe.serving.members import MERGED
 from metamoe.uploads import read_expert, read_upload
 
 
@@ -182,6 +183,9 @@ class Evaluation:
             names = read_json(config)["names"]
             if len(names) == 1:
                 raise UserError(f"--opt-out {row}: it has one expert alone, which cannot be left out")
+            merged = [name for name in names if MERGED in name]
+            if merged:
+                raise UserError(f"--opt-out {row}: {merged[0]} is one expert: none of its clients can leave")
             found[row] = [name for name in names if name in self.run["clients"]]
         return found
 

@@ -11,6 +11,7 @@ from metamoe.errors import UserError
 from metamoe.report.results import client_result
 from metamoe.report.tables import grid
 from metamoe.rundir import check_name, is_name, sha256, write_json
+from metamoe.serving.members import parts_of
 from metamoe.untrusted import UploadError, check_tensors, parse_json, read_file_at
 from metamoe.uploads import FACTORS, FFN, read_expert
 
@@ -33,7 +34,7 @@ def check_model(folder, ffn_names):
     try:
         if weights.name == MODELS[0]:
             config = parse_json((folder / "moe_config.json").read_bytes(), "moe_config.json")
-            for client in config["names"]:
+            for client in parts_of(config["names"]):
                 check_name("expert", client)
             tensors = moe.read(folder)[1]
         else:

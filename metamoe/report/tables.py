@@ -1,11 +1,14 @@
 """The results of one run as Markdown: accuracies, ablations, intervals, routing, opting out, coverage."""
 
+import re
+
 import numpy as np
 
 from metamoe.methods import METHODS, ablations
 from metamoe.presets import PRESETS
 from metamoe.report.models import title
 from metamoe.report.paper import paper_numbers
+from metamoe.serving.members import expert_of
 
 SCORINGS = {
     "letters": "scored by the letters' logits",
@@ -149,7 +152,8 @@ def changed_settings(run, own_seed_model):
 
 def sees_private_data(row):
     """Whether the server trains the row's model on the clients' data."""
-    return row["model"] in METHODS and METHODS[row["model"]].samples == "private"
+    method = METHODS.get(re.split("-(?:without|compressed)-", row["model"])[0])  # what it was made from
+    return method is not None and method.samples == "private"
 
 
 def is_private_model(row):
@@ -216,9 +220,10 @@ def routing_table(rows, clients):
 
 def own_share(row, client):
     """Percent of the client's tokens that its own expert gets: mean, least and most of a layer."""
-    if client not in row["experts"]:
+    name = expert_of(client, row["experts"])
+    if name is None:
         return "no expert"
-    own = row["experts"].index(client)
+    own = row["experts"].index(name)
     shares = [100 * layer[own] for layer in row["routing"][client]]
     return f"{np.mean(shares):.1f} ({min(shares):.1f} to {max(shares):.1f})"
 

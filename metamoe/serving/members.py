@@ -1,21 +1,50 @@
-"""Clients that leave or join a unified model: unify_moe.py's --without and --extend."""
+"""Clients that leave or join a unified model: unify_moe.py's --without, --extend and --compress."""
 
 import torch
 
 import moe
 from metamoe.atomic import atomic, locked
 from metamoe.errors import UserError
+from metamoe.flag_values import positive_int
 from metamoe.routing import of_one_length
 from metamoe.rundir import check_name, check_whole, finish, finished, read_json, settings_of, sha256
 from metamoe.start import set_bias, start
 
+MERGED = "+"  # between the clients in the name of an expert that --compress has merged; no name has it
 
-def leave_out(args, run_dir):
-    """Write RUN/moe/MODEL-without-NAME, the model without that client's expert; returns its folder."""
+
+def add_member_flags(parser):
+    """What makes a model of one that is there."""
+    flag = parser.add_argument
+    without = "leave the expert NAME out of the model (--name, else the method's): a model of its own"
+    flag("--without", metavar="NAME", help=without)
+    joining = "add the clients that the model RUN/moe/MODEL lacks and train again, to a model --name"
+    flag("--extend", metavar="MODEL", help=joining)
+    fewer = "merge like experts of the model (--name, else the method's) to K in all: a model of its own"
+    flag("--compress", type=positive_int, metavar="K", help=fewer)
+
+
+def check_member_flags(args):
+    """UserError where two of them are given."""
+    given = [flag for flag in ("without", "extend", "compress") if getattr(args, flag)]
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]}: one after the other")
+
+
+def parts_of(names):
+    """The clients of experts with these names."""
+    return MERGED.join(names).split(MERGED)
+
+
+def expert_of(client, names):
+    """The name among these of the expert that is the client's, alone or merged; None where there is none."""
+    return next((name for name in names if client in parts_of([name])), None)
+
+
+def source_model(args, run_dir, flag):
+    """(folder, settings) of the model that --name or --method names; UserError unless it is a whole MoE."""
     base = check_name("--name", args.name or args.method)
-    check_name("--without", args.without)
-    source, folder = run_dir / "moe" / base, run_dir / "moe" / f"{base}-without-{args.without}"
-    flag = f"--without {args.without}"
+    source = run_dir / "moe" / base
     if not (source / "moe_config.json").exists():
         where = run_dir / "moe"
         raise UserError(
@@ -25,6 +54,15 @@ def leave_out(args, run_dir):
     if made.get("method") != args.method:
         raise UserError(f"--method {args.method}: {base} was made with {made.get('method')}")
     check_whole(source, "make it again")
+    return source, made
+
+
+def leave_out(args, run_dir):
+    """Write RUN/moe/MODEL-without-NAME, the model without that client's expert; returns its folder."""
+    check_name("--without", args.without)
+    flag = f"--without {args.without}"
+    source, made = source_model(args, run_dir, flag)
+    folder = source.with_name(f"{source.name}-without-{args.without}")
     settings = made | {"name": folder.name, "from": sha256(source / "moe.safetensors")}
     settings["without"] = made.get("without", []) + [args.without]
     with locked(folder):
@@ -54,6 +92,9 @@ def check_extension(args, run_dir, run, settings):
         raise UserError(f"{flag}: give the extended model a --name of its own")
     check_whole(folder, "make it again")
     made, config = settings_of(folder), read_json(folder / "moe_config.json")
+    merged = [name for name in config["names"] if MERGED in name]
+    if merged:
+        raise UserError(f"{flag}: {merged[0]} is one expert: extend the model before it, compress the result")
     for key in ("method", "init", "top_k", "weighting", "offset", "context", "seed_expert"):
         if made.get(key) != settings[key]:
             option = f"--{key.replace('_', '-')} {settings[key]}"
@@ -94,6 +135,8 @@ def remove_expert(config, tensors, name):
     The outputs are those of `moe.disable_expert`. ValueError for an unknown expert, or the last one.
     """
     names = config["names"]
+    if expert_of(name, names) not in (None, name):
+        raise ValueError(f"{name!r} is a part of the merged expert {expert_of(name, names)!r}, and stays")
     if name not in names:
         raise ValueError(f"no expert is called {name!r}; there are {', '.join(names)}")
     keep = [p for p, other in enumerate(names) if other != name]

@@ -78,7 +78,7 @@ def _greedy(c, k, tol, log_weight, floor=-math.inf):
     return [torch.as_tensor(x, device=device) for x in found]
 
 
-def relevance_weighted_dpp(features, relevance, k, return_gains=False):
+def relevance_weighted_dpp(features, relevance, k, return_gains=False, weight=1.0):
     """Greedily pick k items that maximise log det(L~_S), without forming the n x n kernel.
 
         L~_ij = r_i cos(z_i, z_j) r_j                                 (Eq. 2-3)
@@ -89,31 +89,31 @@ def relevance_weighted_dpp(features, relevance, k, return_gains=False):
     At most O(n d) time a step and O(n + k d) memory beside features, in float64 (float32 on mps).
 
     features: (n, d); relevance: (n,), at least 0; both arrays (also memory maps) or lists, or both tensors.
-    Returns indices (k,), int64, in the order of selection; with return_gains also gains (k,), which add up to
+    weight: W, with r^W in the place of r: 0 is diversity alone, a large one takes the most relevant.
+    Returns indices (k,), int64, in the order of selection; with return_gains also gains (k,), whose sum is
     log det(L~_S). They are NumPy arrays, or for tensors, tensors on the device of features.
     Gains closer than eps^(2/3) (4e-11 in float64) are ties and go to the lowest index. An item is spent once
     rho_i <= eps^(2/3): it adds no direction. When all are spent, the rest is filled by relevance, then index.
-    Items of relevance 0 come after all others, by rho while that lasts. These and the fillers have gain -inf,
-    for then det(L~_S) = 0, and cause one RuntimeWarning.
+    Items of relevance 0 come last, by rho. They and the fillers have gain -inf and cause one RuntimeWarning.
     Raises ValueError: k is not an integer in 1..n; NaN or inf; a shape that does not fit; a zero feature row;
-    negative or all-zero relevance. TypeError: a torch tensor with an array or list; sparse or masked input.
+    all-zero relevance; what is negative. TypeError: a tensor with an array or list; sparse or masked input.
     """
     if isinstance(features, torch.Tensor) != isinstance(relevance, torch.Tensor):
         raise TypeError("features and relevance must be both torch tensors or both NumPy arrays (or lists)")
     z, r = _to_tensor(features), _double(_to_tensor(relevance), "relevance")
-    _check(z, r, k)
-    tol = torch.finfo(r.dtype).eps ** (2 / 3)
-    return _select(_LazySearch(z, k, tol).run, 2 * r.log(), k, tol, features, return_gains)
+    _check(z, r, k, weight)
+    tol, log_r = torch.finfo(r.dtype).eps ** (2 / 3), (weight or 1e-30) * r.log()  # 0 * -inf is NaN
+    return _select(_LazySearch(z, k, tol).run, 2 * log_r, k, tol, features, return_gains)
 
 
-def _check(z, r, k):
+def _check(z, r, k, weight):
     if z.ndim != 2 or z.shape[1] == 0:
         raise ValueError(f"features must have shape (n, d) with d >= 1, got {tuple(z.shape)}")
     if r.shape != z.shape[:1]:
         raise ValueError(f"relevance must have shape ({len(z)},) to match features, got {tuple(r.shape)}")
     _check_k(k, len(z))
-    if (r < 0).any():
-        raise ValueError("relevance must not be negative")
+    if (r < 0).any() or not 0 <= weight < math.inf:
+        raise ValueError("relevance must not be negative, nor its weight, which must be finite")
     if not r.any():
         raise ValueError("relevance is zero for every item")
     largest = torch.cat([part.abs().amax(1) for part in z.split(ROWS)])

@@ -29,7 +29,7 @@ from metamoe.privacy.ledger import open_budget
 from metamoe.privacy.parts import relevance_under, settle_relevance
 from metamoe.records import read_records, usable_public
 from metamoe.report.statistics import selection_terms
-from metamoe.run_flags import add_client_flags, add_setting_flags
+from metamoe.run_flags import add_client_flags, add_rule_flags, add_setting_flags, rule_settings
 from metamoe.run_settings import check_sizes
 from metamoe.rundir import finish, finished, finished_file, inside, versions, write_json
 
@@ -43,20 +43,20 @@ def at_random(features, relevance, usable, m, n, rng):
     return rng.choice(usable, m, replace=False)
 
 
-def dpp_of_candidates(features, relevance, usable, m, n, rng):
+def dpp_of_candidates(features, relevance, usable, m, n, rng, weight=1.0):
     """MetaMoE's rule: the relevance-weighted DPP on the n most relevant; n = 0: on all."""
     if not n:
-        return dpp_of_all(features, relevance, usable, m, n, rng)
-    candidates = np.argsort(-relevance, kind="stable")[:n]  # C_p, Algorithm 1 line 5
-    return candidates[dpp.relevance_weighted_dpp(features[candidates], relevance[candidates], m)]
+        return dpp_of_all(features, relevance, usable, m, n, rng, weight)
+    C = np.argsort(-relevance, kind="stable")[:n]  # C_p, Algorithm 1 line 5
+    return C[dpp.relevance_weighted_dpp(features[C], relevance[C], m, weight=weight)]
 
 
-def dpp_of_all(features, relevance, usable, m, n, rng):
+def dpp_of_all(features, relevance, usable, m, n, rng, weight=1.0):
     """The DPP without the pre-filter."""
     if len(usable) == len(relevance):
-        return dpp.relevance_weighted_dpp(features, relevance, m)  # from the disk, without a copy of all
+        return dpp.relevance_weighted_dpp(features, relevance, m, weight=weight)  # from the disk, uncopied
     usable = np.asarray(usable)
-    return usable[dpp.relevance_weighted_dpp(features[usable], relevance[usable], m)]
+    return usable[dpp.relevance_weighted_dpp(features[usable], relevance[usable], m, weight=weight)]
 
 
 # A rule(features, relevance, usable, m, n, rng) gives m indices into D_0, in the order they are chosen.
@@ -74,8 +74,7 @@ def parse_args():
     parser = stage_parser(__doc__, help="folder of this run; made here, read by every later stage")
     add_client_flags(parser)
     add_setting_flags(parser)
-    rule = "rule that chooses the proxies; dpp-all: the DPP without the pre-filter (default: %(default)s)"
-    parser.add_argument("--selection", choices=RULES, default="dpp", help=rule)
+    add_rule_flags(parser, RULES)
     add_privacy_flags(parser)
     add_machine_flags(parser)
     again = "redo all from the embeddings on, where this selection was made with other settings"
@@ -139,7 +138,8 @@ def select(folder, run, name, settings, made_from, features, scores, usable, pub
     """Choose the client's m proxies by the rule and write them."""
     rule, m, start = settings["selection"], run["proxies"], time.perf_counter()
     rng = np.random.default_rng([run["seed"], 11, run["clients"].index(name)])
-    proxies = RULES[rule](features, scores, usable, m, run["candidates"], rng)
+    weight = {"weight": settings["relevance_weight"]} if "rule" in settings else {}
+    proxies = RULES[settings.get("rule", rule)](features, scores, usable, m, run["candidates"], rng, **weight)
     seconds, terms = time.perf_counter() - start, selection_terms(features, scores, proxies, m)
     with atomic(folder) as part:
         part.mkdir()
@@ -178,7 +178,7 @@ def selection_settings(args, run):
     """The settings that a selection is made with."""
     candidates = 0 if args.selection == "dpp-all" else run["candidates"]
     sizes = {"candidates": candidates, "proxies": run["proxies"], **relevance_settings(privacy_terms(args))}
-    return {"seed": run["seed"], "selection": args.selection, "dtype": args.dtype, **sizes}
+    return {"seed": run["seed"], "dtype": args.dtype, **rule_settings(args), **sizes}
 
 
 def select_all(args):
@@ -187,10 +187,10 @@ def select_all(args):
     main_first = processes(args.device).main_process_first  # of several processes, under `accelerate launch`
     with main_first():
         run, local, names = start_run(args)
-    resolved = announce(args, "select_proxies", shown(run, local) | {"selection": args.selection})
+    resolved = announce(args, "select_proxies", shown(run, local) | rule_settings(args))
     settings = selection_settings(args, run)
     budgets = {name: open_budget(run_dir / "clients" / name, privacy_terms(args)) for name in names}
-    folders = {name: run_dir / "clients" / name / "selection" / args.selection for name in names}
+    folders = {name: run_dir / "clients" / name / "selection" / settings["selection"] for name in names}
     todo = unfinished(run_dir, folders, settings, args.force)
     if not todo and (run_dir / "public" / "done.json").exists():
         if processes().is_main_process:
@@ -201,7 +201,7 @@ def select_all(args):
         who = ", ".join(run["clients"])
         print(f"select_proxies: {run_dir / 'run.json'} is the agreement of {who}: D_0 and seed model fit it")
         return
-    save_settings(run_dir, "select_proxies", args.selection, resolved | shown(run, local))
+    save_settings(run_dir, "select_proxies", settings["selection"], resolved | shown(run, local))
     settings = selection_settings(args, run)
     public = read_records(run_dir / "public" / "records.jsonl")
     features = public_features(run_dir, backbone, public, args.force)  # once for all clients

@@ -1,5 +1,6 @@
 """What one party has itself: D_0, its own clients' data, and where they come from."""
 
+import re
 from pathlib import Path
 
 from metamoe.agreement import check_public, ffn_shapes, public_fingerprint, read_local, seed_fingerprint
@@ -119,7 +120,8 @@ def open_party(args, run_dir, run, local):
 
 def selection_of(client, rule):
     """(the proxies that select_proxies.py chose in a client's folder by this rule, hash of its file)."""
-    path, stage = client / "selection" / rule / "selection.json", f"run select_proxies.py --selection {rule}"
+    flags = re.sub(r"^(dpp|dpp-all)-w([\d.e-]+)$", r"\1 --relevance-weight \2", rule)
+    path, stage = client / "selection" / rule / "selection.json", f"run select_proxies.py --selection {flags}"
     if not (path.parent / "done.json").exists():
         raise UserError(f"{path} is missing: {stage} first")
     check_whole(path.parent, f"{stage} again")

@@ -1,8 +1,11 @@
-"""The flags of select_proxies.py that say what a run is; run.json keeps them for every later stage."""
+"""The flags of select_proxies.py: what a run is, which run.json keeps for every later stage, and its rule."""
 
-from metamoe.flag_values import count, number, positive_int, random_seed
+from metamoe.errors import UserError
+from metamoe.flag_values import count, not_negative, number, positive_int, random_seed
 from metamoe.presets import PRESETS
 from metamoe.run_settings import known_clients
+
+WEIGHTED = ("dpp", "dpp-all")  # the rules that weigh relevance against diversity
 
 
 def add_client_flags(parser):
@@ -82,3 +85,29 @@ def add_setting_flags(parser):
         "(context: the mean so far)"
     )
     flag("--loss", choices=["answer", "text"], help=loss)
+
+
+def add_rule_flags(parser, rules):
+    """How proxies are chosen."""
+    flag = parser.add_argument
+    rule = "rule that chooses the proxies; dpp-all: the DPP without the pre-filter (default: %(default)s)"
+    flag("--selection", choices=rules, default="dpp", help=rule)
+    weight = (
+        "weight of relevance in the DPP: W 2 sum log r + log det L_S, from 0, diversity alone; 1 is Eq. 4, "
+        "another W makes a selection RULE-wW, which later stages take with --selection (default: 1)"
+    )
+    flag("--relevance-weight", type=not_negative, default=1.0, metavar="W", help=weight)
+
+
+def rule_settings(args):
+    """{"selection": its folder}, with another weight than 1 also {"rule", "relevance_weight"}.
+
+    UserError where the rule has no weight.
+    """
+    weight, rule = abs(args.relevance_weight), args.selection  # abs: of -0.0
+    if weight == 1:
+        return {"selection": rule}
+    if rule not in WEIGHTED:
+        rules = " or ".join(WEIGHTED)
+        raise UserError(f"--relevance-weight {weight:g}: goes with --selection {rules}: {rule} has no weight")
+    return {"selection": f"{rule}-w{weight:.15g}", "rule": rule, "relevance_weight": weight}

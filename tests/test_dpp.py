@@ -88,6 +88,33 @@ def test_gains_add_up_to_eq_4_and_never_rise(seed):
     assert_same(greedy_map(kernel, 60, True), (indices, gains), 1e-9)
 
 
+@pytest.mark.parametrize("seed, weight", enumerate([0, 0.5, 1, 3]))
+def test_the_weight_multiplies_the_relevance_term(seed, weight):
+    features, relevance = problem(seed, 12, 14)
+    expected = naive_greedy(kernel_of(features, relevance**weight), 9)
+    found = relevance_weighted_dpp(features, relevance, 9, True, weight)
+    assert_same(found, expected)
+    terms = 2 * np.log(relevance[found[0]]).sum(), log_det(kernel_of(features, np.ones(12)), found[0])
+    assert found[1].sum() == pytest.approx(weight * terms[0] + terms[1], abs=1e-9)
+
+
+def test_the_weight_goes_from_diversity_to_relevance():
+    features, relevance = problem(4, 200, 40)
+    same, most = np.ones(200), np.argsort(-relevance)[:30].tolist()
+    diverse = relevance_weighted_dpp(features, relevance, 30, weight=0)
+    assert diverse.tolist() == relevance_weighted_dpp(features, same, 30).tolist() != most
+    assert relevance_weighted_dpp(features, relevance, 30, weight=1e6).tolist() == most  # r^W would be 0
+    shares = [
+        len({*relevance_weighted_dpp(features, relevance, 30, weight=w)} & {*most}) for w in (0, 0.3, 9)
+    ]
+    assert shares[0] < shares[1] < shares[2]
+    relevance[most[0]] = 0  # excluded, not the first
+    assert most[0] not in relevance_weighted_dpp(features, relevance, 30, weight=0)
+    for bad in (-0.5, np.nan, np.inf):
+        with pytest.raises(ValueError, match="weight"):
+            relevance_weighted_dpp(features, relevance, 30, weight=bad)
+
+
 @pytest.mark.parametrize("seed, constant", enumerate([1e-300, 1e-9, 1e-3, 7.0, 1e300]))
 def test_what_leaves_the_choice_as_it_is(seed, constant):
     """Fewer items to choose, another order of them, features of any length, relevances in another unit."""

@@ -66,10 +66,44 @@ def test_without_the_pre_filter_the_dpp_chooses_from_all(run, tmp_path, seed_mod
     assert "| the whole public set |" in (run / "results.md").read_text()
 
 
+def test_the_weight_of_relevance_makes_a_selection_of_its_own(run):
+    """From the same candidates, through every later stage; Eq. 4's own is as it was."""
+    before = drive.snapshot(run / "clients", "timing.json")
+    features, m, n = np.load(run / "public" / "features.npy"), SIZES["proxies"], SIZES["candidates"]
+    for weight, folder in (("0", "dpp-w0"), ("-0", "dpp-w0"), ("0.5", "dpp-w0.5"), ("1e6", "dpp-w1000000")):
+        assert stage("select_proxies", run, f"--relevance-weight={weight}").code == 0
+        for name in CLIENTS:
+            relevance = np.load(run / "clients" / name / "selection" / "relevance.npy")
+            candidates = np.argsort(-relevance, kind="stable")[:n]
+            used = {"dpp-w0": np.ones(n), "dpp-w0.5": relevance[candidates] ** 0.5}.get(folder)
+            want = candidates[:m]  # the most relevant
+            if used is not None:
+                want = candidates[relevance_weighted_dpp(features[candidates], used, m)]
+            assert proxies(run, name, folder) == want.tolist(), (folder, name)
+    assert stage("select_proxies", run, "--selection=dpp-all", "--relevance-weight=0").code == 0
+    relevance = np.ones(len(features))
+    assert proxies(run, "hotels", "dpp-all-w0") == relevance_weighted_dpp(features, relevance, m).tolist()
+    assert stage("select_proxies", run, "--relevance-weight=1.0").out.count("skipped") == 3
+    assert drive.snapshot(run / "clients", "timing.json").items() >= before.items()
+    assert "relevance_weight" not in read_json(run / "clients/hotels/selection/dpp/done.json")
+    assert stage("train_expert", run, "--selection=dpp-w0", "--epochs=1").code == 0
+    assert stage("unify_moe", run, "--method=metamoe", "--selection=dpp-w0", "--name=w0").code == 0
+    assert stage("evaluate", run, "--models", "w0", "--figure").code == 0
+    assert {"dpp", "dpp-w0", "dpp-w0.5", "dpp-all-w0"} <= read_json(run / "results.json")["coverage"][
+        "hotels"
+    ].keys()
+    missing = refused("train_expert", run, "--selection", "dpp-w7")
+    assert "select_proxies.py --selection dpp --relevance-weight 7" in missing
+    for weight, say in (("-1", "must be"), ("nan", "must be"), ("inf", "must be"), ("2", "random")):
+        message = refused("select_proxies", run, f"--relevance-weight={weight}", "--selection=random")
+        assert "--relevance-weight" in message and say in message
+
+
 @pytest.mark.parametrize(
     "flags, say",
     [
         ("--backbone gpt-9", "gpt-9"),
+        ("--selection similarity --relevance-weight 2", "similarity"),
         ("--clients intent nobody", "nobody"),
         ("--clients intent intent", "intent"),
         ("--client nobody", "nobody"),

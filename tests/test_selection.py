@@ -11,6 +11,8 @@ from tiny import CLIENTS, SIZES, refused, stage, synthetic_archive
 
 import select_proxies
 from dpp import relevance_weighted_dpp
+from metamoe.data import bigbench
+from metamoe.data.registry import FAMILIES
 from metamoe.rundir import read_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,6 +108,8 @@ def test_the_weight_of_relevance_makes_a_selection_of_its_own(run):
         ("--selection similarity --relevance-weight 2", "similarity"),
         ("--clients intent nobody", "nobody"),
         ("--clients intent intent", "intent"),
+        ("--clients 0", "--clients 0"),
+        ("--clients 99", "--clients 99"),
         ("--client nobody", "nobody"),
         ("--proxies 9 --candidates 8 --public-size 48", "m must be at most n"),
         ("--candidates 99 --public-size 48", "n must be at most |D_0|"),
@@ -137,6 +141,27 @@ def test_the_corrected_command_works_in_the_same_folder(tmp_path, seed_model, mo
     for bad in (["--seed-model", "/nowhere"], ["--test-size", "100"]):
         refused("select_proxies", tmp_path / "run", *good, *bad, watch=tmp_path)
     assert stage("select_proxies", tmp_path / "run", *good).code == 0
+
+
+def test_a_number_of_clients_takes_the_first_and_the_default_three(tmp_path, seed_model, monkeypatch):
+    """A larger federation's D_0 is without the texts of every data set, a smaller one's as by default."""
+    synthetic_archive(monkeypatch)
+    three, kept_out = ["intent", "hotels", "question"], []
+    source = bigbench.read_archive
+    family = FAMILIES["bigbench"]._replace(
+        source=lambda s, sets: kept_out.append(list(sets)) or source(s, sets)
+    )
+    monkeypatch.setitem(FAMILIES, "bigbench", family)
+    known = [*bigbench.CLIENTS, *bigbench.MORE_CLIENTS]
+    wanted = {"2": known[:2], "5": known[:5], "": three}
+    for number, clients in wanted.items():
+        flags = ["--clients", number] if number else []
+        made = stage(
+            "select_proxies", tmp_path / f"run{number}", "--seed-model", seed_model, *SIZE_FLAGS, *flags
+        )
+        assert made.code == 0, made.err
+        assert read_json(tmp_path / f"run{number}" / "run.json")["clients"] == clients
+    assert kept_out == [three, known, three]
 
 
 def test_a_foreign_folder_or_file_is_left_alone(tmp_path, seed_model):

@@ -134,6 +134,11 @@ def test_no_public_record_contains_a_clients_text(examples):
     assert any(private in text for text in normalised(bigbench.public_records(900, Archive(examples, []))))
 
 
+def test_a_clients_task_is_no_source_of_the_public_set(examples):
+    records = bigbench.public_records(600, Archive(examples, ["strategyqa", "tense"]))
+    assert {record["source"] for record in records} == set(examples) - {"strategyqa", "tense"}
+
+
 def test_public_records_have_distinct_prompts_and_every_source(examples):
     examples["tense"] *= 2
     records = bigbench.public_records(600, Archive(examples, []))

@@ -219,7 +219,8 @@ def flags_of(name, run_dir, *needed):
 
 def synthetic_archive(monkeypatch, per_task=60):
     """Let bigbench.read_archive read a small archive made here."""
-    names = [bigbench.CLIENTS[name][0] for name in bigbench.CLIENTS] + [
+    clients = bigbench.CLIENTS | bigbench.MORE_CLIENTS
+    names = [task for task, _, _ in clients.values()] + [
         t if not t.endswith("*") else "natural_instructions/subtask001_a" for t in bigbench.PUBLIC
     ]
 
@@ -236,7 +237,7 @@ def synthetic_archive(monkeypatch, per_task=60):
                     for i in range(per_task)
                 ]
                 for choices in (
-                    choices for client, _, choices in bigbench.CLIENTS.values() if client == task and choices
+                    choices for client, _, choices in clients.values() if client == task and choices
                 ):
                     examples = [
                         {"input": example["input"], "target": [choices[i % 2]]}

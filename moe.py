@@ -163,38 +163,37 @@ class MoELayer(nn.Module):
         return y.view(x.shape)
 
     def _mix_by_expert(self, x, chosen, weight, stacks, broken=None) -> Tensor:
-        """Eq. 5, one expert after the other: y (N, d) for x (N, d), chosen and weight (N, k).
+        """Eq. 5 with the tokens sorted by expert: y (N, d) for x (N, d), chosen and weight (N, k).
 
         broken: (K,) bool, to mark the experts that give NaN or infinity in.
         """
         order = chosen.flatten().argsort(stable=True)  # (N k), the (token, choice) pairs sorted by expert
-        sizes = chosen.flatten().bincount(minlength=len(self.counts)).tolist()  # K: pairs of each expert
-        token = order // chosen.shape[1]  # (N k)
-        pairs = token.split(sizes), x[token].split(sizes), weight.flatten()[order].split(sizes)
+        p, token = chosen.flatten()[order], order // chosen.shape[1]  # (N k) both
+        sizes = p.bincount(minlength=len(self.counts)).tolist()  # K: pairs of each expert
         # unbind: one gradient for a whole stack, not one of its size for every expert
-        own, y = {key: stack.unbind(0) for key, stack in stacks.items()}, torch.zeros_like(x)
-        for p, (t, z, w) in enumerate(zip(*pairs, strict=True)):  # (n_p), (n_p, d), (n_p): what expert p gets
-            out = self._expert(p, z, own)
-            y.index_add_(0, t, w.unsqueeze(1) * out)  # Eq. 5
-            if broken is not None and not out.isfinite().all():
-                broken[p] = True
-        return y
+        (*ups, down), own = self.linears, {key: stack.unbind(0) for key, stack in stacks.items()}
+        step = 1 if len(x) > FEW_TOKENS["cpu"] else len(sizes)  # experts at a time: many tokens fill a cache
+        groups, out = [slice(first, first + step) for first in range(0, len(sizes), step)], []
+        for group, z in zip(groups, x[token].split([sum(sizes[g]) for g in groups]), strict=True):
+            hidden = self._activate([self._linear(name, z, sizes, own, group) for name in ups])  # (n, h)
+            out.append(self._linear(down, hidden, sizes, own, group))
+        out = torch.cat(out)  # (N k, d), FFN_p(z_t) of each pair
+        if broken is not None:
+            broken[p[~out.isfinite().all(1)]] = True
+        return torch.zeros_like(x).index_add_(0, token, weight.flatten()[order].unsqueeze(1) * out)  # Eq. 5
 
-    def _expert(self, p, z, own):
-        """FFN_p(z): (n, d) -> (n, d)."""
-        *ups, down = self.linears
-        hidden = self._activate([self._linear(p, name, z, own) for name in ups])  # (n, h)
-        return self._linear(p, down, hidden, own)
-
-    def _linear(self, p, name, z, own):
+    def _linear(self, name, z, sizes, own, group):
+        """The linear of each pair's own expert of the group, for z (n, d_in) sorted by expert: (n, d_out)."""
+        own = {key: each[group] for key, each in own.items()}
         if self.kind == "full":
-            bias = own.get(f"{name}_bias")
-            return F.linear(z, own[f"{name}_weight"][p], None if bias is None else bias[p])
-        y = getattr(self, name)(z)
-        if f"{name}_A" in own:
-            A, B = own[f"{name}_A"][p], own[f"{name}_B"][p]
-            y.addmm_(F.linear(z, A), B.t(), alpha=self.scaling[p])
-        return y
+            biases = own.get(f"{name}_bias", [None] * len(sizes[group]))
+            return torch.cat([*map(F.linear, z.split(sizes[group]), own[f"{name}_weight"], biases)])
+        y = getattr(self, name)(z)  # the seed model's part, for the whole group at once
+        if f"{name}_A" not in own or not len(z):
+            return y
+        each = y.split(sizes[group]), z.split(sizes[group]), own[f"{name}_A"], own[f"{name}_B"]
+        each = zip(*each, self.scaling[group], strict=True)  # expert by expert
+        return torch.cat([torch.addmm(u, F.linear(z, A), B.t(), alpha=s) for u, z, A, B, s in each if len(z)])
 
     def _activate(self, u):
         return self.act(u[0]) * u[1] if len(u) == 2 else self.act(u[0])
@@ -213,6 +212,7 @@ class MoELayer(nn.Module):
             broken = _broken(stacks)
             y = self._mix_masked(x, chosen, weight, _without(broken, stacks))
             return y.masked_fill(broken[chosen].any(1, keepdim=True), torch.nan)
+        few = few and (device != "cpu" or len(self.scaling) <= FEW_EXPERTS * chosen.shape[1])
         y = (self._mix_masked if few else self._mix_by_expert)(x, chosen, weight, stacks)
         if y.detach().sum(1, dtype=torch.float32).isfinite().all():
             return y
@@ -279,8 +279,8 @@ class MoELayer(nn.Module):
 
 
 # Up to so many tokens LoRA experts run behind masks, all at once: K - 1 times more low-rank work, but no
-# sorting, and no product of a new size in each batch. The number of tokens decides, not K.
-FEW_TOKENS = {"cpu": 2048, "cuda": 65536}
+# sorting, and no product of a new size in each batch. On a CPU only with up to so many experts a choice.
+FEW_TOKENS, FEW_EXPERTS = {"cpu": 2048, "cuda": 65536}, 6
 
 
 def _broken(stacks):

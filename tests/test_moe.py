@@ -14,6 +14,7 @@ import pytest
 import torch
 from drive import snapshot
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import moe
 from metamoe.backbones.base import import_transformers
@@ -44,9 +45,31 @@ def clip():  # as in transformers
     return two_layer(("fc1", "activation_fn", "fc2"))
 
 
-@pytest.fixture(params=("masked", "by expert"))
+@pytest.mark.parametrize("make_ffn, top_k", product((gated, two_layer), (1, 2)))
+def test_many_experts_are_sorted_for_which_masks_cost_more_and_give_the_same(make_ffn, top_k, monkeypatch):
+    """On a CPU; of the 20 experts some get no token."""
+    layer, ffn, experts = make_layer(make_ffn, n=20, top_k=top_k, state=RoutingState("none"))
+    parameters, work, found = [*layer.router.parameters(), *layer.experts.parameters()], {}, {}
+    x, layer.state.context_mask = torch.randn(2, 6, D, requires_grad=True), torch.ones(2, 6, dtype=torch.bool)
+    for most in (moe.FEW_EXPERTS, 1000):
+        monkeypatch.setattr(moe, "FEW_EXPERTS", most)
+        with FlopCounterMode(display=False) as counter:
+            y = layer(x)
+        work[most] = counter.get_total_flops()
+        options = dict(allow_unused=True, materialize_grads=True)
+        found[most] = [y, *torch.autograd.grad(y.square().sum(), [x, *parameters], **options)]
+    assert work[6] * 1.2 < work[1000]
+    close(found[6][0], naive(layer, ffn, experts, x))
+    for own, other in zip(found[6], found[1000], strict=True):
+        close(own, other, 2e-4)
+
+
+@pytest.fixture(params=("masked", "by expert", "sorted"))
 def both_ways(request, monkeypatch):
-    """All LoRA experts at once behind masks, which few tokens take, and one expert after the other."""
+    """All LoRA experts behind masks; one after the other; sorted, with one product of the seed model's."""
+    if request.param == "sorted":
+        monkeypatch.setattr(moe, "FEW_EXPERTS", 0)
+        return
     monkeypatch.setitem(moe.FEW_TOKENS, "cpu", 2048 if request.param == "masked" else 0)
 
 

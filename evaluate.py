@@ -30,7 +30,14 @@ from metamoe.report.figures import coverage, losses_figure, routing_figure
 from metamoe.report.models import list_models, scored_variant
 from metamoe.report.parties import check_model, read_reports, reports_table, write_reports
 from metamoe.report.pooled import pool
-from metamoe.report.results import chance, collect_timings, exchanged_bytes, result_rows, uploaded_bytes
+from metamoe.report.results import (
+    chance,
+    collect_timings,
+    exchanged_bytes,
+    mark_private_data,
+    result_rows,
+    uploaded_bytes,
+)
 from metamoe.report.tables import markdown
 from metamoe.rundir import open_run, write_json
 from metamoe.uploads import ffn_shapes
@@ -195,6 +202,7 @@ def tabulate(evaluation, folders, scores, figure, left_out):
         "experts": scored_variant(evaluation.run_dir, run),
         "uploaded_bytes": uploaded_bytes(evaluation.run_dir, run),
     }
+    mark_private_data(results["rows"], folders)
     own = PRESETS[run["backbone"]].get("scoring")
     if scoring and (scoring, own) != ("likelihood", "likelihood"):
         results["scoring"] = scoring

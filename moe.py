@@ -163,36 +163,42 @@ class MoELayer(nn.Module):
         return y.view(x.shape)
 
     def _mix_by_expert(self, x, chosen, weight, stacks, broken=None) -> Tensor:
-        """Eq. 5 with the tokens sorted by expert: y (N, d) for x (N, d), chosen and weight (N, k).
+        """Eq. 5, one expert after the other: y (N, d) for x (N, d), chosen and weight (N, k).
 
+        Few tokens go through all experts at a time: the seed model's linears then run once for all.
         broken: (K,) bool, to mark the experts that give NaN or infinity in.
         """
         order = chosen.flatten().argsort(stable=True)  # (N k), the (token, choice) pairs sorted by expert
         p, token = chosen.flatten()[order], order // chosen.shape[1]  # (N k) both
         sizes = p.bincount(minlength=len(self.counts)).tolist()  # K: pairs of each expert
-        # unbind: one gradient for a whole stack, not one of its size for every expert
-        (*ups, down), own = self.linears, {key: stack.unbind(0) for key, stack in stacks.items()}
         step = 1 if len(x) > FEW_TOKENS["cpu"] else len(sizes)  # experts at a time: many tokens fill a cache
-        groups, out = [slice(first, first + step) for first in range(0, len(sizes), step)], []
-        for group, z in zip(groups, x[token].split([sum(sizes[g]) for g in groups]), strict=True):
-            hidden = self._activate([self._linear(name, z, sizes, own, group) for name in ups])  # (n, h)
-            out.append(self._linear(down, hidden, sizes, own, group))
-        out = torch.cat(out)  # (N k, d), FFN_p(z_t) of each pair
-        if broken is not None:
-            broken[p[~out.isfinite().all(1)]] = True
-        return torch.zeros_like(x).index_add_(0, token, weight.flatten()[order].unsqueeze(1) * out)  # Eq. 5
+        groups = [slice(first, first + step) for first in range(0, len(sizes), step)]
+        pairs, w = [sum(sizes[g]) for g in groups], weight.flatten()[order]
+        # unbind: one gradient for a whole stack, not one of its size for every expert
+        own, y = {key: stack.unbind(0) for key, stack in stacks.items()}, torch.zeros_like(x)
+        split = (groups, *(pair.split(pairs) for pair in (p, token, w)))
+        for g, p, t, w in zip(*split, strict=True):  # (n) all three: what the group's experts get
+            out = self._experts(x[t], sizes[g], g, own)
+            y.index_add_(0, t, w.unsqueeze(1) * out)  # Eq. 5
+            if broken is not None:
+                broken[p[~out.isfinite().all(1)]] = True
+        return y
 
-    def _linear(self, name, z, sizes, own, group):
-        """The linear of each pair's own expert of the group, for z (n, d_in) sorted by expert: (n, d_out)."""
-        own = {key: each[group] for key, each in own.items()}
+    def _experts(self, z, sizes, g, own):
+        """FFN_p(z) for z (n, d), the first sizes[0] of them of expert g.start, and so on: (n, d)."""
+        *ups, down = self.linears
+        hidden = self._activate([self._linear(name, z, sizes, g, own) for name in ups])  # (n, h)
+        return self._linear(down, hidden, sizes, g, own)
+
+    def _linear(self, name, z, sizes, g, own):
         if self.kind == "full":
-            biases = own.get(f"{name}_bias", [None] * len(sizes[group]))
-            return torch.cat([*map(F.linear, z.split(sizes[group]), own[f"{name}_weight"], biases)])
-        y = getattr(self, name)(z)  # the seed model's part, for the whole group at once
+            biases = own.get(f"{name}_bias", [None] * len(self.counts))[g]
+            return torch.cat([*map(F.linear, z.split(sizes), own[f"{name}_weight"][g], biases)])
+        y = getattr(self, name)(z)  # the seed model's part, for all of them at once
         if f"{name}_A" not in own or not len(z):
             return y
-        each = y.split(sizes[group]), z.split(sizes[group]), own[f"{name}_A"], own[f"{name}_B"]
-        each = zip(*each, self.scaling[group], strict=True)  # expert by expert
+        A, B = own[f"{name}_A"][g], own[f"{name}_B"][g]
+        each = zip(y.split(sizes), z.split(sizes), A, B, self.scaling[g], strict=True)
         return torch.cat([torch.addmm(u, F.linear(z, A), B.t(), alpha=s) for u, z, A, B, s in each if len(z)])
 
     def _activate(self, u):

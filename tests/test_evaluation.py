@@ -93,6 +93,16 @@ def test_the_table_says_what_it_shows(finished, results):
         assert (finished[0] / figure).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_model_that_saw_private_data_is_called_so_by_any_name(run):
+    flags = "--method metamoe --samples private --epochs 1 --name mine".split()
+    assert stage("unify_moe", run, *flags).code == 0
+    assert stage("unify_moe", run, *flags, "--without", "hotels").code == 0
+    assert stage("evaluate", run, "--models", "mine", "mine-without-hotels", "metamoe").code == 0
+    assert (
+        "mine, mine-without-hotels: trained on the clients' private data" in (run / "results.md").read_text()
+    )
+
+
 def open_test(run_dir, name):
     return (run_dir / "clients" / name / "private" / "test.jsonl").read_text().splitlines()
 

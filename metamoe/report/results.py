@@ -71,6 +71,14 @@ def result_rows(run, found, records):
     return rows
 
 
+def mark_private_data(rows, folders):
+    """Set "private_data" in the rows of models that the server trained on the clients' data, by any name."""
+    for row in rows:
+        folder = folders[row["model"]]
+        if folder and (folder / "done.json").exists() and settings_of(folder).get("samples") == "private":
+            row["private_data"] = True
+
+
 def uploaded_bytes(run_dir, run):
     """{CLIENT/UPLOAD: its size}."""
     found = {}

@@ -1,7 +1,5 @@
 """The results of one run as Markdown: accuracies, ablations, intervals, routing, opting out, coverage."""
 
-import re
-
 import numpy as np
 
 from metamoe.methods import METHODS, ablations
@@ -152,8 +150,7 @@ def changed_settings(run, own_seed_model):
 
 def sees_private_data(row):
     """Whether the server trains the row's model on the clients' data."""
-    method = METHODS.get(re.split("-(?:without|compressed)-", row["model"])[0])  # what it was made from
-    return method is not None and method.samples == "private"
+    return row.get("private_data", False)
 
 
 def is_private_model(row):

@@ -17,7 +17,6 @@ from metamoe.data.splits import rng_of
 from metamoe.presets import PRESETS
 from metamoe.report.statistics import is_right, paired_bootstrap
 
-NUMBERS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
 FACT = "True, False, or Neither?"
 # Tasks of enough records with short prompts and closed answers; of the public set's sources `goal` alone
 CANDIDATES = bigbench.CLIENTS | {
@@ -28,7 +27,6 @@ CANDIDATES = bigbench.CLIENTS | {
     "pronoun": Task("winowhy", "{input}\nThe above reasoning is"),
     "fallacy": Task("logical_fallacy_detection", "{input}\nAnswer:"),
     "navigate": Task("navigate", "{input}\nAre you back at the start?"),
-    "count": Task("object_counting", "{input}\nAnswer:", NUMBERS),
     "objects": Task("reasoning_about_colored_objects", "{input}\nAnswer:"),
     "wikipedia": Task("vitaminc_fact_verification", "{input}\n" + FACT),
     "stereotype": Task("bbq_lite_json/race_ethnicity_ambig", "{input}\nAnswer:"),

@@ -116,8 +116,7 @@ PRESETS = {
         "expert_batch": 8,
         "warmup_steps": 10,
         "final_batch": 16,
-        # metamoe: the gentlest of 1e-5, 1e-4 and 1e-3 that ties with the best; the others: the better of 1e-4
-        # and 1e-3 on random seed 0 (docs/results-smollm2-135m.md)
-        "final_lr": {"metamoe": 1e-5, "flexolmo": 1e-4, "btx": 1e-4, "unrestricted": 1e-4},
+        # the gentlest of 1e-5, 1e-4 and 1e-3 that ties with the best (docs/results-smollm2-135m.md)
+        "final_lr": {"metamoe": 1e-5, "flexolmo": 1e-5, "btx": 1e-5, "unrestricted": 1e-4},
     },
 }

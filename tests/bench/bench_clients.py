@@ -14,6 +14,7 @@ from metamoe.backbones.training import train
 from metamoe.data import bigbench
 from metamoe.data.bigbench import SENTIMENT, Task
 from metamoe.data.splits import rng_of
+from metamoe.errors import UserError
 from metamoe.presets import PRESETS
 from metamoe.report.statistics import is_right, paired_bootstrap
 
@@ -98,7 +99,11 @@ def main():
     archive = bigbench.read_archive({}, CANDIDATES)
     for name in args.tasks:
         task = CANDIDATES[name]
-        records, validation, usable = parts_of(name, task, archive, args)
+        try:
+            records, validation, usable = parts_of(name, task, archive, args)
+        except UserError as error:
+            row(name, task.task, "too few", "-", "-", error)
+            continue
         before, after = gain(name, records, validation, args)
         found = paired_bootstrap(after, before, args.seed)
         low, high = found["interval"]

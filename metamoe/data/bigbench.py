@@ -43,8 +43,22 @@ CLIENTS = {
     "question": Task(QUESTION, "{input}\nType:", [kind + "." for kind in TYPES.split()]),
 }
 
-# Clients of larger federations, in this order
-MORE_CLIENTS = {}
+# Clients of larger federations, in this order: docs/results-clients.md says how they were chosen
+MORE_CLIENTS = {
+    "stereotype": Task("bbq_lite_json/race_ethnicity_ambig", "{input}\nAnswer:"),
+    "plus": Task("arithmetic/2_digit_addition", "{input}\nAnswer:"),
+    "times": Task("arithmetic/2_digit_multiplication", "{input}\nAnswer:"),
+    "minus": Task("arithmetic/2_digit_subtraction", "{input}\nAnswer:"),
+    "si-units": Task("unit_conversion/si_conversion", "{input}"),
+    "new-units": Task("unit_conversion/novel_systems", "{input}"),
+    "color-hcl": Task("color/hcl", "{input}\nAnswer:"),
+    "other-units": Task("unit_conversion/different_systems", "{input}"),
+    "color-rgb": Task("color/rgb", "{input}\nAnswer:"),
+    "color-hsl": Task("color/hsl", "{input}\nAnswer:"),
+    "color-hex": Task("color/hex", "{input}\nAnswer:"),
+    "navigate": Task("navigate", "{input}\nAre you back at the start?"),
+    "hotels-es": Task("multiemo/hotels_sentence_es", SENTIMENT),
+}
 
 # public task -> (records, prompt): first relatives of the client tasks, then much that is unrelated. The
 # siblings multiemo/all_* and hotels_* hold the hotel client's sentences and are left out.

@@ -1,4 +1,4 @@
-"""What an expert gains on BIG-bench tasks: which of them can be clients of the language default.
+"""What an expert gains on BIG-bench tasks: which of them can be clients (docs/results-clients.md).
 
 Each task is trained on alone, as train_expert.py --data private does but for --epochs, and scored on
 validation records; no test record and no unified model is seen. A line a task: usable records, the accuracy
@@ -18,36 +18,24 @@ from metamoe.errors import UserError
 from metamoe.presets import PRESETS
 from metamoe.report.statistics import is_right, paired_bootstrap
 
-FACT = "True, False, or Neither?"
 # Tasks of enough records with short prompts and closed answers; of the public set's sources `goal` alone
-CANDIDATES = bigbench.CLIENTS | {
+CANDIDATES = {
+    **bigbench.CLIENTS,
+    **bigbench.MORE_CLIENTS,
+    "step": Task("goal_step_wikihow/step_inference", "{input}"),
+    "order": Task("goal_step_wikihow/step_ordering", "{input}\nAnswer:"),
+    "goal": Task("goal_step_wikihow/goal_inference", "{input}"),
     "adjectives": Task("hyperbaton", "{input}\nAnswer:"),
+    "hotels-de": Task("multiemo/hotels_sentence_de", SENTIMENT),
+    "context": Task("contextual_parametric_knowledge_conflicts", "{input}\nAnswer:"),
+    "objects": Task("reasoning_about_colored_objects", "{input}\nAnswer:"),
+    "wikipedia": Task("vitaminc_fact_verification", "{input}\nTrue, False, or Neither?"),
     "dialog": Task(
         "movie_dialog_same_or_different", "{input} said by the same or different people?\nAnswer:"
     ),
     "pronoun": Task("winowhy", "{input}\nThe above reasoning is"),
     "fallacy": Task("logical_fallacy_detection", "{input}\nAnswer:"),
-    "navigate": Task("navigate", "{input}\nAre you back at the start?"),
-    "objects": Task("reasoning_about_colored_objects", "{input}\nAnswer:"),
-    "wikipedia": Task("vitaminc_fact_verification", "{input}\n" + FACT),
-    "stereotype": Task("bbq_lite_json/race_ethnicity_ambig", "{input}\nAnswer:"),
-    "context": Task("contextual_parametric_knowledge_conflicts", "{input}\nAnswer:"),
     "language": Task("language_identification", "{input}\nLanguage:"),
-    "hotels-de": Task("multiemo/hotels_sentence_de", SENTIMENT),
-    "hotels-es": Task("multiemo/hotels_sentence_es", SENTIMENT),
-    "color-hex": Task("color/hex", "{input}\nAnswer:"),
-    "color-rgb": Task("color/rgb", "{input}\nAnswer:"),
-    "color-hsl": Task("color/hsl", "{input}\nAnswer:"),
-    "color-hcl": Task("color/hcl", "{input}\nAnswer:"),
-    "plus": Task("arithmetic/2_digit_addition", "{input}\nAnswer:"),
-    "minus": Task("arithmetic/2_digit_subtraction", "{input}\nAnswer:"),
-    "times": Task("arithmetic/2_digit_multiplication", "{input}\nAnswer:"),
-    "si-units": Task("unit_conversion/si_conversion", "{input}"),
-    "other-units": Task("unit_conversion/different_systems", "{input}"),
-    "new-units": Task("unit_conversion/novel_systems", "{input}"),
-    "step": Task("goal_step_wikihow/step_inference", "{input}"),
-    "order": Task("goal_step_wikihow/step_ordering", "{input}\nAnswer:"),
-    "goal": Task("goal_step_wikihow/goal_inference", "{input}"),
     "word-problems": Task("elementary_math_qa/question_only", "{input}\nAnswer:"),
 }
 

@@ -94,8 +94,8 @@ PRESETS = {
             "flexolmo": 1e-5,
             "btx": 1e-5,
             "unrestricted": 1e-3,
-            "moa": 1e-3,
-            "btx-paper": 1e-4,
+            "moa": 1e-1,
+            "btx-paper": 1e-5,
         },
     },
     "smollm2-135m": PAPER_LLAMA

@@ -25,9 +25,12 @@ DEFAULTS = {
 # of a simulated federation, which trains as the experts are trained
 OF_EXPERTS = {"epochs": "expert_epochs", "lr": "expert_lr", "batch_size": "expert_batch"}
 OF_EXPERTS |= {name: name for name in ("optimizer", "weight_decay")}
-# flags that it has no use for
-NO_ROUNDS = "data selection full_ffn upload extend lambda_init lambda_lr context init train samples".split()
-NO_ROUNDS += "seed_expert routing_loss balancing_loss weighting top_k offset".split()
+# switches of a method, and of one that is a mixture of experts
+UPLOADS = ("data", "selection")
+MIXTURE = ("context", "init", "train", "samples", "seed_expert", "weighting", "top_k", "offset")
+ROUTER_LOSSES = ("routing_loss", "balancing_loss")
+# flags that a simulated federation has no use for
+NO_ROUNDS = (*UPLOADS, "full_ffn", "upload", "extend", "lambda_init", "lambda_lr", *MIXTURE, *ROUTER_LOSSES)
 
 
 def add_method_flags(parser):
@@ -71,9 +74,9 @@ def resolve(args, run_dir, run):
         return settings | simulation_settings(args, run)
     if args.rounds:
         raise UserError(f"--rounds {args.rounds}: {args.method} has one upload and no rounds: leave it out")
-    switches, count = ["data", "selection"], len(run["clients"])
+    switches, count = UPLOADS, len(run["clients"])
     if method.merge == "moe":
-        switches += ["context", "init", "train", "samples", "seed_expert", "weighting", "top_k", "offset"]
+        switches += MIXTURE
     settings["full_ffn"] = args.full_ffn
     settings |= from_preset(args, vars(method), {switch: switch for switch in switches})
     if "top_k" in settings and args.top_k is None:
@@ -92,7 +95,7 @@ def resolve(args, run_dir, run):
     if args.lr is None and preset["final_lr"] is None:
         raise UserError(f"--lr is needed: presets.py has no final_lr for {args.method} on {run['backbone']}")
     settings |= from_preset(args, preset, defaults)
-    losses = {name: name for name in ("routing_loss", "balancing_loss")}
+    losses = {name: name for name in ROUTER_LOSSES}
     weights = from_preset(args, vars(method), losses)
     settings |= {name: weight for name, weight in weights.items() if weight}
     check_settings(settings, run)
@@ -135,7 +138,7 @@ def check_model_name(name, method):
 
 def check_router_losses(settings, checkpointing):
     """UserError where a loss of the routers cannot be taken."""
-    given = [name for name in ("routing_loss", "balancing_loss") if name in settings]
+    given = [name for name in ROUTER_LOSSES if name in settings]
     if not given:
         return
     flag = f"--{given[0].replace('_', '-')} {settings[given[0]]}"

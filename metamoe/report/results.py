@@ -94,12 +94,9 @@ def exchanged_bytes(run_dir, run, folders):
     paths = {row: folder / "exchange.json" for row, folder in folders.items() if folder}
     found = {row: read_json(path) for row, path in paths.items() if path.exists()}
     if found and "metamoe" in folders:
-        folder, uploads = (
-            folders["metamoe"],
-            [run_dir / "clients" / name / "upload" for name in run["clients"]],
-        )
+        folder, sizes = folders["metamoe"], uploaded_bytes(run_dir, run)
         variant = settings_of(folder)["variant"]
-        sent = round(np.mean([folder_bytes(upload / variant) for upload in uploads]))
+        sent = round(np.mean([sizes[f"{name}/{variant}"] for name in run["clients"]]))
         received = sum((folder / file).stat().st_size for file in ("moe.safetensors", "moe_config.json"))
         found["metamoe"] = {"rounds": 1, "sent": sent, "received": received}
     return found

@@ -14,7 +14,7 @@ import numpy as np
 from common import command_line, header, row
 
 from metamoe.atomic import atomic
-from metamoe.methods import title
+from metamoe.report.models import title
 from metamoe.rundir import folder_bytes, read_json
 
 ROWS = ("zeroshot", "btm", "soup", "flexolmo", "metamoe", "metamoe-unit")
@@ -49,7 +49,7 @@ def describe(run_dir, curves):
             f"{cost[key]:.1f}" if key in cost else "-" for key in ("unify_seconds", "samples_per_second")
         ]
         accuracy = f"{entry['average']:.2f}", f"{first:.2f}"
-        label = "ZeroShot" if name == "zeroshot" else title(name)
+        label = title(name, results["run"])
         row(len(names), label, *accuracy, share, *costs, megabytes(run_dir / "moe" / name), f"{uploads:.1f}")
         confused[label] = [
             f"{client} -> {max(other, key=other.get)} ({100 * max(other.values()):.0f}%)"
@@ -60,7 +60,7 @@ def describe(run_dir, curves):
 
 
 def sizes_of(results, client):
-    """Bytes of the client's uploads that the default rows need: private, and aligned with the DPP."""
+    """Bytes of each of the client's uploads."""
     return [size for key, size in results["uploaded_bytes"].items() if key.startswith(f"{client}/")]
 
 
@@ -72,7 +72,7 @@ def draw(path, curves):
 
     figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
     for name, found in curves.items():
-        label = "ZeroShot" if name == "zeroshot" else title(name)
+        label = title(name, {})
         axes.plot(list(found), list(found.values()), marker="o", label=label)
     axes.set(xlabel="clients K", ylabel="average accuracy, %", xticks=sorted(next(iter(curves.values()))))
     axes.legend(fontsize=8)

@@ -15,7 +15,7 @@ import numpy as np
 
 import dpp
 from metamoe.agreement import shown
-from metamoe.atomic import atomic, locked_run
+from metamoe.atomic import locked_run
 from metamoe.backbones.base import dtype_name
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.embedding import keep_array, private_features, public_features, read_array
@@ -31,7 +31,7 @@ from metamoe.records import read_records, usable_public
 from metamoe.report.statistics import selection_terms
 from metamoe.run_flags import add_client_flags, add_rule_flags, add_setting_flags, rule_settings
 from metamoe.run_settings import check_sizes
-from metamoe.rundir import finish, finished, finished_file, inside, versions, write_json
+from metamoe.rundir import finished, finished_file, inside, making, versions, write_json
 
 
 def most_relevant(features, relevance, usable, m, n, rng):
@@ -134,18 +134,16 @@ def client_relevance(run_dir, run, name, backbone, features, usable, made_from, 
     return read_array(cached, len(features))
 
 
-def select(folder, run, name, settings, made_from, features, scores, usable, public):
+def select(folder, run_dir, run, name, settings, made_from, features, scores, usable, public):
     """Choose the client's m proxies by the rule and write them."""
     rule, m, start = settings["selection"], run["proxies"], time.perf_counter()
     rng = np.random.default_rng([run["seed"], 11, run["clients"].index(name)])
     weight = {"weight": settings["relevance_weight"]} if "rule" in settings else {}
     proxies = RULES[settings.get("rule", rule)](features, scores, usable, m, run["candidates"], rng, **weight)
     seconds, terms = time.perf_counter() - start, selection_terms(features, scores, proxies, m)
-    with atomic(folder) as part:
-        part.mkdir()
+    with making(folder, settings, run_dir, made_from) as part:
         write_json(part / "selection.json", {"proxies": proxies.tolist(), **terms})
         write_json(part / "timing.json", {"selection_seconds": seconds})
-        finish(part, settings, made_from)
     print(
         f"select_proxies: {name}: {len(proxies)} of {len(public)} by {rule}: 2 sum log r = "
         f"{terms['relevance_term']:.1f}, log det L_S = {terms['diversity_term']:.1f}, Jaccard with the most "
@@ -216,7 +214,7 @@ def select_all(args):
         known = backbone, features, usable, made_from, args.force, budgets[name]
         scores = client_relevance(run_dir, run, name, *known)
         if scores is not None:
-            select(folders[name], run, name, settings, made_from, features, scores, usable, public)
+            select(folders[name], run_dir, run, name, settings, made_from, features, scores, usable, public)
     processes().wait_for_everyone()
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from metamoe import cli, rundir
 from metamoe.agreement import FORMAT, check_here, read_local
-from metamoe.atomic import atomic, locked
+from metamoe.atomic import locked
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import ends
@@ -99,13 +99,10 @@ def train_client(run_dir, run, local, name, indices, args, settings, made_from, 
     else:
         sent = {"vectors": backbone.routing_vectors(model, measured, label=told)}
     if processes().is_main_process:
-        with atomic(folder) as part:
-            part.mkdir()
+        with rundir.making(folder, settings, run_dir, made_from) as part:
             save_result(model, backbone, sent, part, args.full_ffn)
             rundir.write_json(part / "losses.json", losses)
             parts.keep_bill(budget, part)
-            rundir.check_unchanged(run_dir, made_from)
-            rundir.finish(part, settings, made_from)
     told = "{} steps, loss {:.3f} -> {:.3f}".format(len(losses), *ends(losses))
     return f"{len(private)} private + {len(proxies)} proxies, {told}"
 

@@ -24,7 +24,7 @@ import numpy as np
 import moe
 from metamoe import cli
 from metamoe.agreement import read_local
-from metamoe.atomic import atomic, locked
+from metamoe.atomic import locked
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import ends, train, use_checkpointing
@@ -35,7 +35,7 @@ from metamoe.model_settings import add_method_flags, resolve, sources
 from metamoe.records import read_records, usable_public
 from metamoe.rivals.simulation import simulate
 from metamoe.routing import router_losses
-from metamoe.rundir import check_unchanged, finish, finished, inside, open_run, write_json
+from metamoe.rundir import finished, inside, making, open_run, write_json
 from metamoe.serving.compression import compress
 from metamoe.serving.export import check_export, export
 from metamoe.serving.members import add_member_flags, check_extension, check_member_flags, extend, leave_out
@@ -155,11 +155,10 @@ def make(args, run_dir, run, backbone, uploads, settings):
     return model, losses, tokens, start
 
 
-def write(folder, args, made, lengths, uploads, settings, made_from):
+def write(folder, args, run_dir, made, lengths, uploads, settings, made_from):
     """Write the model, or what the rival's merge makes of the uploads, and say so."""
     model, losses, tokens, start = made
-    with atomic(folder) as part:
-        part.mkdir()
+    with making(folder, settings, run_dir, made_from) as part:
         if model is not None:
             moe.save(model, part)
             write_json(part / "losses.json", losses)
@@ -169,8 +168,6 @@ def write(folder, args, made, lengths, uploads, settings, made_from):
             rival.merge(list(uploads.values()), part)
         seconds = time.perf_counter() - start
         write_json(part / "timing.json", {"unify_seconds": seconds})
-        check_unchanged(folder.parents[1], made_from)
-        finish(part, settings, made_from)
     about = f"{len(uploads)} experts ({settings['variant']})"
     if losses:
         about += ", {} final steps, loss {:.3f} -> {:.3f}".format(len(losses), *ends(losses))
@@ -203,7 +200,7 @@ def unify(args, run_dir, run):
         cli.save_settings(run_dir, "unify_moe", settings["name"], resolved)
         made = make(args, run_dir, run, backbone, uploads, settings)
         if processes().is_main_process:
-            write(folder, args, made, lengths, uploads, settings, made_from)
+            write(folder, args, run_dir, made, lengths, uploads, settings, made_from)
     return folder
 
 

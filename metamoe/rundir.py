@@ -17,6 +17,7 @@ see atomic.py. `done.json` inside a finished folder holds its settings, under "f
 ("timing.json" excepted: a clock), and under "made_from" the hashes of what it was made from.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -88,14 +89,19 @@ def versions(run_dir, *names):
     return {name: sha256(check_input(path)) if path.exists() else None for name, path in paths.items()}
 
 
-def check_unchanged(run_dir, made_from):
-    """UserError where a file is no longer that of `made_from`: another process has replaced it meanwhile."""
-    now = versions(run_dir, *made_from)
-    for name, digest in made_from.items():
-        if now[name] != digest:
-            raise UserError(
-                f"{Path(run_dir, name)} was changed while it was used: run the same command again"
-            )
+@contextlib.contextmanager
+def making(folder, settings, run_dir, made_from):
+    """Yield the temporary folder that becomes a stage's result `folder` when all of it is written.
+
+    made_from: `versions` of its sources. UserError, and no result, where one of them was replaced meanwhile.
+    """
+    with atomic(folder) as part:
+        part.mkdir()
+        yield part
+        for name, digest in versions(run_dir, *made_from).items():
+            if made_from[name] != digest:
+                raise UserError(f"{run_dir}/{name} was changed while it was used: run the same command again")
+        finish(part, settings, made_from)
 
 
 def finish(part, settings, made_from=None):

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from metamoe import atomic  # noqa: E402
-from metamoe.rundir import finish, finished, hashes, read_json  # noqa: E402
+from metamoe.rundir import finished, hashes, making, read_json  # noqa: E402
 
 STEPS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.listdir", "shutil.rmtree")
 OLD, NEW, OTHER = {"lr": 1}, {"lr": 2}, {"lr": 3}
@@ -24,11 +24,9 @@ def make(folder, settings, force):
     with atomic.locked(folder):
         if finished(folder, settings, force):
             return
-        with atomic.atomic(folder) as part:
-            part.mkdir()
+        with making(folder, settings, folder.parent, {}) as part:
             for name in ("a.txt", "b.txt"):
                 (part / name).write_text(f"{name} of {settings}")
-            finish(part, settings)
 
 
 class Process:

@@ -12,7 +12,7 @@ import numpy as np
 import moe
 from metamoe import cli
 from metamoe.agreement import check_here, read_local
-from metamoe.atomic import atomic, locked
+from metamoe.atomic import locked
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.backbones.training import use_checkpointing
@@ -23,7 +23,7 @@ from metamoe.party import label_set
 from metamoe.records import read_records
 from metamoe.rivals.comigs import PERSONAL, mixture
 from metamoe.rivals.rounds import Client, run_rounds
-from metamoe.rundir import check_unchanged, finish, finished, inside, write_json
+from metamoe.rundir import finished, inside, making, write_json
 from metamoe.sending import save_expert
 
 LOUD = "A SIMULATED FEDERATION: THIS PROCESS READS ALL CLIENTS' PRIVATE TRAINING RECORDS"
@@ -47,13 +47,10 @@ def simulate(args, run_dir, run):
         backbone = run_backbone(run, local, args)
         start = time.perf_counter()
         model, clients, losses = train(args, run_dir, run, backbone, settings)
-        with atomic(folder) as part:
-            part.mkdir()
+        with making(folder, settings, run_dir, made_from) as part:
             exchanged = write(part, backbone, model, clients, losses)
             seconds = time.perf_counter() - start
             write_json(part / "timing.json", {"unify_seconds": seconds})
-            check_unchanged(run_dir, made_from)
-            finish(part, settings, made_from)
     ends = "loss {:.3f} -> {:.3f}".format(np.mean(losses[0]), np.mean(losses[-1]))
     sent = f"{exchanged['sent'] / 1e6:.1f} MB up and as many down a client"
     print(f"unify_moe: {name}: {len(losses)} rounds, {ends}, {sent}, {seconds:.1f} s")

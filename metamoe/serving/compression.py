@@ -9,12 +9,12 @@ from scipy.spatial.distance import squareform
 import moe
 from metamoe import cli
 from metamoe.agreement import read_local
-from metamoe.atomic import atomic, locked
+from metamoe.atomic import locked
 from metamoe.backbones import run_backbone
 from metamoe.backbones.distributed import processes
 from metamoe.errors import UserError
 from metamoe.records import read_records
-from metamoe.rundir import check_unchanged, finish, finished, sha256, versions
+from metamoe.rundir import finished, making, sha256, versions
 from metamoe.serving.members import MERGED, parts_of, source_model
 from metamoe.takeover import some_proxies
 from metamoe.uploads import read_upload
@@ -48,11 +48,8 @@ def compress(args, run_dir, run):
         distances, usage = measure(backbone, moe.load(source, backbone.model), sample)
         groups = like_experts(distances, count)
         config, tensors, lost = merge(config, tensors, groups, usage, made.get("init") == "unit")
-        with atomic(folder) as part:
-            part.mkdir()
+        with making(folder, settings, run_dir, made_from) as part:
             moe.write(part, config, tensors)
-            check_unchanged(run_dir, made_from)
-            finish(part, settings, made_from)
     tell(folder.name, config["names"], groups, usage, lost)
     return folder
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import moe
 from metamoe.agreement import check_seed_model
-from metamoe.atomic import atomic, locked
+from metamoe.atomic import locked
 from metamoe.backbones import load_backbone
 from metamoe.backbones.base import import_transformers
 from metamoe.errors import UserError
 from metamoe.methods import METHODS
 from metamoe.presets import PRESETS
-from metamoe.rundir import check_whole, finish, finished, folder_bytes, read_json, sha256, write_json
+from metamoe.rundir import check_whole, finished, folder_bytes, making, read_json, sha256, write_json
 from metamoe.serving import generation, past, seed_model
 
 
@@ -49,10 +49,9 @@ def export(run, local, source, folder, force):
         shapes = [{key: list(t.shape) for key, t in moe.added(layer).items()} for layer in moe.layers(model)]
         if any(layer != shapes[0] for layer in shapes):
             raise UserError(f"--export {folder}: the experts' shapes differ from layer to layer")
-        with atomic(folder) as part:
+        with making(folder, settings, folder.parent, {}) as part:
             write_model(model, shapes[0], part)
             backbone.tokenizer.save_pretrained(part)
-            finish(part, settings)
     print(f"unify_moe: {folder}: {source.name} as a Hugging Face folder, {folder_bytes(folder) / 1e6:.0f} MB")
 
 

@@ -3,11 +3,11 @@
 import torch
 
 import moe
-from metamoe.atomic import atomic, locked
+from metamoe.atomic import locked
 from metamoe.errors import UserError
 from metamoe.flag_values import positive_int
 from metamoe.routing import of_one_length
-from metamoe.rundir import check_name, check_whole, finish, finished, read_json, settings_of, sha256
+from metamoe.rundir import check_name, check_whole, finished, making, read_json, settings_of, sha256
 from metamoe.start import set_bias, start
 
 MERGED = "+"  # between the clients in the name of an expert that --compress has merged; no name has it
@@ -73,10 +73,8 @@ def leave_out(args, run_dir):
             config, tensors = remove_expert(*moe.read(source), args.without)
         except ValueError as error:
             raise UserError(f"{flag}: {error}") from None
-        with atomic(folder) as part:
-            part.mkdir()
+        with making(folder, settings, run_dir, {}) as part:
             moe.write(part, config, tensors)
-            finish(part, settings)
     names = config["names"]
     print(f"unify_moe: {folder.name}: {len(names)} experts ({', '.join(names)}), no training")
     return folder

@@ -116,8 +116,7 @@ PRESETS = {
         "expert_batch": 8,
         "warmup_steps": 10,
         "final_batch": 16,
-        # the gentlest that ties with the best; unrestricted: the better of 1e-4 and 1e-3 on random seed 0
-        # (docs/results-smollm2-135m.md)
-        "final_lr": {"metamoe": 1e-5, "flexolmo": 1e-5, "btx": 1e-5, "unrestricted": 1e-4},
+        # the gentlest that ties with the best (docs/results-smollm2-135m.md)
+        "final_lr": {"metamoe": 1e-5, "flexolmo": 1e-5, "btx": 1e-5, "unrestricted": 1e-5},
     },
 }

@@ -165,41 +165,42 @@ class MoELayer(nn.Module):
     def _mix_by_expert(self, x, chosen, weight, stacks, broken=None) -> Tensor:
         """Eq. 5, one expert after the other: y (N, d) for x (N, d), chosen and weight (N, k).
 
-        Few tokens go through all experts at a time: the seed model's linears then run once for all.
         broken: (K,) bool, to mark the experts that give NaN or infinity in.
         """
-        order = chosen.flatten().argsort(stable=True)  # (N k), the (token, choice) pairs sorted by expert
-        p, token = chosen.flatten()[order], order // chosen.shape[1]  # (N k) both
-        sizes = p.bincount(minlength=len(self.counts)).tolist()  # K: pairs of each expert
-        step = 1 if len(x) > FEW_TOKENS["cpu"] else len(sizes)  # experts at a time: many tokens fill a cache
-        groups = [slice(first, first + step) for first in range(0, len(sizes), step)]
-        pairs, w = [sum(sizes[g]) for g in groups], weight.flatten()[order]
-        # unbind: one gradient for a whole stack, not one of its size for every expert
-        own, y = {key: stack.unbind(0) for key, stack in stacks.items()}, torch.zeros_like(x)
-        split = (groups, *(pair.split(pairs) for pair in (p, token, w)))
-        for g, p, t, w in zip(*split, strict=True):  # (n) all three: what the group's experts get
-            out = self._experts(x[t], sizes[g], g, own)
-            y.index_add_(0, t, w.unsqueeze(1) * out)  # Eq. 5
-            if broken is not None:
-                broken[p[~out.isfinite().all(1)]] = True
+        own, y = _each_expert(stacks), torch.zeros_like(x)
+        for p in range(len(self.counts)):
+            t, choice = (chosen == p).nonzero(as_tuple=True)  # (n) both: the tokens that chose p
+            out = self._experts(x[t], {p: len(t)}, own)  # FFN_p(z_t), (n, d)
+            y.index_add_(0, t, weight[t, choice].unsqueeze(1) * out)  # Eq. 5
+            if broken is not None and not out.isfinite().all():
+                broken[p] = True
         return y
 
-    def _experts(self, z, sizes, g, own):
-        """FFN_p(z) for z (n, d), the first sizes[0] of them of expert g.start, and so on: (n, d)."""
-        *ups, down = self.linears
-        hidden = self._activate([self._linear(name, z, sizes, g, own) for name in ups])  # (n, h)
-        return self._linear(down, hidden, sizes, g, own)
+    def _mix_sorted(self, x, chosen, weight, stacks) -> Tensor:
+        """Eq. 5 for LoRA experts, as above; the seed model's linears run once, on tokens sorted by expert."""
+        order = chosen.flatten().argsort(stable=True)  # (N k), the (token, choice) pairs
+        t, w = order // chosen.shape[1], weight.flatten()[order]
+        sizes = chosen.flatten().bincount(minlength=len(self.counts)).tolist()  # K
+        out = self._experts(x[t], dict(enumerate(sizes)), _each_expert(stacks))  # (N k, d)
+        return torch.zeros_like(x).index_add_(0, t, w.unsqueeze(1) * out)
 
-    def _linear(self, name, z, sizes, g, own):
+    def _experts(self, z, sizes, own):
+        """FFN_p(z) of some experts, each on its rows of z (n, d): (n, d). sizes: {p: number of rows}."""
+        *ups, down = self.linears
+        hidden = self._activate([self._linear(name, z, sizes, own) for name in ups])  # (n, h)
+        return self._linear(down, hidden, sizes, own)
+
+    def _linear(self, name, z, sizes, own):
+        rows = [*sizes.values()]
         if self.kind == "full":
-            biases = own.get(f"{name}_bias", [None] * len(self.counts))[g]
-            return torch.cat([*map(F.linear, z.split(sizes), own[f"{name}_weight"][g], biases)])
+            weight, bias = own[f"{name}_weight"], own.get(f"{name}_bias", [None] * len(self.counts))
+            return _cat([F.linear(v, weight[p], bias[p]) for p, v in zip(sizes, z.split(rows), strict=True)])
         y = getattr(self, name)(z)  # the seed model's part, for all of them at once
         if f"{name}_A" not in own or not len(z):
             return y
-        A, B = own[f"{name}_A"][g], own[f"{name}_B"][g]
-        each = zip(y.split(sizes), z.split(sizes), A, B, self.scaling[g], strict=True)
-        return torch.cat([torch.addmm(u, F.linear(z, A), B.t(), alpha=s) for u, z, A, B, s in each if len(z)])
+        A, B, s = own[f"{name}_A"], own[f"{name}_B"], self.scaling
+        each = zip(sizes, y.split(rows), z.split(rows), strict=True)
+        return _cat([torch.addmm(u, F.linear(v, A[p]), B[p].t(), alpha=s[p]) for p, u, v in each if len(v)])
 
     def _activate(self, u):
         return self.act(u[0]) * u[1] if len(u) == 2 else self.act(u[0])
@@ -218,24 +219,27 @@ class MoELayer(nn.Module):
             broken = _broken(stacks)
             y = self._mix_masked(x, chosen, weight, _without(broken, stacks))
             return y.masked_fill(broken[chosen].any(1, keepdim=True), torch.nan)
-        few = few and (device != "cpu" or len(self.scaling) <= FEW_EXPERTS * chosen.shape[1])
-        y = (self._mix_masked if few else self._mix_by_expert)(x, chosen, weight, stacks)
+        mix = self._mix_by_expert
+        if few:
+            many = device == "cpu" and len(self.scaling) > FEW_EXPERTS * chosen.shape[1]
+            mix = self._mix_sorted if many else self._mix_masked
+        y = mix(x, chosen, weight, stacks)
         if y.detach().sum(1, dtype=torch.float32).isfinite().all():
             return y
-        return self._isolate(x, chosen, weight, stacks, few)
+        return self._isolate(x, chosen, weight, stacks, mix)
 
-    def _isolate(self, x, chosen, weight, stacks, few):
+    def _isolate(self, x, chosen, weight, stacks, mix):
         """Eq. 5 where an expert gives NaN or infinity, which no other expert's tokens or gradients may see.
 
         A mask lets NaN through, since NaN * 0 is NaN. The tokens of such experts are computed by expert, the
-        others behind masks again with zeros in its place, bit for bit as if it were sound.
+        others again by `mix` with zeros in its place, bit for bit as if it were sound.
         """
         broken = _broken(stacks)
         y = self._mix_by_expert(x, chosen, weight, stacks, broken)
         y = y.masked_fill(~y.isfinite().all(1, keepdim=True), torch.nan)  # which stops the gradient, too
-        if not few:
+        if mix == self._mix_by_expert:
             return y
-        rest = self._mix_masked(x, chosen, weight, _without(broken, stacks))
+        rest = mix(x, chosen, weight, _without(broken, stacks))
         return torch.where(broken[chosen].any(1, keepdim=True), y, rest)
 
     def choose(self, pi: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,8 +289,19 @@ class MoELayer(nn.Module):
 
 
 # Up to so many tokens LoRA experts run behind masks, all at once: K - 1 times more low-rank work, but no
-# sorting, and no product of a new size in each batch. On a CPU only with up to so many experts a choice.
+# sorting, and no product of a new size in each batch. On a CPU with more than so many experts a choice the
+# tokens are sorted.
 FEW_TOKENS, FEW_EXPERTS = {"cpu": 2048, "cuda": 65536}, 6
+
+
+def _each_expert(stacks):
+    """{"up_proj_A": [(r, d_in), ...], ...}; unbind gives one gradient for a whole stack, not one for each."""
+    return {key: stack.unbind(0) for key, stack in stacks.items()}
+
+
+def _cat(parts):
+    """The rows of all; of a single part without a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _broken(stacks):

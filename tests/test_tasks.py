@@ -253,6 +253,7 @@ def write_results(run_dir, seed, ours, theirs):
         accuracy = 25.0 * digits.count("1")
         clients = {"a": {"accuracy": accuracy, "right": digits}}
         rows.append({"model": model, "title": model, "clients": clients, "average": accuracy})
+    rows[1] |= {"experts": ["b", "a"], "routing": {"a": [[0.25, 0.75], [0.75 - seed / 2, 0.25 + seed / 2]]}}
     run_dir.mkdir()
     write_json(run_dir / "results.json", {"run": {"seed": seed, "clients": ["a"]}, "rows": rows})
     return run_dir
@@ -265,6 +266,7 @@ def test_pool_prints_means_deviations_and_paired_differences(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| zeroshot | 12.50 ± 17.68 | 12.50 ± 17.68 | +75.00 (")
     assert lines[3] == "| metamoe | 87.50 ± 17.68 | 87.50 ± 17.68 |  |"
+    assert lines[-1] == "| metamoe | 62.5 ± 17.7 |"  # of 50 and 75% in the two runs
     with pytest.raises(UserError, match="evaluate it alone"):
         pooled.pool([first, tmp_path], "results.json")
     write_json(second / "results.json", {"run": {"seed": 1, "clients": ["b"]}, "rows": []})

@@ -16,6 +16,7 @@ from metamoe.report.tables import (
     grid,
     measures,
     not_private,
+    own_shares,
     sections,
 )
 from metamoe.rundir import read_json
@@ -35,6 +36,9 @@ def pool(run_dirs, file):
         blocks.append(accuracy_table([labelled for _, labelled in tables], measured, gaps))
         if not heading:
             blocks += privacy_blocks(runs[0])
+    if any("routing" in row for row in rows):
+        blocks.append("Percent of a client's tokens that its own expert gets, mean over the layers")
+        blocks.append(routing_table([found["rows"] for found in runs], run["clients"]))
     if all("coverage" in found for found in runs):
         blocks.append("Distance of a private test sample to its nearest proxy; log det L_S")
         blocks.append(coverage_table([found["coverage"] for found in runs], run["clients"]))
@@ -89,6 +93,19 @@ def accuracy_table(runs, measured, gaps):
         cells.append(spread([row["average"] for row in rows], 2))
         lines.append((label, [*cells, gap_cell(gaps.get(rows[0]["model"]))]))
     return grid([*client_heads(measured), "Average", "MetaMoE minus this"], lines)
+
+
+def routing_table(runs, clients):
+    """runs: the rows of each run."""
+    lines = []
+    for rows in zip(*runs, strict=True):
+        if "routing" in rows[0]:
+            shares = [[own_shares(row, client) for row in rows] for client in clients]
+            cells = [
+                spread([np.mean(each) for each in own], 1) if all(own) else "no expert" for own in shares
+            ]
+            lines.append((rows[0]["title"], cells))
+    return grid(clients, lines)
 
 
 def coverage_table(runs, clients):

@@ -217,12 +217,17 @@ def routing_table(rows, clients):
 
 def own_share(row, client):
     """Percent of the client's tokens that its own expert gets: mean, least and most of a layer."""
+    shares = own_shares(row, client)
+    return f"{np.mean(shares):.1f} ({min(shares):.1f} to {max(shares):.1f})" if shares else "no expert"
+
+
+def own_shares(row, client):
+    """Percent of the client's tokens that its own expert gets in each layer; empty where there is none."""
     name = expert_of(client, row["experts"])
     if name is None:
-        return "no expert"
+        return []
     own = row["experts"].index(name)
-    shares = [100 * layer[own] for layer in row["routing"][client]]
-    return f"{np.mean(shares):.1f} ({min(shares):.1f} to {max(shares):.1f})"
+    return [100 * layer[own] for layer in row["routing"][client]]
 
 
 def exchanges(results):

@@ -13,7 +13,7 @@ from metamoe.errors import UserError
 from metamoe.presets import PRESETS
 from metamoe.records import read_records, write_records
 from metamoe.run_settings import LEAST, PARTS, check_sizes, known_clients, shrink
-from metamoe.rundir import check_whole, finish, inside, read_json, read_run, sha256, write_json
+from metamoe.rundir import check_whole, finish, inside, making, read_json, read_run, sha256, write_json
 
 
 def local_places(args, backbone, own):
@@ -169,13 +169,11 @@ def write_data(run_dir, run, local, backbone, public, parts):
             write_json(folder / "source.json", own.get(name) or {"dataset": source})
             finish(folder, {"seed": run["seed"], **counts})
     if public is not None:
-        with atomic(run_dir / "public") as folder:
-            folder.mkdir()
+        with making(run_dir / "public", {"records": len(public)}) as folder:
             write_records(folder / "records.jsonl", public)
             if PRESETS[run["backbone"]]["kind"] == "clip":
                 write_json(folder / "classes.json", sorted({record["answer"] for record in public}))
             write_json(folder / "ffns.json", ffn_shapes(backbone))
-            finish(folder, {"records": len(public)})
     if not new:  # a client that joins is one when its data are there
         write_run(run_dir, run, local)
 

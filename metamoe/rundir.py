@@ -90,15 +90,15 @@ def versions(run_dir, *names):
 
 
 @contextlib.contextmanager
-def making(folder, settings, run_dir, made_from):
+def making(folder, settings, run_dir=None, made_from=None):
     """Yield the temporary folder that becomes a stage's result `folder` when all of it is written.
 
-    made_from: `versions` of its sources. UserError, and no result, where one of them was replaced meanwhile.
+    made_from: `versions` of its sources in run_dir; UserError and no result where one was replaced meanwhile.
     """
     with atomic(folder) as part:
         part.mkdir()
         yield part
-        for name, digest in versions(run_dir, *made_from).items():
+        for name, digest in versions(run_dir, *(made_from or {})).items():
             if made_from[name] != digest:
                 raise UserError(f"{run_dir}/{name} was changed while it was used: run the same command again")
         finish(part, settings, made_from)

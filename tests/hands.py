@@ -24,7 +24,7 @@ def make(folder, settings, force):
     with atomic.locked(folder):
         if finished(folder, settings, force):
             return
-        with making(folder, settings, folder.parent, {}) as part:
+        with making(folder, settings) as part:
             for name in ("a.txt", "b.txt"):
                 (part / name).write_text(f"{name} of {settings}")
 

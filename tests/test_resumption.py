@@ -104,7 +104,7 @@ def test_a_kill_while_the_old_folder_is_removed_leaves_the_new_one(tmp_path, vic
     folder, rmtree = tmp_path / "folder", shutil.rmtree
 
     def make(what):
-        with rundir.making(folder, {"made": what}, tmp_path, {}) as part:
+        with rundir.making(folder, {"made": what}) as part:
             for name in ("a.txt", "z.txt"):
                 (part / name).write_text(what)
 

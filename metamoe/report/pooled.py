@@ -100,12 +100,14 @@ def routing_table(runs, clients):
     lines = []
     for rows in zip(*runs, strict=True):
         if "routing" in rows[0]:
-            shares = [[own_shares(row, client) for row in rows] for client in clients]
-            cells = [
-                spread([np.mean(each) for each in own], 1) if all(own) else "no expert" for own in shares
-            ]
-            lines.append((rows[0]["title"], cells))
+            lines.append((rows[0]["title"], [share_cell(rows, client) for client in clients]))
     return grid(clients, lines)
+
+
+def share_cell(rows, client):
+    """rows: one model's of each run."""
+    shares = [own_shares(row, client) for row in rows]
+    return spread([np.mean(each) for each in shares], 1) if all(shares) else "no expert"
 
 
 def coverage_table(runs, clients):

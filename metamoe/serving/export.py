@@ -49,7 +49,7 @@ def export(run, local, source, folder, force):
         shapes = [{key: list(t.shape) for key, t in moe.added(layer).items()} for layer in moe.layers(model)]
         if any(layer != shapes[0] for layer in shapes):
             raise UserError(f"--export {folder}: the experts' shapes differ from layer to layer")
-        with making(folder, settings, folder.parent, {}) as part:
+        with making(folder, settings) as part:
             write_model(model, shapes[0], part)
             backbone.tokenizer.save_pretrained(part)
     print(f"unify_moe: {folder}: {source.name} as a Hugging Face folder, {folder_bytes(folder) / 1e6:.0f} MB")

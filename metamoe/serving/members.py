@@ -73,7 +73,7 @@ def leave_out(args, run_dir):
             config, tensors = remove_expert(*moe.read(source), args.without)
         except ValueError as error:
             raise UserError(f"{flag}: {error}") from None
-        with making(folder, settings, run_dir, {}) as part:
+        with making(folder, settings) as part:
             moe.write(part, config, tensors)
     names = config["names"]
     print(f"unify_moe: {folder.name}: {len(names)} experts ({', '.join(names)}), no training")
